@@ -1,0 +1,130 @@
+"""The commands. Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from rbm_dist import __version__
+from rbm_dist.config import Config, load
+from rbm_dist.errors import InputError, RunFailed
+
+app = typer.Typer(
+    help="Distil a graph neural network into a small, graph-free mixture of experts.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Set any key, such as student.num_experts=16.", show_default=False),
+]
+Address = Annotated[
+    str | None, typer.Option(help="A Ray cluster that is there (also RAY_ADDRESS); default: a local one for this run.")
+]
+Overwrite = Annotated[bool, typer.Option(help="Compute again what was made with another configuration.")]
+
+
+@app.command()
+def run(
+    config: ConfigPath, overrides: Overrides = None, address: Address = None, overwrite: Overwrite = False
+) -> None:
+    """Run all stages: source, partition, teacher, soft labels, student, evaluate. Run it again to go on."""
+    _run_until("evaluate", config, overrides, address, overwrite)
+
+
+def _run_until(
+    stage: str, config_path: str, overrides: list[str] | None, address: str | None, overwrite: bool
+) -> None:
+    config = load(config_path, overrides)
+    console = Console()
+    console.print(f"[bold]rbm-dist[/] {config_path} → {config.run_dir}", highlight=False)
+    # Imported late: `--help` and refusals need neither torch nor Ray.
+    from rbm_dist.report.table import results_table
+    from rbm_dist.stages.pipeline import run_stages
+
+    results = run_stages(config, console, stage, address, overwrite)
+    if results is not None:
+        console.print(results_table(results))
+
+
+def _stage_command(stage: str, name: str, text: str) -> None:
+    @app.command(name=name, help=f"{text} Runs the stages before it where they are not done yet.")
+    def command(
+        config: ConfigPath, overrides: Overrides = None, address: Address = None, overwrite: Overwrite = False
+    ) -> None:
+        _run_until(stage, config, overrides, address, overwrite)
+
+
+_stage_command("source", "source", "Read and check the input graph.")
+_stage_command("partition", "partition", "Cut the graph into parts and write the shards.")
+_stage_command("teacher", "teacher", "Train the GNN teacher.")
+_stage_command("soft_labels", "soft-labels", "Write the teacher's class distribution for every node.")
+_stage_command("student", "student", "Train the students on the soft labels.")
+_stage_command("evaluate", "evaluate", "Measure accuracy, latency and expert load.")
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The Parquet file to write.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Which student: rbm or mlp.")] = "rbm",
+) -> None:
+    """Write class and probabilities of every node, with the original node ids."""
+    from rbm_dist import storage
+    from rbm_dist.graph.store import GraphStore
+    from rbm_dist.serve.artifact import load_student
+    from rbm_dist.serve.predictor import predict as predict_nodes
+    from rbm_dist.serve.predictor import write_parquet
+    from rbm_dist.stages.pipeline import open_finished
+
+    config = open_finished(run)
+    if model not in config.student.models:
+        raise InputError(f"--model {model}: this run has {', '.join(config.student.models)}")
+    store = GraphStore.open(storage.join(storage.absolute(run), "graph"))
+    student = load_student(storage.join(storage.absolute(run), "student", model))
+    rows = write_parquet(out, predict_nodes(student, store), store.num_classes)
+    Console().print(f"{rows:,} predictions of {model} → {out}", highlight=False)
+
+
+@app.command(name="config")
+def show_config(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False)] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+) -> None:
+    """Print the whole resolved configuration, defaults included."""
+    if schema:
+        print(json.dumps(Config.model_json_schema(), indent=2))
+    elif config is None:
+        raise InputError("name a configuration file, or give --schema")
+    else:
+        print(yaml.safe_dump(load(config, overrides).model_dump(mode="json"), sort_keys=False), end="")
+
+
+@app.callback(invoke_without_command=True)
+def version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; errors are one message on standard error and a true exit code."""
+    try:
+        app()
+    except (InputError, RunFailed) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

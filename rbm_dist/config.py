@@ -1,0 +1,235 @@
+"""The whole configuration as typed, validated models, and how a YAML file and `key=value` overrides become one.
+
+`load(path, overrides)` is the only way in. Every refusal names the file, the key and the reason. The section
+`cluster` says how a run is carried out; all other sections say what is computed, and are part of a run's identity.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rbm_dist.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+# At least one layer; 0 draws nothing and -1 takes every in-neighbour.
+Fanout = Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A section of the configuration: immutable, refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SourceSection(Section):
+    """What every source has: how nodes are split when the input has no split, and how features are scaled."""
+
+    train_per_class: Positive = 20
+    val_per_class: Positive = 30
+    normalize: Literal["row", "none"] = Field("row", description="row: each node's features sum to 1 in magnitude")
+
+
+class DigitsConfig(SourceSection):
+    """scikit-learn's 1,797 digit images as a graph of nearest neighbours; needs no file."""
+
+    kind: Literal["digits"] = "digits"
+    neighbors: Positive = Field(10, description="nearest neighbours that each image is linked to")
+
+
+class NpzConfig(SourceSection):
+    """A sparse `.npz` graph: `adj_*` and `attr_*` in CSR, `labels`, and masks where a public split exists."""
+
+    kind: Literal["npz"] = "npz"
+    path: str = Field(description="the file; any fsspec URL")
+    undirected: bool = Field(True, description="add the reverse of every edge")
+    num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
+
+
+class PartitionConfig(Section):
+    method: Literal["kaminpar", "random"] = "kaminpar"
+    num_parts: Positive = 4
+    imbalance: Annotated[float, Field(gt=0, le=1)] = Field(0.03, description="how far a part may exceed the mean size")
+
+
+class TeacherConfig(Section):
+    """GraphSAGE, one layer per entry of `fanout`."""
+
+    hidden: Positive = 128
+    fanout: Fanout = (10, 10)
+    dropout: Fraction = 0.5
+    lr: Rate = 0.01
+    weight_decay: Weight = 5e-4
+    epochs: Positive = 60
+    batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
+
+
+class SoftLabelsConfig(Section):
+    inference: Literal["sampled", "exact"] = Field(
+        "sampled", description="sampled: mini-batches of sampled neighbours; exact: layer by layer, all neighbours"
+    )
+    fanout: Fanout | None = Field(None, description="default: the teacher's; only for sampled inference")
+    batch_size: Positive = 1024
+
+
+class StudentConfig(Section):
+    models: tuple[Literal["mlp", "rbm"], ...] = Field(("mlp", "rbm"), min_length=1)
+    hidden: Positive = 128
+    num_layers: Annotated[int, Field(ge=1)] = 2
+    norm: Literal["layer", "batch", "none"] = "layer"
+    dropout: Fraction = 0.1
+    lr: Rate = 0.005
+    weight_decay: Weight = 1e-4
+    epochs: Positive = Field(120, description="passes over the nodes, pre-training included")
+    batch_size: Positive = Field(512, description="nodes per optimiser step, over all workers")
+    temperature: Rate = Field(1.0, description="softens teacher and student alike")
+    label_weight: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the true labels in the loss")
+    num_experts: Positive = 8
+    top_k: Positive = 3
+    pretrain_epochs: Positive = Field(30, description="epochs in which the RbM is still one plain network")
+    kmeans_rows: Positive = Field(100_000, description="rows that the memories are initialised from, at most")
+    ema_decay: Fraction = 0.9
+    commitment: Weight = 0.05
+    self_similarity: Weight = 0.01
+    load_balance: Weight = 0.01
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"student.top_k: {self.top_k} > num_experts: {self.num_experts}")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"student.models: {', '.join(self.models)} names a model twice")
+        if "rbm" in self.models and self.pretrain_epochs >= self.epochs:
+            raise ValueError(f"student.pretrain_epochs: {self.pretrain_epochs} >= epochs: {self.epochs}")
+        return self
+
+
+class ClusterConfig(Section):
+    """How the run is carried out; changes nothing in what it computes."""
+
+    train_workers: Positive = 2
+    inference_workers: Positive = 2
+    use_gpu: bool = Field(False, description="one GPU per training and inference worker")
+    expert_parallel: Positive | None = Field(
+        None, description="workers that share one set of experts; default: all. Must divide train_workers"
+    )
+    memory_store: Literal["actor", "in_process"] = Field(
+        "actor", description="where the routing memory lives: one Ray actor, or a copy per worker kept equal by all-reduce"
+    )
+    checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="times that lost workers are replaced")
+    timeout_s: Rate = Field(300.0, description="longest wait for another worker, in seconds")
+    sampler: Literal["numba", "pyg_lib", "torch_sparse"] = "numba"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.expert_parallel and self.train_workers % self.expert_parallel:
+            raise ValueError(
+                f"cluster.expert_parallel: {self.expert_parallel} does not divide train_workers: {self.train_workers}"
+            )
+        return self
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = Field(description="where everything is written; any fsspec URL")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    source: Annotated[DigitsConfig | NpzConfig, Field(discriminator="kind")] = DigitsConfig()
+    partition: PartitionConfig = PartitionConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    soft_labels: SoftLabelsConfig = SoftLabelsConfig()
+    student: StudentConfig = StudentConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        fanout = self.soft_labels.fanout
+        if fanout is not None and len(fanout) != len(self.teacher.fanout):
+            raise ValueError(
+                f"soft_labels.fanout: {len(fanout)} layers, but teacher.fanout has {len(self.teacher.fanout)}"
+            )
+        if self.soft_labels.inference == "exact" and fanout is not None:
+            raise ValueError("soft_labels.fanout: exact inference takes every neighbour; remove it or use 'sampled'")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key.subkey=value` overrides and validate.
+
+    Raises `InputError` naming the file, the key and the reason.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read the configuration: {_reason(error)}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a configuration is a mapping of keys to values, found {type(tree).__name__}")
+    overridden = [_apply(tree, item) for item in overrides or []]
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(_messages(error, str(path), overridden))) from None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`: the keys as a person writes them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply(tree: dict[str, Any], item: str) -> str:
+    key, equals, value = item.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise InputError(f"command line: '{item}' is not of the form key=value, such as student.num_experts=16")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"command line: {key}: '{value}' is not a YAML value") from None
+    for name in names[:-1]:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise InputError(f"command line: {key}: '{name}' is a value, not a section")
+        tree = child
+    tree[names[-1]] = parsed
+    return ".".join(names)
+
+
+def _messages(error: ValidationError, path: str, overridden: list[str]) -> list[str]:
+    kinds = {"digits", "npz"}  # pydantic puts the discriminator's value into the location; a user never wrote it
+    messages = []
+    for item in error.errors(include_url=False):
+        names = [str(name) for name in item["loc"]]
+        if len(names) > 2 and names[0] == "source" and names[1] in kinds:
+            del names[1]
+        key = ".".join(names)
+        reason = {
+            "extra_forbidden": "unknown key",
+            "missing": "missing; set it in the file or on the command line",
+            "union_tag_not_found": "kind is missing; it is one of digits, npz",
+        }.get(item["type"], item["msg"].removeprefix("Value error, "))
+        if item["type"] not in ("extra_forbidden", "missing", "union_tag_not_found", "value_error"):
+            reason += f", found {item['input']!r}"
+        origin = f"{path} (and the command line)" if key in overridden else path
+        # A rule over several keys already names its key.
+        whole = item["type"] == "value_error"
+        messages.append(f"{origin}: {reason}" if whole else f"{origin}: {key}: {reason}")
+    return messages
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

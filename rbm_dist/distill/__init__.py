@@ -1,0 +1,1 @@
+"""Distillation objectives: what a batch is, and what its loss is."""

@@ -1,0 +1,77 @@
+"""The optional sampling kernels, pyg-lib and torch-sparse, behind the built-in kernel's interface.
+
+Both hold the whole graph's CSC in memory, and draw from torch's global generator, which is seeded by the key.
+"""
+
+import numpy as np
+import torch
+
+from rbm_dist.errors import InputError
+from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.sampler import NumbaSampler, Sample, Sampler
+
+
+def make_sampler(name: str, parts: list[Csc], offsets: np.ndarray) -> Sampler:
+    """The kernel of that name. Raises `InputError` if its package is not installed."""
+    if name == "numba":
+        return NumbaSampler(parts, offsets)
+    try:
+        return {"pyg_lib": PygLibSampler, "torch_sparse": TorchSparseSampler}[name](parts)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise InputError(f"cluster.sampler: {name}: {package} is not installed ({error}); see docs/start.md") from None
+
+
+class PygLibSampler:
+    """`torch.ops.pyg.neighbor_sample`."""
+
+    def __init__(self, parts: list[Csc]):
+        import pyg_lib  # noqa: F401  (registers the operator)
+
+        self._indptr, self._indices = _whole(parts)
+
+    def sample(self, seeds: np.ndarray, fanout: tuple[int, ...], key: int) -> Sample:
+        torch.manual_seed(key & (2**63 - 1))
+        # Arguments: CSC, seeds, fan-out; node, edge and seed times, edge weights; csc, replace, directed, disjoint,
+        # temporal strategy, return edge ids.
+        src, dst, nodes, _edges, nodes_per_hop, edges_per_hop = torch.ops.pyg.neighbor_sample(
+            *(self._indptr, self._indices, torch.from_numpy(np.ascontiguousarray(seeds, np.int64)), list(fanout)),
+            *(None, None, None, None, True, False, True, False, "uniform", True),
+        )
+        return Sample(nodes.numpy(), src.numpy(), dst.numpy(), list(nodes_per_hop), list(edges_per_hop))
+
+
+class TorchSparseSampler:
+    """`torch.ops.torch_sparse.neighbor_sample`."""
+
+    def __init__(self, parts: list[Csc]):
+        import torch_sparse  # noqa: F401  (registers the operator)
+
+        self._indptr, self._indices = _whole(parts)
+
+    def sample(self, seeds: np.ndarray, fanout: tuple[int, ...], key: int) -> Sample:
+        torch.manual_seed(key & (2**63 - 1))
+        nodes, src, dst, _edges = torch.ops.torch_sparse.neighbor_sample(
+            *(self._indptr, self._indices, torch.from_numpy(np.ascontiguousarray(seeds, np.int64)), list(fanout)),
+            *(False, True),
+        )
+        src_m, dst_m = src.numpy(), dst.numpy()
+        # The operator does not report hops. Edges come in order of their destination, and destinations are met hop by hop.
+        nodes_per_hop, edges_per_hop = [len(seeds)], []
+        met, done = len(seeds), 0
+        for _ in fanout:
+            end = int(np.searchsorted(dst_m, met))
+            edges_per_hop.append(end - done)
+            grown = max(met, int(src_m[done:end].max(initial=-1)) + 1)
+            nodes_per_hop.append(grown - met)
+            met, done = grown, end
+        return Sample(nodes.numpy(), src_m, dst_m, nodes_per_hop, edges_per_hop)
+
+
+def _whole(parts: list[Csc]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole graph's CSC from its parts laid end to end; int64, which both kernels take."""
+    indptr = [np.zeros(1, np.int64)]
+    for csc in parts:
+        indptr.append(csc.indptr[1:] + indptr[-1][-1])
+    indices = np.concatenate([csc.indices for csc in parts]).astype(np.int64)
+    return torch.from_numpy(np.concatenate(indptr)), torch.from_numpy(indices)

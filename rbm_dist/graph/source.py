@@ -1,0 +1,234 @@
+"""Sources: where a graph comes from. Each gives a checked `SourceGraph`, or one clear `InputError`.
+
+Self-loops and duplicate edges are dropped (and counted), isolated nodes are kept, node ids are the input's row numbers.
+"""
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from rbm_dist import storage
+from rbm_dist.config import DigitsConfig, NpzConfig
+from rbm_dist.errors import InputError
+from rbm_dist.graph import csc as csc_
+from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.random_bits import generator
+
+TRAIN, VAL, TEST, NO_SPLIT = 0, 1, 2, -1
+SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test"}
+_FEATURE_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class SourceGraph:
+    """A whole graph as its source gives it: structure and labels in memory, features in chunks of rows."""
+
+    csc: Csc
+    num_features: int
+    num_classes: int
+    label: np.ndarray  # [N] int64, -1 where there is none
+    split: np.ndarray  # [N] int8: TRAIN, VAL, TEST or NO_SPLIT
+    feat_chunks: Callable[[], Iterator[np.ndarray]]  # [n, F] float32 each, rows in order
+    dropped_self_loops: int
+    dropped_duplicates: int
+
+
+def read(config: DigitsConfig | NpzConfig, seed: int) -> SourceGraph:
+    """Read and check the configured source."""
+    graph = _read_digits(config, seed) if isinstance(config, DigitsConfig) else _read_npz(config, seed)
+    name = config.path if isinstance(config, NpzConfig) else config.kind
+    for code in (TRAIN, VAL):
+        if not np.any(graph.split == code):
+            raise InputError(
+                f"{name}: the {SPLIT_NAMES[code]} split is empty ({graph.csc.num_nodes:,} nodes, "
+                f"{int(np.sum(graph.label >= 0)):,} of them labelled); at least one labelled node is needed"
+            )
+    return graph
+
+
+def split_per_class(label: np.ndarray, train: int, val: int, seed: int) -> np.ndarray:
+    """A seeded split: `train` and `val` nodes of each class, the other labelled nodes for test.
+
+    A class of fewer than `train + val + 1` nodes is divided in the same proportions, a third of it left for test.
+    """
+    split = np.full(len(label), NO_SPLIT, np.int8)
+    rng = generator(seed, 0x5B117)
+    for cls in np.unique(label[label >= 0]):
+        nodes = rng.permutation(np.flatnonzero(label == cls))
+        num_train, num_val = train, val
+        if len(nodes) <= train + val:
+            scale = len(nodes) * 2 / 3 / (train + val)
+            num_train, num_val = max(1, round(train * scale)), round(val * scale)
+        split[nodes] = TEST
+        split[nodes[: num_train + num_val]] = VAL
+        split[nodes[:num_train]] = TRAIN
+    return split
+
+
+def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    digits = load_digits()
+    if config.neighbors >= len(digits.data):
+        raise InputError(f"source.neighbors: {config.neighbors} neighbours, but there are {len(digits.data)} images")
+    links = kneighbors_graph(digits.data, config.neighbors, mode="connectivity", include_self=False).tocoo()
+    label = digits.target.astype(np.int64)
+    return _assemble(
+        *(links.row, links.col, len(label), True),
+        sp.csr_array(digits.data), label, int(label.max()) + 1,
+        split_per_class(label, config.train_per_class, config.val_per_class, seed), config.normalize,
+    )  # fmt: skip
+
+
+def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
+    path = config.path
+    arrays = _load_npz(path)
+    adj = _csr(arrays, "adj", path)
+    num_nodes = adj.shape[0]
+    if adj.shape[0] != adj.shape[1]:
+        raise InputError(f"{path}: adj_shape: an adjacency matrix is square, found {adj.shape[0]} × {adj.shape[1]}")
+    if num_nodes == 0:
+        raise InputError(f"{path}: adj_shape: the graph has no nodes")
+    attr = _csr(arrays, "attr", path)
+    if attr.shape[0] != num_nodes:
+        raise InputError(f"{path}: attr_shape: {attr.shape[0]:,} feature rows for {num_nodes:,} nodes")
+    if attr.shape[1] == 0:
+        raise InputError(f"{path}: attr_shape: nodes have no features; a graph-free student needs some")
+    if attr.data.dtype.kind not in "fiub":
+        raise InputError(f"{path}: attr_data: features must be numbers, found dtype {attr.data.dtype}")
+    bad = np.flatnonzero(~np.isfinite(attr.data.astype(np.float32)))
+    if len(bad):
+        row = int(np.searchsorted(attr.indptr, bad[0], side="right")) - 1
+        raise InputError(
+            f"{path}: attr_data: {len(bad):,} features are NaN, infinite or beyond float32; "
+            f"the first is of node {row}, column {attr.indices[bad[0]]}"
+        )
+    label, num_classes = _labels(arrays, num_nodes, config)
+    split = _masks(arrays, label, path)
+    if split is None:
+        split = split_per_class(label, config.train_per_class, config.val_per_class, seed)
+    links = adj.tocoo()
+    return _assemble(
+        links.row, links.col, num_nodes, config.undirected, attr, label, num_classes, split, config.normalize
+    )
+
+
+def _assemble(
+    src: np.ndarray,
+    dst: np.ndarray,
+    num_nodes: int,
+    undirected: bool,
+    attr: sp.csr_array,
+    label: np.ndarray,
+    num_classes: int,
+    split: np.ndarray,
+    normalize: str,
+) -> SourceGraph:
+    csc = csc_.build(src, dst, num_nodes, undirected)
+    loops = int(np.sum(src == dst))
+    distinct = len(np.unique(src.astype(np.int64)[src != dst] * num_nodes + dst[src != dst]))
+
+    def feat_chunks() -> Iterator[np.ndarray]:
+        for start in range(0, num_nodes, _FEATURE_ROWS):
+            rows = attr[start : start + _FEATURE_ROWS].toarray().astype(np.float32)
+            if normalize == "row":
+                rows /= np.maximum(np.abs(rows).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            yield rows
+
+    return SourceGraph(
+        csc=csc,
+        num_features=attr.shape[1],
+        num_classes=num_classes,
+        label=label,
+        split=split,
+        feat_chunks=feat_chunks,
+        dropped_self_loops=loops,
+        dropped_duplicates=len(src) - loops - distinct,
+    )
+
+
+def _load_npz(path: str) -> dict[str, np.ndarray]:
+    fs, inner = storage.filesystem(path)
+    required = [f"{kind}_{part}" for kind in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
+    try:
+        with np.load(io.BytesIO(fs.cat_file(inner)), allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: not an .npz archive")
+            missing = [name for name in [*required, "labels"] if name not in archive.files]
+            if missing:
+                raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (source.path)") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, AttributeError) as error:
+        raise InputError(f"{path}: not a whole .npz archive of plain arrays: {error}") from None
+
+
+def _csr(arrays: dict[str, np.ndarray], kind: str, path: str) -> sp.csr_array:
+    data, indices, indptr, shape = (arrays[f"{kind}_{part}"] for part in ("data", "indices", "indptr", "shape"))
+    if shape.shape != (2,) or not np.issubdtype(shape.dtype, np.integer) or np.any(shape < 0):
+        raise InputError(f"{path}: {kind}_shape: two sizes expected, found {shape.dtype} of shape {shape.shape}")
+    rows, columns = (int(size) for size in shape)
+    wrong = csc_.problem(indptr, indices, rows, columns)
+    if wrong:
+        raise InputError(f"{path}: {kind}: {wrong}")
+    if data.shape != indices.shape:
+        raise InputError(f"{path}: {kind}_data: {data.size:,} values for {indices.size:,} indices")
+    return sp.csr_array((data, indices, indptr), shape=(rows, columns))
+
+
+def _labels(arrays: dict[str, np.ndarray], num_nodes: int, config: NpzConfig) -> tuple[np.ndarray, int]:
+    path, label = config.path, arrays["labels"]
+    if not np.issubdtype(label.dtype, np.integer):
+        raise InputError(f"{path}: labels: class ids must be integers, found dtype {label.dtype}")
+    if label.shape != (num_nodes,):
+        raise InputError(f"{path}: labels: shape {label.shape}, expected ({num_nodes},)")
+    label = label.astype(np.int64)
+    low = np.flatnonzero(label < -1)
+    if len(low):
+        raise InputError(f"{path}: labels: {label[low[0]]} at node {low[0]} is out of range (-1 means none)")
+    present = np.unique(label[label >= 0])
+    if not len(present):
+        raise InputError(f"{path}: labels: no node has a label, so nothing can be trained")
+    if config.num_classes is not None:
+        if present[-1] >= config.num_classes:
+            node = int(np.flatnonzero(label >= config.num_classes)[0])
+            raise InputError(
+                f"{path}: labels: {label[node]} at node {node} is out of range for num_classes: {config.num_classes}"
+            )
+        return label, config.num_classes
+    if present[-1] != len(present) - 1:
+        gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
+        raise InputError(
+            f"{path}: labels: out of range: class {present[-1]} occurs but class {gap} does not. "
+            "Number the classes from 0 without gaps, or set source.num_classes"
+        )
+    return label, len(present)
+
+
+def _masks(arrays: dict[str, np.ndarray], label: np.ndarray, path: str) -> np.ndarray | None:
+    names = {code: f"{name}_mask" for code, name in SPLIT_NAMES.items()}
+    present = [name for name in names.values() if name in arrays]
+    if not present:
+        return None
+    if len(present) < len(names):
+        raise InputError(f"{path}: {', '.join(present)} without {', '.join(sorted(set(names.values()) - set(present)))}")
+    split = np.full(len(label), NO_SPLIT, np.int8)
+    for code, name in names.items():
+        mask: Any = arrays[name]
+        if mask.dtype != bool or mask.shape != label.shape:
+            raise InputError(f"{path}: {name}: {len(label)} booleans expected, found {mask.dtype} of shape {mask.shape}")
+        for other, trouble in ((mask & (split != NO_SPLIT), "is in two splits"), (mask & (label < 0), "has no label")):
+            if np.any(other):
+                raise InputError(f"{path}: {name}: node {int(np.flatnonzero(other)[0])} {trouble}")
+        split[mask] = code
+    return split

@@ -1,0 +1,121 @@
+"""The graph store: named per-node arrays and neighbour samples over all parts, by node id.
+
+Parts on a local (or shared) file system are memory-mapped; parts on an object store come through the local cache.
+Everything a node has is a named array: the base ones of `graph.json`, and those that stages add, each with an index
+file `<name>.json` written when the array is complete in all parts.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from rbm_dist import storage
+from rbm_dist.errors import InputError
+from rbm_dist.graph import csc as csc_
+from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.sampler import Sample, Sampler
+from rbm_dist.graph.sampler_backends import make_sampler
+from rbm_dist.graph.shards import VERSION, part_name
+
+
+class GraphStore:
+    """An opened graph. `open` it; the arrays are mapped when first asked for."""
+
+    def __init__(self, url: str, index: dict, sampler: str):
+        self.url = url
+        self.offsets = np.asarray(index["offsets"], np.int64)
+        self.num_nodes: int = index["num_nodes"]
+        self.num_edges: int = index["num_edges"]
+        self.num_features: int = index["num_features"]
+        self.num_classes: int = index["num_classes"]
+        self.num_parts = len(self.offsets) - 1
+        self._files: dict[str, storage.FileInfo] = index["files"]
+        self._arrays: dict[tuple[str, int], np.ndarray] = {}
+        self._sampler_name = sampler
+        self._sampler: Sampler | None = None
+
+    @classmethod
+    def open(cls, url: str, sampler: str = "numba", verify: bool = False) -> "GraphStore":
+        """Open the graph at `url`.
+
+        Raises `InputError` if it is not there, of another version, or (with `verify`) if a file differs from its checksum.
+        """
+        index = storage.read_json(storage.join(url, "graph.json"))
+        if not isinstance(index, dict) or index.get("version") != VERSION:
+            raise InputError(f"{url}/graph.json: not a graph of layout version {VERSION}; partition the source again")
+        if verify:
+            storage.verify(url, index["files"])
+        return cls(url, index, sampler)
+
+    def ids(self, part: int) -> np.ndarray:
+        """The node ids that a part owns, ascending."""
+        return np.arange(self.offsets[part], self.offsets[part + 1])
+
+    def array(self, name: str, part: int) -> np.ndarray:
+        """The rows of a named array that a part owns, memory-mapped, in the order of `ids(part)`.
+
+        Raises `InputError` if the array is missing, truncated, or has not one row per node.
+        """
+        if (name, part) not in self._arrays:
+            file = f"{part_name(part)}/{name}.npy"
+            if file not in self._files:
+                self._files |= self._added(name)
+            url = storage.join(self.url, file)
+            array = storage.open_array(url, self._files.get(file))
+            rows = int(self.offsets[part + 1] - self.offsets[part]) + (name == "indptr")
+            if name != "indices" and len(array) != rows:
+                raise InputError(f"{url}: {len(array):,} rows, part {part} has {rows:,}")
+            self._arrays[name, part] = array
+        return self._arrays[name, part]
+
+    def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory."""
+        first = self.array(name, 0)
+        if self.num_parts == 1:
+            return first[ids]
+        rows = np.empty((len(ids), *first.shape[1:]), first.dtype)
+        owner = np.searchsorted(self.offsets, ids, side="right") - 1
+        for part in np.unique(owner):
+            at = np.flatnonzero(owner == part)
+            rows[at] = self.array(name, part)[ids[at] - self.offsets[part]]
+        return rows
+
+    def sample(self, seeds: np.ndarray, fanout: tuple[int, ...], key: int) -> Sample:
+        """Sample the neighbourhood of some nodes over all parts; see `Sampler.sample`."""
+        if self._sampler is None:
+            parts = [self._csc(part) for part in range(self.num_parts)]
+            self._sampler = make_sampler(self._sampler_name, parts, self.offsets)
+        return self._sampler.sample(seeds, fanout, key)
+
+    def write_part(
+        self, name: str, part: int, dtype: np.dtype, row: tuple[int, ...], chunks: Iterable[np.ndarray]
+    ) -> storage.FileInfo:
+        """Write one part's rows of a new array, given in chunks in the order of `ids(part)`."""
+        rows = int(self.offsets[part + 1] - self.offsets[part])
+        return storage.write_chunks(
+            storage.join(self.url, part_name(part), f"{name}.npy"), dtype, (rows, *row), chunks
+        )
+
+    def publish(self, name: str, files: list[storage.FileInfo]) -> None:
+        """Declare an added array complete; `files` holds `write_part`'s result for every part, in order."""
+        index = {f"{part_name(part)}/{name}.npy": info for part, info in enumerate(files)}
+        storage.write_json(storage.join(self.url, f"{name}.json"), {"version": VERSION, "files": index})
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Unmap an array whose files changed."""
+        self._arrays = {key: value for key, value in self._arrays.items() if key[0] != name}
+        self._files = {file: info for file, info in self._files.items() if not file.endswith(f"/{name}.npy")}
+
+    def _added(self, name: str) -> dict[str, storage.FileInfo]:
+        url = storage.join(self.url, f"{name}.json")
+        if not storage.exists(url):
+            raise InputError(f"{self.url}: nodes have no array '{name}'; has the stage that makes it been run?")
+        return storage.read_json(url)["files"]
+
+    def _csc(self, part: int) -> Csc:
+        csc = Csc(self.array("indptr", part), self.array("indices", part))
+        wrong = csc_.problem(csc.indptr, csc.indices, csc.num_nodes, self.num_nodes)
+        if wrong:
+            raise InputError(f"{self.url}/{part_name(part)}: {wrong}")
+        return csc

@@ -1,0 +1,1 @@
+"""Plain torch modules: the teacher (GraphSAGE) and the students (MLP, RbM)."""

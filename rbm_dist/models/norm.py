@@ -1,0 +1,41 @@
+"""Normalisation between a student's layers."""
+
+import torch
+from torch import Tensor, nn
+
+from rbm_dist.moe.collectives import Group, all_reduce_sum
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation over the rows of all ranks: the same as over one large batch (and fine with no rows here).
+
+    `torch.nn.SyncBatchNorm` needs a GPU; the formula, parameters and buffers are those of `torch.nn.BatchNorm1d`.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.eps, self.momentum = eps, momentum
+        self.group: Group = None
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+        else:
+            rows = all_reduce_sum(x_BD.new_tensor(float(len(x_BD))), self.group).clamp_min(1)
+            mean = all_reduce_sum(x_BD.sum(0), self.group) / rows
+            var = all_reduce_sum((x_BD - mean).square().sum(0), self.group) / rows
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * rows / (rows - 1).clamp_min(1), self.momentum)
+        return (x_BD - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
+def make_norm(name: str, width: int) -> nn.Module:
+    """`layer`, `batch` or `none`."""
+    return {"layer": nn.LayerNorm, "batch": GlobalBatchNorm, "none": lambda _: nn.Identity()}[name](width)

@@ -1,0 +1,62 @@
+"""The teacher: GraphSAGE (Hamilton et al., 2017) with mean aggregation, on sampled neighbourhoods or layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import SAGEConv
+
+from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """A sample as tensors; nodes and edges in order of the hop that found them, the seeds first."""
+
+    node_n: Tensor  # int64 ids
+    edge_2m: Tensor  # int64, rows (source, destination), positions in `node_n`
+    nodes_per_hop: list[int]
+    edges_per_hop: list[int]
+
+
+class Sage(nn.Module):
+    """One `SAGEConv` per hop; ReLU and dropout between layers."""
+
+    def __init__(self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float):
+        super().__init__()
+        widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
+        self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in zip(widths, widths[1:], strict=False))
+        self.dropout = dropout
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.convs)
+
+    def forward(self, feat_nF: Tensor, neighbourhood: Neighbourhood, key: int | None = None) -> Tensor:
+        """Logits of the seeds, `[seeds, classes]`. `key` draws the dropout; None is evaluation."""
+        x = feat_nF
+        keys = None if key is None else derive_keys(key, neighbourhood.node_n)
+        for layer in range(self.num_layers):
+            hops = self.num_layers - layer
+            num_dst, num_edges = sum(neighbourhood.nodes_per_hop[:hops]), sum(neighbourhood.edges_per_hop[:hops])
+            layer_keys = None if keys is None else derive_keys(keys[: len(x)], layer)
+            x = self.layer(layer, x, num_dst, neighbourhood.edge_2m[:, :num_edges], layer_keys)
+        return x
+
+    def layer(self, layer: int, x_sD: Tensor, num_dst: int, edge_2m: Tensor, key_s: Tensor | None = None) -> Tensor:
+        """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them."""
+        if layer > 0:
+            x_sD = keyed_dropout(x_sD, key_s, self.dropout)
+        out = self.convs[layer]((x_sD, x_sD[:num_dst]), edge_2m)
+        return out if layer == self.num_layers - 1 else out.relu()
+
+    def state_width(self, layer: int) -> int:
+        """The width of the states that a layer puts out."""
+        return int(self.convs[layer].out_channels)
+
+
+def init_sage(num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int) -> Sage:
+    """A teacher with seeded weights, the same on every rank, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Sage(num_features, hidden, num_classes, num_layers, dropout)

@@ -1,0 +1,111 @@
+"""The routing memory of all layers, its two writers, and the store that keeps it.
+
+The memory is written by a moving average of the rows routed to each expert, and by an optimiser through the
+self-similarity loss. Neither needs a model's gradients, so the store does both and is the memory's only owner:
+workers `pull` a version, route with it, and `push` their sums; the next version exists once every rank has pushed.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rbm_dist.moe.collectives import Group, all_reduce_sum
+from rbm_dist.moe.routing import MemoryStatistics, moving_average, self_similarity_loss
+
+
+class RoutingMemory:
+    """The memories `[E, D]` of all layers at one version, with their optimiser (Adam, no weight decay)."""
+
+    def __init__(self, memories: list[Tensor], decay: float, self_similarity: float, lr: float):
+        self.memories = [memory.detach().clone().requires_grad_() for memory in memories]
+        self.version = 0
+        self._decay, self._self_similarity = decay, self_similarity
+        # foreach off: one code path on every device, and the layers are few.
+        self._adam = torch.optim.Adam(self.memories, lr=lr, foreach=False)
+
+    def step(self, statistics: list[MemoryStatistics]) -> None:
+        """Write once: the moving average over the global batch, then the optimiser. Makes the next version."""
+        for memory, layer in zip(self.memories, statistics, strict=True):
+            memory.data = moving_average(memory.data, layer, self._decay)
+        if self._self_similarity > 0:
+            self._adam.zero_grad()
+            torch.stack([self_similarity_loss(memory) for memory in self.memories]).sum().mul(
+                self._self_similarity
+            ).backward()
+            self._adam.step()
+        self.version += 1
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs, as copies."""
+        state = {"version": torch.tensor(self.version)}
+        for layer, memory in enumerate(self.memories):
+            state[f"{layer}.memory"] = memory.detach().clone()
+            adam = self._adam.state.get(memory, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[f"{layer}.{name}"] = adam.get(name, torch.zeros_like(memory)).clone()
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a snapshot."""
+        self.version = int(state["version"])
+        for layer, memory in enumerate(self.memories):
+            memory.data = state[f"{layer}.memory"].clone()
+            self._adam.state[memory] = {
+                "step": torch.tensor(float(self.version)),
+                "exp_avg": state[f"{layer}.exp_avg"].clone(),
+                "exp_avg_sq": state[f"{layer}.exp_avg_sq"].clone(),
+            }
+
+
+class MemoryStore(Protocol):
+    """The routing memory as the workers of one training group see it. All ranks make the same calls."""
+
+    def init(self, memories: list[Tensor], state: dict[str, Tensor] | None) -> None:
+        """Set version 0 (every rank gives equal memories), or go on from a snapshot."""
+        ...
+
+    def pull(self, version: int) -> list[Tensor]:
+        """The memories at that version; waits until every rank has pushed what it is made of."""
+        ...
+
+    def push(self, version: int, statistics: list[MemoryStatistics]) -> None:
+        """Give this rank's sums over its rows, computed with that version."""
+        ...
+
+    def snapshot(self, version: int) -> dict[str, Tensor]:
+        """The full state at that version, for a checkpoint."""
+        ...
+
+
+class InProcessMemoryStore:
+    """A copy of the memory in every rank, kept equal by adding the pushed sums over the group."""
+
+    def __init__(self, group: Group, decay: float, self_similarity: float, lr: float):
+        self._group = group
+        self._settings = (decay, self_similarity, lr)
+        self._memory: RoutingMemory | None = None
+
+    def init(self, memories: list[Tensor], state: dict[str, Tensor] | None) -> None:
+        self._memory = RoutingMemory(memories, *self._settings)
+        if state is not None:
+            self._memory.restore(state)
+
+    def pull(self, version: int) -> list[Tensor]:
+        return [memory.detach() for memory in self._at(version).memories]
+
+    def push(self, version: int, statistics: list[MemoryStatistics]) -> None:
+        total = [
+            MemoryStatistics(all_reduce_sum(layer.sum_ED, self._group), all_reduce_sum(layer.mass_E, self._group))
+            for layer in statistics
+        ]
+        self._at(version).step(total)
+
+    def snapshot(self, version: int) -> dict[str, Tensor]:
+        return self._at(version).snapshot()
+
+    def _at(self, version: int) -> RoutingMemory:
+        if self._memory is None or self._memory.version != version:
+            found = "no memory" if self._memory is None else f"version {self._memory.version}"
+            raise RuntimeError(f"routing memory: version {version} was asked for, {found} is here")
+        return self._memory

@@ -1,0 +1,88 @@
+"""The layout of a training group: data parallel × expert parallel. Every rank carries data.
+
+Rank r belongs to expert group r // ep, whose ep ranks share one set of experts; ranks with equal r % ep hold the same
+experts. Parts of the graph are dealt to all ranks.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from rbm_dist.models.norm import GlobalBatchNorm
+from rbm_dist.models.student import Student
+from rbm_dist.moe.collectives import Group
+from rbm_dist.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. Groups are None where there is one rank only."""
+
+    rank: int
+    world_size: int
+    expert_parallel: int
+    device: torch.device
+    world_group: Group  # all ranks
+    expert_group: Group  # the ranks that share one set of experts
+    replica_group: Group  # the ranks that hold the same experts
+    device_mesh: "DeviceMesh | None"
+
+    @classmethod
+    def single(cls, device: torch.device | None = None) -> "Mesh":
+        """One process, no process group."""
+        return cls(0, 1, 1, device or torch.device("cpu"), None, None, None, None)
+
+    @classmethod
+    def init(cls, expert_parallel: int, device: torch.device) -> "Mesh":
+        """Lay the default process group out. Every rank must call it. Raises `ValueError` if the sizes do not fit."""
+        world = dist.get_world_size()
+        if world % expert_parallel:
+            raise ValueError(f"{world} ranks cannot be laid out with {expert_parallel} ranks per set of experts")
+        if world == 1:
+            return cls.single(device)
+        mesh = init_device_mesh(
+            device.type, (world // expert_parallel, expert_parallel), mesh_dim_names=("replica", "expert")
+        )
+        replicas = world // expert_parallel
+        return cls(
+            rank=dist.get_rank(),
+            world_size=world,
+            expert_parallel=expert_parallel,
+            device=device,
+            world_group=dist.group.WORLD,
+            expert_group=mesh.get_group("expert") if expert_parallel > 1 else None,
+            replica_group=mesh.get_group("replica") if replicas > 1 else None,
+            device_mesh=mesh,
+        )
+
+    def parts(self, num_parts: int) -> list[int]:
+        """The parts of the graph that this rank carries."""
+        return list(range(self.rank, num_parts, self.world_size))
+
+    def num_local_experts(self, num_experts: int) -> int:
+        """How many experts live on this rank: equal consecutive shards, the last ranks may hold fewer or none."""
+        per_rank = -(-num_experts // self.expert_parallel)
+        first = min(self.rank % self.expert_parallel * per_rank, num_experts)
+        return min(first + per_rank, num_experts) - first
+
+    def dispatcher(self, num_experts: int) -> Dispatcher:
+        """Local if all experts are here, else all-to-all."""
+        if self.expert_group is None:
+            return LocalDispatcher(num_experts)
+        return AllToAllDispatcher(num_experts, self.expert_group)
+
+    def join_batch_norms(self, student: Student) -> None:
+        """Make every batch norm use the statistics of the global batch."""
+        for module in student.modules():
+            if isinstance(module, GlobalBatchNorm):
+                module.group = self.world_group
+
+    def barrier(self) -> None:
+        if self.world_group is not None:
+            dist.barrier(self.world_group)

@@ -1,0 +1,46 @@
+"""Sums over ranks: gradients after a backward, and plain figures."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rbm_dist.moe.collectives import Group
+from rbm_dist.moe.experts import StackedExperts
+from rbm_dist.parallel.mesh import Mesh
+
+
+def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Sum gradients in place: an expert's over the ranks that hold it, all others over all ranks.
+
+    Losses are this rank's share of a mean over the *global* batch, so a sum is the global gradient.
+    """
+    expert_ids = {
+        id(p) for module in model.modules() if isinstance(module, StackedExperts) for p in module.parameters()
+    }
+    experts = [p for p in model.parameters() if id(p) in expert_ids]
+    shared = [p for p in model.parameters() if id(p) not in expert_ids]
+    _sum_flat(shared, mesh.world_group)
+    _sum_flat(experts, mesh.replica_group)
+
+
+def sum_figures(figures: list[float], mesh: Mesh) -> list[float]:
+    """Sum some figures over all ranks, in float64."""
+    if mesh.world_group is None:
+        return figures
+    dtype = torch.float64
+    total = torch.tensor(figures, dtype=dtype, device=mesh.device)
+    dist.all_reduce(total, group=mesh.world_group)
+    return total.tolist()
+
+
+def _sum_flat(parameters: list[nn.Parameter], group: Group) -> None:
+    for parameter in parameters:
+        if parameter.grad is None:  # no row of this rank reached it
+            parameter.grad = torch.zeros_like(parameter)
+    if group is None or not parameters:
+        return
+    flat: Tensor = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    dist.all_reduce(flat, group=group)
+    for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        assert parameter.grad is not None
+        parameter.grad.copy_(summed.view_as(parameter))

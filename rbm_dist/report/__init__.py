@@ -1,0 +1,1 @@
+"""What a person looks at: the results table, progress bars, metrics files."""

@@ -1,0 +1,40 @@
+"""The results of a run as a table."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+NAMES = {"teacher": "GraphSAGE (teacher)", "mlp": "MLP (GLNN)", "rbm": "RbM"}
+
+
+def results_table(results: dict[str, Any]) -> Group:
+    """Accuracy and latency of every model, expert load, and the time each stage took."""
+    table = Table(title="Accuracy of the epoch chosen on validation; microseconds per node, one thread")
+    table.add_column("model")
+    for column in ("validation", "test", "µs, batch 1", "µs, batch 1,024", "needs the graph"):
+        table.add_column(column, justify="right")
+    models = {"teacher": results["teacher"], **results["students"]}
+    for name, figures in models.items():
+        latency = results["latency_us"][name]
+        table.add_row(
+            NAMES.get(name, name),
+            _percent(figures["val"]),
+            _percent(figures["test"]),
+            *(f"{latency[batch]:,.1f}" for batch in ("1", "1024")),
+            "yes" if name == "teacher" else "no",
+            style="bold" if name == "rbm" else None,
+        )
+    lines: list[Any] = [table]
+    load = results["students"].get("rbm", {}).get("expert_load")
+    if load:
+        lines.append(Text("share of rows per expert (all layers): " + "  ".join(f"{share:.0%}" for share in load)))
+    seconds = results["seconds"]
+    spent = "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+    lines.append(Text(f"seconds per stage: {spent}  (total {sum(seconds.values()):.1f})"))
+    return Group(*lines)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,42 @@
+"""A Ray cluster for the length of a run: one that is there, or a local one that starts and stops with the run."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from rbm_dist.config import ClusterConfig
+from rbm_dist.errors import InputError
+
+# Only handles and small arrays enter the object store; features and embeddings never do.
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
+    """Connect to `address` (or `RAY_ADDRESS`), else start Ray here; disconnect, or stop it, at the end.
+
+    Raises `InputError` if no cluster answers there.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The driver prints its own progress; workers' errors reach it as exceptions.
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {reason}") from None
+    else:
+        # Logical CPUs: a laptop may run more workers than it has cores.
+        cpus = max(os.cpu_count() or 1, config.train_workers, config.inference_workers)
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

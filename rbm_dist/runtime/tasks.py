@@ -1,0 +1,66 @@
+"""Ray tasks, and actors that each work through their own parts of the graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from rbm_dist.runtime.failures import RAY_FAILURES, explain
+
+_RETRIES = 3  # of work lost with its node or process; an exception of the work itself is not retried
+
+
+def run_tasks(stage: str, function: Callable[..., Any], arguments: list[tuple], timeout_s: float) -> list[Any]:
+    """Call `function(*arguments[i])` for every i in Ray tasks; results in order.
+
+    `timeout_s` bounds the wait for the next result. Raises `InputError` or `RunFailed`.
+    """
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
+    return _collect(stage, [remote.remote(*args) for args in arguments], timeout_s)
+
+
+def run_on_parts(
+    stage: str, make_worker: Callable[[], Any], parts: list[int], num_workers: int, use_gpu: bool, timeout_s: float
+) -> list[Any]:
+    """Deal parts to actors; each builds one `make_worker()` and calls it on its parts in turn. Results in part order.
+
+    An actor that is lost starts again elsewhere and takes its unfinished parts up.
+    """
+    actor = ray.remote(
+        num_cpus=1, num_gpus=1 if use_gpu else 0, max_restarts=_RETRIES, max_task_retries=_RETRIES
+    )(_PartActor)  # fmt: skip
+    actors = [actor.remote(make_worker) for _ in range(min(num_workers, len(parts)))]
+    try:
+        work = [actors[index % len(actors)].run.remote(part) for index, part in enumerate(parts)]
+        return _collect(stage, work, timeout_s)
+    finally:
+        for each in actors:
+            ray.kill(each)
+
+
+class _PartActor:
+    def __init__(self, make_worker: Callable[[], Any]):
+        self._make_worker = make_worker
+        self._worker: Any = None
+
+    def run(self, part: int) -> Any:
+        # Built here and not in __init__, where an InputError would arrive wrapped in the actor's death.
+        self._worker = self._worker or self._make_worker()
+        return self._worker(part)
+
+
+def _collect(stage: str, refs: list[Any], timeout_s: float) -> list[Any]:
+    pending = list(refs)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=timeout_s)
+        if not done:
+            for ref in pending:
+                ray.cancel(ref)
+            raise explain(TimeoutError(f"no result for {timeout_s:g} s, {len(pending)} pending"), stage)
+        try:
+            ray.get(done)
+        except RAY_FAILURES as error:
+            for ref in pending:
+                ray.cancel(ref)
+            raise explain(error, stage) from None
+    return ray.get(refs)

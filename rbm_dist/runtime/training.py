@@ -1,0 +1,80 @@
+"""Training groups: Ray Train starts the workers, joins them in a process group and replaces them when one is lost.
+
+A loop knows nothing of Ray: it gets its `Mesh`, a reporter and its own arguments, and keeps its own checkpoints, so that
+a group that starts again (here or in the next run) goes on where the last checkpoint was.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rbm_dist import storage
+from rbm_dist.config import ClusterConfig
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.progress import Reporter
+
+Loop = Callable[..., None]
+
+
+def run_training(
+    stage: str, loop: Loop, arguments: dict[str, Any], config: ClusterConfig, reporter: Reporter, scratch_url: str
+) -> None:
+    """Run `loop(mesh=…, reporter=…, **arguments)` on every worker. Raises `InputError` or `RunFailed`."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # Read by Ray Train when a group starts: see a lost worker at once, and give up on resources that never come.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.timeout_s))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "loop": loop,
+            "arguments": arguments,
+            "reporter": reporter,
+            "expert_parallel": config.expert_parallel or config.train_workers,
+        },
+        scaling_config=ScalingConfig(num_workers=config.train_workers, use_gpu=config.use_gpu),
+        torch_config=TorchConfig(timeout_s=int(config.timeout_s)),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=storage.filesystem(scratch_url)[1],
+            storage_filesystem=_arrow_filesystem(scratch_url),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except RAY_FAILURES as error:
+        raise explain(error, stage) from None
+    finally:
+        with contextlib.suppress(OSError):
+            storage.remove(scratch_url)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train.torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+    mesh = Mesh.init(config["expert_parallel"], ray.train.torch.get_device())
+    try:
+        config["loop"](mesh=mesh, reporter=config["reporter"], **config["arguments"])
+    except BaseException:
+        # A rank that leaves its group makes the others raise within a second instead of waiting for the deadline.
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+        raise
+
+
+def _arrow_filesystem(url: str) -> Any:
+    if storage.is_local(url):
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(storage.filesystem(url)[0]))

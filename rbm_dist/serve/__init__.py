@@ -1,0 +1,1 @@
+"""The student at work: its artifact, and predictions from features alone."""

@@ -1,0 +1,63 @@
+"""A trained student as two files: `model.json` (what to build) and `model.safetensors` (its weights). No pickle."""
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from rbm_dist import storage
+from rbm_dist.errors import InputError
+from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
+
+_VERSION = 1
+
+
+def save_weights(url: str, model: nn.Module) -> storage.FileInfo:
+    """Write a model's weights."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    data = save_tensors(tensors)
+    with storage.atomic_writer(url) as stream:
+        stream.write(data)
+    return stream.info
+
+
+def load_weights(url: str, model: nn.Module) -> None:
+    """Fill a model with saved weights. Raises `InputError` if they are missing, damaged or of another model."""
+    fs, path = storage.filesystem(url)
+    try:
+        tensors = load_tensors(fs.cat_file(path))
+        model.load_state_dict(tensors)
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such file") from None
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{url}: not the weights of this model: {' '.join(str(error).split())[:500]}") from None
+
+
+def save_student(url: str, student: Student, facts: dict[str, Any]) -> None:
+    """Write a whole (unsharded) student. `facts` are the arguments of `empty_student`."""
+    save_weights(storage.join(url, "model.safetensors"), student)
+    storage.write_json(storage.join(url, "model.json"), {"version": _VERSION, **facts})
+
+
+def load_student(url: str) -> Student:
+    """Load a student for inference."""
+    facts = storage.read_json(storage.join(url, "model.json"))
+    if facts.pop("version", None) != _VERSION:
+        raise InputError(f"{url}/model.json: not a model of version {_VERSION}")
+    student = empty_student(**facts)
+    load_weights(storage.join(url, "model.safetensors"), student)
+    return student.eval()
+
+
+def empty_student(
+    kind: str, num_features: int, hidden: int, num_classes: int, num_layers: int, norm: str, num_experts: int, top_k: int
+) -> Student:
+    """A student of the right shape, to load weights into. `kind` is `mlp` or `rbm`."""
+    mlp = make_mlp(num_features, hidden, num_classes, num_layers, norm, dropout=0.0, seed=0)
+    if kind == "mlp":
+        return mlp
+    widths = [num_features, *[hidden] * (num_layers - 1)]
+    return mlp_to_rbm(mlp, [torch.zeros(num_experts, width) for width in widths], top_k)

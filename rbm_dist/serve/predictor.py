@@ -1,0 +1,82 @@
+"""Predictions of a student for the nodes of a graph, with the caller's own node ids."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rbm_dist import storage
+from rbm_dist.errors import InputError
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.student import Student
+
+_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Some nodes' predictions."""
+
+    orig_id: np.ndarray  # [n] int64, the source's node ids
+    cls: np.ndarray  # [n] int64
+    probability: np.ndarray  # [n, C] float32
+
+
+def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
+    """Predictions for all nodes, in chunks, part by part."""
+    for part in range(store.num_parts):
+        feat, orig_id = store.array("feat", part), store.array("orig_id", part)
+        for start in range(0, len(feat), _ROWS):
+            rows = slice(start, start + _ROWS)
+            with torch.inference_mode():
+                logits, _ = student(torch.from_numpy(np.array(feat[rows])))
+            probability = logits.softmax(1).numpy()
+            yield Predictions(np.array(orig_id[rows]), probability.argmax(1), probability)
+
+
+def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int) -> int:
+    """Write columns `node_id`, `class` and `probability` (a list of C); gives the number of rows."""
+    if not url.endswith((".parquet", ".pq")):
+        raise InputError(f"{url}: predictions are written as Parquet; name a file that ends in .parquet (--out)")
+    probability = pa.list_(pa.float32(), num_classes)
+    schema = pa.schema([("node_id", pa.int64()), ("class", pa.int32()), ("probability", probability)])
+    rows = 0
+    with storage.atomic_writer(url) as stream, pq.ParquetWriter(pa.PythonFile(_Sink(stream), mode="w"), schema) as writer:
+        for chunk in chunks:
+            flat = pa.array(chunk.probability.reshape(-1), pa.float32())
+            columns = [
+                pa.array(chunk.orig_id), pa.array(chunk.cls, pa.int32()),
+                pa.FixedSizeListArray.from_arrays(flat, num_classes),
+            ]  # fmt: skip
+            writer.write_table(pa.table(columns, schema=schema))
+            rows += len(chunk.orig_id)
+    return rows
+
+
+class _Sink:
+    """What pyarrow asks of a Python file, on top of a writer that only writes."""
+
+    closed = False
+
+    def __init__(self, stream: storage.HashingWriter):
+        self._stream = stream
+        self._position = 0
+
+    def write(self, data: bytes) -> int:
+        self._position += self._stream.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._position
+
+    def writable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+    def close(self) -> None:
+        """The stream below is closed by its own block."""

@@ -1,0 +1,1 @@
+"""What each stage reads, does and writes; their order; manifests."""

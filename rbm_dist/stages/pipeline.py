@@ -1,0 +1,117 @@
+"""The stages in order, and the loop that runs, skips or goes on with them."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+
+from rbm_dist import storage
+from rbm_dist.config import Config
+from rbm_dist.errors import InputError, disk_full
+from rbm_dist.report.metrics import MetricsWriter
+from rbm_dist.report.progress import ProgressBars
+from rbm_dist.runtime.cluster import ray_cluster
+from rbm_dist.runtime.progress import ProgressRelay
+from rbm_dist.stages import run as run_
+from rbm_dist.stages.evaluate import run_evaluate
+from rbm_dist.stages.partition import run_partition, run_source
+from rbm_dist.stages.run import Run, Stage
+from rbm_dist.stages.soft_labels import reset_soft_labels, run_soft_labels
+from rbm_dist.stages.student import run_student
+from rbm_dist.stages.teacher import run_teacher
+
+STAGES = [
+    Stage("source", "source", ("source",), run_source),
+    Stage("partition", "graph", ("partition",), run_partition),
+    Stage("teacher", "teacher", ("teacher",), run_teacher),
+    Stage("soft_labels", "soft_labels", ("soft_labels",), run_soft_labels, reset_soft_labels),
+    Stage("student", "student", ("student",), run_student),
+    Stage("evaluate", "evaluate", (), run_evaluate),
+]
+
+
+def run_stages(
+    config: Config, console: Console, until: str = "evaluate", address: str | None = None, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """Bring a run up to a stage; finished stages are skipped. Gives the results once all stages are done.
+
+    Raises `InputError` or `RunFailed`.
+    """
+    url = storage.absolute(config.run_dir)
+    wanted = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    with run_.locked(url):
+        if overwrite:
+            run_.discard_other_configuration(STAGES, config, url)
+        run_.refuse_other_configuration(STAGES, config, url)
+        storage.remove_temporary(url)
+        try:
+            _write_config(config, url)
+            todo = _skip_done(wanted, url, console)
+            if todo:
+                _work(todo, config, url, console, address)
+            return _results(url) if until == STAGES[-1].name else None
+        except OSError as error:
+            raise disk_full(error, str(error.filename or url)) or error from None
+
+
+def _skip_done(stages: list[Stage], url: str, console: Console) -> list[Stage]:
+    """The stages that still have work, after a line for each that has none."""
+    upstream = None
+    for index, stage in enumerate(stages):
+        if run_.state(stage, url, upstream) != "done":
+            return stages[index:]
+        console.print(f"  [green]✓[/] {stage.name}: done before")
+        upstream = run_.digest(stage, url)
+    return []
+
+
+def _work(stages: list[Stage], config: Config, url: str, console: Console, address: str | None) -> None:
+    before = STAGES.index(stages[0])
+    upstream = run_.digest(STAGES[before - 1], url) if before else None
+    metrics = MetricsWriter(url)
+    try:
+        with ray_cluster(config.cluster, address), ProgressBars(console) as bars:
+            for stage in stages:
+                state = run_.state(stage, url, upstream)
+                if state != "done":
+                    start = time.monotonic()
+                    if state == "new":
+                        run_.begin(stage, config, url, upstream)
+                    with ProgressRelay(bars, metrics) as relay:
+                        files = stage.work(Run(config, url, relay.reporter))
+                    relay.check()
+                    spent = time.monotonic() - start
+                    run_.finish(stage, url, files, spent)
+                    metrics.flush()
+                    resumed = " (went on from where it was)" if state == "started" else ""
+                    console.print(f"  [green]✓[/] {stage.name}: {spent:.1f} s{resumed}", highlight=False)
+                upstream = run_.digest(stage, url)
+    finally:
+        metrics.close()
+
+
+def _results(url: str) -> dict[str, Any]:
+    """`results.json`: written when the last stage is done, read ever after."""
+    path = storage.join(url, "results.json")
+    figures = storage.read_json(storage.join(url, "evaluate", "figures.json"))
+    results = {**figures, "seconds": run_.seconds(STAGES, url)}
+    if not storage.exists(path) or storage.read_json(path) != results:
+        storage.write_json(path, results)
+    return results
+
+
+def _write_config(config: Config, url: str) -> None:
+    """Keep the whole configuration beside the results, for people and for `predict`."""
+    storage.write_json(storage.join(url, "config.json"), config.model_dump(mode="json"))
+
+
+def open_finished(url: str) -> Config:
+    """The configuration of a finished run. Raises `InputError` if it is not one, or its files are damaged."""
+    url = storage.absolute(url)
+    path = storage.join(url, "config.json")
+    if not storage.exists(path):
+        raise InputError(f"{url}: not a run directory (no config.json)")
+    config = Config.model_validate(storage.read_json(path))
+    if _skip_done(STAGES[:-1], url, Console(quiet=True)):
+        raise InputError(f"{url}: the run has not finished its students; run the same `rbm-dist run` again first")
+    return config

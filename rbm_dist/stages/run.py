@@ -1,0 +1,172 @@
+"""A run: its directory, and the rule by which a stage is skipped, gone on with, or started.
+
+A stage owns one folder of the run directory. `config.json` is written there first (the configuration it was started
+with), `manifest.json` last (what it wrote, with checksums). So the same command again is the whole recovery story.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rbm_dist import __version__, storage
+from rbm_dist.config import Config, flatten
+from rbm_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from rbm_dist.runtime.progress import Reporter
+
+Files = dict[str, storage.FileInfo]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage gets: the configuration, where to write, whom to tell."""
+
+    config: Config
+    url: str
+    reporter: "Reporter"
+
+    def path(self, *names: str) -> str:
+        return storage.join(self.url, *names)
+
+    @property
+    def graph_url(self) -> str:
+        return self.path("graph")
+
+    @property
+    def timeout_s(self) -> float:
+        return self.config.cluster.timeout_s
+
+    def files_of(self, folder: str) -> Files:
+        """What a finished stage wrote, with checksums; paths relative to the run."""
+        return storage.read_json(self.path(folder, "manifest.json"))["files"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. `sections` are the parts of the configuration that decide what it computes."""
+
+    name: str
+    folder: str
+    sections: tuple[str, ...]
+    work: Callable[[Run], Files]  # gives the files it wrote, by path below the run
+    reset: Callable[[str], None] | None = None  # removes what it wrote outside its folder, given the run's URL
+
+    def identity(self, config: Config) -> dict[str, Any]:
+        tree = config.model_dump(mode="json")
+        return {"seed": tree["seed"]} | {section: tree[section] for section in self.sections}
+
+
+def state(stage: Stage, url: str, upstream: str | None) -> str:
+    """`done`, `started` or `new`. Raises `InputError` if a finished stage's files are damaged."""
+    started = _read(url, stage, "config.json")
+    manifest = _read(url, stage, "manifest.json")
+    if started is None or started["upstream"] != upstream:
+        return "new"
+    if manifest is None:
+        return "started"
+    if any(not storage.exists(storage.join(url, name)) for name in manifest["files"]):
+        return "new"
+    storage.verify(url, manifest["files"])
+    return "done"
+
+
+def refuse_other_configuration(stages: list[Stage], config: Config, url: str) -> None:
+    """Raise `InputError`, naming the keys, if the run directory was made by another configuration."""
+    differing = {}
+    for stage in stages:
+        started = _read(url, stage, "config.json")
+        if started is None:
+            continue
+        then, now = flatten(started["config"]), flatten(stage.identity(config))
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
+                differing[key] = f"  {key}: {_show(then, key)} there, {_show(now, key)} now"
+    if differing:
+        raise InputError(
+            f"{url}: this run directory was made by another configuration:\n"
+            + "\n".join(differing.values())
+            + "\nSet another run_dir, or give --overwrite to compute the stages concerned again"
+        )
+
+
+def discard_other_configuration(stages: list[Stage], config: Config, url: str) -> None:
+    """Delete what was computed with another configuration, and all that came after it."""
+    stale = False
+    for stage in stages:
+        started = _read(url, stage, "config.json")
+        stale = stale or (started is not None and flatten(started["config"]) != flatten(stage.identity(config)))
+        if stale:
+            clear(stage, url)
+
+
+def clear(stage: Stage, url: str) -> None:
+    """Delete what a stage wrote."""
+    if stage.reset:
+        stage.reset(url)
+    storage.remove(storage.join(url, stage.folder))
+
+
+def begin(stage: Stage, config: Config, url: str, upstream: str | None) -> None:
+    """Clear the stage's folder and note what it is started with."""
+    clear(stage, url)
+    storage.write_json(
+        storage.join(url, stage.folder, "config.json"), {"config": stage.identity(config), "upstream": upstream}
+    )
+
+
+def finish(stage: Stage, url: str, files: Files, seconds: float) -> None:
+    storage.write_json(
+        storage.join(url, stage.folder, "manifest.json"),
+        {"stage": stage.name, "rbm_dist": __version__, "seconds": round(seconds, 3), "finished": time.time(), "files": files},
+    )
+
+
+def digest(stage: Stage, url: str) -> str:
+    """A checksum of a finished stage's result, that stages downstream remember."""
+    files = storage.read_json(storage.join(url, stage.folder, "manifest.json"))["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def seconds(stages: list[Stage], url: str) -> dict[str, float]:
+    """How long each finished stage took."""
+    manifests = {stage.name: _read(url, stage, "manifest.json") for stage in stages}
+    return {name: manifest["seconds"] for name, manifest in manifests.items() if manifest is not None}
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Hold a local run directory; two drivers in one would undo each other's work. Raises `InputError` if it is held."""
+    if not storage.is_local(url):
+        yield
+        return
+    try:
+        Path(url).mkdir(parents=True, exist_ok=True)
+        handle = os.open(Path(url) / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise InputError(f"{url}: cannot write to the run directory (run_dir): {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(f"{url}: another rbm-dist is at work in this run directory") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read(url: str, stage: Stage, name: str) -> dict[str, Any] | None:
+    path = storage.join(url, stage.folder, name)
+    return storage.read_json(path) if storage.exists(path) else None
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"

@@ -1,0 +1,242 @@
+"""Files on any fsspec URL: written whole or not at all, with a checksum, and arrays that are memory-mapped.
+
+Local files are written under a temporary name and renamed; object stores commit on close. Arrays are plain `.npy`
+(never pickled). An array on remote storage is read through a local cache, addressed by its checksum.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from rbm_dist.errors import InputError, disk_full
+
+TEMPORARY = ".tmp-"
+_CHUNK = 1 << 22
+
+FileInfo = dict[str, Any]
+"""`{"bytes": int, "sha256": str}` of one file."""
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind a URL and the path inside it. Raises `InputError` for an unknown or unusable scheme."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{url}: cannot use this storage: {error}") from None
+
+
+def is_local(url: str) -> bool:
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
+def absolute(url: str) -> str:
+    """The URL with a relative local path made absolute, so that it means the same in every process."""
+    fs, path = filesystem(url)
+    return path if isinstance(fs, LocalFileSystem) else url
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join([url.rstrip("/"), *names])
+
+
+def exists(url: str) -> bool:
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def listdir(url: str) -> list[str]:
+    """Names in a directory, sorted; empty if it is not there."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+def remove(url: str) -> None:
+    """Delete a file or a whole directory; nothing if it is not there."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def remove_temporary(url: str) -> None:
+    """Delete what a killed writer left below a local directory. Object stores never show unfinished files."""
+    if is_local(url) and exists(url):
+        for leftover in Path(absolute(url)).rglob(f"*{TEMPORARY}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+class HashingWriter:
+    """A binary stream that counts and hashes what passes through it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        self._stream.write(data)
+        self._sha256.update(data)
+        self._bytes += len(data)
+        return len(data)
+
+    @property
+    def info(self) -> FileInfo:
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+
+@contextmanager
+def atomic_writer(url: str) -> Iterator[HashingWriter]:
+    """Write a file that appears complete when the block ends, and not at all if the block raises.
+
+    Raises `InputError` if the disk is full.
+    """
+    fs, path = filesystem(url)
+    local = isinstance(fs, LocalFileSystem)
+    try:
+        if local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
+            try:
+                with open(temporary, "wb") as stream:
+                    yield HashingWriter(stream)
+                os.replace(temporary, path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+        else:
+            stream = fs.open(path, "wb", autocommit=False)
+            try:
+                yield HashingWriter(stream)
+                stream.close()
+            except BaseException:
+                stream.discard()
+                raise
+            stream.commit()
+    except OSError as error:
+        raise disk_full(error, url) or error from None
+
+
+def write_json(url: str, value: Any) -> FileInfo:
+    with atomic_writer(url) as stream:
+        stream.write(json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
+    return stream.info
+
+
+def read_json(url: str) -> Any:
+    """Raises `InputError` if the file is missing or is not JSON."""
+    fs, path = filesystem(url)
+    try:
+        return json.loads(fs.cat_file(path))
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{url}: not valid JSON ({error}); the file was changed or cut off") from None
+
+
+def write_array(url: str, array: np.ndarray) -> FileInfo:
+    """Write one `.npy` array atomically."""
+    return write_chunks(url, array.dtype, array.shape, [array])
+
+
+def write_chunks(url: str, dtype: Any, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> FileInfo:
+    """Write one `.npy` array, given as chunks of its rows in order, in the memory of one chunk."""
+    rows = 0
+    with atomic_writer(url) as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(stream, header)
+        for chunk in chunks:
+            rows += len(chunk)
+            stream.write(np.ascontiguousarray(chunk, dtype=dtype).reshape(-1).view(np.uint8))
+        if rows != shape[0]:
+            raise ValueError(f"{url}: {rows} rows were written, {shape[0]} were announced")
+    return stream.info
+
+
+def open_array(url: str, info: FileInfo | None = None) -> np.ndarray:
+    """Memory-map a `.npy` array, read-only. A remote one is fetched once into the local cache (`info` addresses it).
+
+    Raises `InputError` if the file is missing, truncated or not an array.
+    """
+    path = absolute(url) if is_local(url) else _cached(url, info)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such file") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{url}: not a whole .npy array: {error}") from None
+
+
+def file_info(url: str) -> FileInfo:
+    """Size and checksum of a file, by reading it."""
+    fs, path = filesystem(url)
+    sha256, size = hashlib.sha256(), 0
+    with fs.open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            sha256.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": sha256.hexdigest()}
+
+
+def verify(base: str, files: dict[str, FileInfo]) -> None:
+    """Compare every file with its recorded size and checksum. Raises `InputError` naming the first that differs."""
+
+    def check(name: str) -> None:
+        url, expected = join(base, name), files[name]
+        try:
+            found = file_info(url)
+        except FileNotFoundError:
+            raise InputError(f"{url}: missing, though it was written; restore it or delete its folder") from None
+        if found["bytes"] != expected["bytes"]:
+            raise InputError(
+                f"{url}: truncated or changed: {found['bytes']:,} bytes, {expected['bytes']:,} were written. "
+                "Restore it, or delete its folder to compute it again"
+            )
+        if found["sha256"] != expected["sha256"]:
+            raise InputError(
+                f"{url}: damaged: its checksum is not the one that was written. "
+                "Restore it, or delete its folder to compute it again"
+            )
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in pool.map(check, sorted(files)):
+            pass
+
+
+def copy_in(local: str | Path, url: str) -> FileInfo:
+    """Copy a local file to a URL, atomically."""
+    with open(local, "rb") as source, atomic_writer(url) as stream:
+        while chunk := source.read(_CHUNK):
+            stream.write(chunk)
+    return stream.info
+
+
+def _cached(url: str, info: FileInfo | None) -> str:
+    fs, path = filesystem(url)
+    folder = Path(tempfile.gettempdir()) / f"rbm-dist-cache-{os.getuid()}"
+    name = info["sha256"] if info else hashlib.sha256(f"{url}{uuid.uuid4()}".encode()).hexdigest()
+    target = folder / f"{name}.npy"
+    if not target.exists():
+        try:
+            with fs.open(path, "rb") as source, atomic_writer(str(target)) as stream:
+                while chunk := source.read(_CHUNK):
+                    stream.write(chunk)
+                if info and stream.info != info:
+                    raise InputError(f"{url}: damaged or truncated: its checksum is not the one that was written")
+        except FileNotFoundError:
+            raise InputError(f"{url}: no such file") from None
+    return str(target)
