@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rbm_dist import __version__
 from rbm_dist.config import Config, load
-from rbm_dist.errors import InputError, RunFailed
+from rbm_dist.errors import InputError, RunError
 
 app = typer.Typer(
     help="Distil a graph neural network into a small, graph-free mixture of experts.",
@@ -29,16 +29,12 @@ Overwrite = Annotated[bool, typer.Option(help="Compute again what was made with 
 
 
 @app.command()
-def run(
-    config: ConfigPath, overrides: Overrides = None, address: Address = None, overwrite: Overwrite = False
-) -> None:
+def run(config: ConfigPath, overrides: Overrides = None, address: Address = None, overwrite: Overwrite = False) -> None:
     """Run all stages: source, partition, teacher, soft labels, student, evaluate. Run it again to go on."""
     _run_until("evaluate", config, overrides, address, overwrite)
 
 
-def _run_until(
-    stage: str, config_path: str, overrides: list[str] | None, address: str | None, overwrite: bool
-) -> None:
+def _run_until(stage: str, config_path: str, overrides: list[str] | None, address: str | None, overwrite: bool) -> None:
     config = load(config_path, overrides)
     console = Console()
     console.print(f"[bold]rbm-dist[/] {config_path} → {config.run_dir}", highlight=False)
@@ -116,7 +112,7 @@ def main() -> None:
     """Run a command; errors are one message on standard error and a true exit code."""
     try:
         app()
-    except (InputError, RunFailed) as error:
+    except (InputError, RunError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

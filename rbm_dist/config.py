@@ -8,16 +8,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from rbm_dist.errors import InputError
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+
+def _not_a_boolean(value: Any) -> Any:
+    # pydantic would read `lr: true` as 1.0.
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean", "Input should be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_not_a_boolean)
+Fraction = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Share = Annotated[float, Field(ge=0, le=1), _NUMBER]
+Positive = Annotated[int, Field(ge=1), _NUMBER]
+Count = Annotated[int, Field(ge=0), _NUMBER]
+Rate = Annotated[float, Field(gt=0), _NUMBER]
+Weight = Annotated[float, Field(ge=0), _NUMBER]
 # At least one layer; 0 draws nothing and -1 takes every in-neighbour.
-Fanout = Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(min_length=1)]
+Fanout = Annotated[tuple[Annotated[int, Field(ge=-1), _NUMBER], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -53,7 +65,9 @@ class NpzConfig(SourceSection):
 class PartitionConfig(Section):
     method: Literal["kaminpar", "random"] = "kaminpar"
     num_parts: Positive = 4
-    imbalance: Annotated[float, Field(gt=0, le=1)] = Field(0.03, description="how far a part may exceed the mean size")
+    imbalance: Annotated[float, Field(gt=0, le=1), _NUMBER] = Field(
+        0.03, description="how far a part may exceed the mean size"
+    )
 
 
 class TeacherConfig(Section):
@@ -79,7 +93,7 @@ class SoftLabelsConfig(Section):
 class StudentConfig(Section):
     models: tuple[Literal["mlp", "rbm"], ...] = Field(("mlp", "rbm"), min_length=1)
     hidden: Positive = 128
-    num_layers: Annotated[int, Field(ge=1)] = 2
+    num_layers: Positive = 2
     norm: Literal["layer", "batch", "none"] = "layer"
     dropout: Fraction = 0.1
     lr: Rate = 0.005
@@ -87,7 +101,7 @@ class StudentConfig(Section):
     epochs: Positive = Field(120, description="passes over the nodes, pre-training included")
     batch_size: Positive = Field(512, description="nodes per optimiser step, over all workers")
     temperature: Rate = Field(1.0, description="softens teacher and student alike")
-    label_weight: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the true labels in the loss")
+    label_weight: Share = Field(0.0, description="share of the true labels in the loss")
     num_experts: Positive = 8
     top_k: Positive = 3
     pretrain_epochs: Positive = Field(30, description="epochs in which the RbM is still one plain network")
@@ -118,10 +132,11 @@ class ClusterConfig(Section):
         None, description="workers that share one set of experts; default: all. Must divide train_workers"
     )
     memory_store: Literal["actor", "in_process"] = Field(
-        "actor", description="where the routing memory lives: one Ray actor, or a copy per worker kept equal by all-reduce"
+        "actor",
+        description="where the routing memory lives: one Ray actor, or a copy per worker kept equal by all-reduce",
     )
     checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="times that lost workers are replaced")
+    max_failures: Count = Field(3, description="times that lost workers are replaced")
     timeout_s: Rate = Field(300.0, description="longest wait for another worker, in seconds")
     sampler: Literal["numba", "pyg_lib", "torch_sparse"] = "numba"
 
@@ -137,8 +152,8 @@ class ClusterConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    run_dir: str = Field(description="where everything is written; any fsspec URL")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: str = Field(min_length=1, description="where everything is written; any fsspec URL")
+    seed: Annotated[int, Field(ge=0, lt=2**31), _NUMBER] = 0
     source: Annotated[DigitsConfig | NpzConfig, Field(discriminator="kind")] = DigitsConfig()
     partition: PartitionConfig = PartitionConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -168,9 +183,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the configuration: {_reason(error)}") from None
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date of month 13
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a configuration is a mapping of keys to values, found {type(tree).__name__}")
     overridden = [_apply(tree, item) for item in overrides or []]
@@ -198,7 +214,7 @@ def _apply(tree: dict[str, Any], item: str) -> str:
         raise InputError(f"command line: '{item}' is not of the form key=value, such as student.num_experts=16")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"command line: {key}: '{value}' is not a YAML value") from None
     for name in names[:-1]:
         child = tree.setdefault(name, {})
@@ -221,10 +237,18 @@ def _messages(error: ValidationError, path: str, overridden: list[str]) -> list[
             "extra_forbidden": "unknown key",
             "missing": "missing; set it in the file or on the command line",
             "union_tag_not_found": "kind is missing; it is one of digits, npz",
+            "union_tag_invalid": f"kind is {item.get('ctx', {}).get('tag')!r}; it is one of digits, npz",
         }.get(item["type"], item["msg"].removeprefix("Value error, "))
-        if item["type"] not in ("extra_forbidden", "missing", "union_tag_not_found", "value_error"):
+        if item["type"] not in (
+            "extra_forbidden",
+            "missing",
+            "union_tag_not_found",
+            "union_tag_invalid",
+            "value_error",
+        ):
             reason += f", found {item['input']!r}"
-        origin = f"{path} (and the command line)" if key in overridden else path
+        given = any(key == name or key.startswith(f"{name}.") for name in overridden)
+        origin = f"{path} (and the command line)" if given else path
         # A rule over several keys already names its key.
         whole = item["type"] == "value_error"
         messages.append(f"{origin}: {reason}" if whole else f"{origin}: {key}: {reason}")

@@ -10,7 +10,7 @@ class InputError(Exception):
     """What the user gave cannot be used. The message says what was wrong, where, and what to do. Exit code 2."""
 
 
-class RunFailed(Exception):
+class RunError(Exception):
     """The run was asked for correctly but did not finish (a lost worker, a missed deadline). Exit code 1."""
 
 

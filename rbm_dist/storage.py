@@ -1,9 +1,10 @@
 """Files on any fsspec URL: written whole or not at all, with a checksum, and arrays that are memory-mapped.
 
-Local files are written under a temporary name and renamed; object stores commit on close. Arrays are plain `.npy`
+Files are written under a temporary name and renamed; object stores commit on close. Arrays are plain `.npy`
 (never pickled). An array on remote storage is read through a local cache, addressed by its checksum.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 from rbm_dist.errors import InputError, disk_full
 
 TEMPORARY = ".tmp-"
+# File systems that show a file only when it is committed. On all others it is written under another name first.
+_COMMITTING = {"s3", "gs", "abfs"}
 _CHUNK = 1 << 22
 
 FileInfo = dict[str, Any]
@@ -32,9 +35,11 @@ FileInfo = dict[str, Any]
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind a URL and the path inside it. Raises `InputError` for an unknown or unusable scheme."""
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise InputError(f"{url}: cannot use this storage: {error}") from None
+    fs.dircache.use_listings_cache = False  # other processes write here too
+    return fs, path
 
 
 def is_local(url: str) -> bool:
@@ -59,7 +64,6 @@ def exists(url: str) -> bool:
 def listdir(url: str) -> list[str]:
     """Names in a directory, sorted; empty if it is not there."""
     fs, path = filesystem(url)
-    fs.invalidate_cache()
     if not fs.exists(path):
         return []
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
@@ -75,7 +79,7 @@ def remove(url: str) -> None:
 def remove_temporary(url: str) -> None:
     """Delete what a killed writer left below a local directory. Object stores never show unfinished files."""
     if is_local(url) and exists(url):
-        for leftover in Path(absolute(url)).rglob(f"*{TEMPORARY}*"):
+        for leftover in list(Path(absolute(url)).rglob(f"*{TEMPORARY}*")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
@@ -103,32 +107,57 @@ class HashingWriter:
 def atomic_writer(url: str) -> Iterator[HashingWriter]:
     """Write a file that appears complete when the block ends, and not at all if the block raises.
 
-    Raises `InputError` if the disk is full.
+    Raises `InputError` if the disk is full or the place cannot be written to.
     """
     fs, path = filesystem(url)
     local = isinstance(fs, LocalFileSystem)
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    commits = bool(protocols & _COMMITTING)
+    temporary = path if commits else f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
+    stream: Any = None
     try:
-        if local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
-            try:
-                with open(temporary, "wb") as stream:
-                    yield HashingWriter(stream)
+        with _explained(url):
+            if local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            stream = fs.open(temporary, "wb", autocommit=not commits)
+        yield HashingWriter(stream)
+        with _explained(url):
+            stream.close()
+            if commits:
+                stream.commit()
+            elif local:
                 os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        else:
-            stream = fs.open(path, "wb", autocommit=False)
-            try:
-                yield HashingWriter(stream)
-                stream.close()
-            except BaseException:
-                stream.discard()
-                raise
-            stream.commit()
+            else:
+                fs.mv(temporary, path)
+    except BaseException as error:
+        if stream is not None:
+            _discard(fs, stream, temporary, commits)
+        if isinstance(error, OSError):
+            raise disk_full(error, url) or error from None
+        raise
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what the user can cause (a folder that is not there or not theirs) into an `InputError`."""
+    try:
+        yield
     except OSError as error:
-        raise disk_full(error, url) or error from None
+        kinds = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+        if isinstance(error, kinds) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
+            raise InputError(f"{url}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def _discard(fs: fsspec.AbstractFileSystem, stream: Any, temporary: str, commits: bool) -> None:
+    """Leave nothing of an unfinished file."""
+    with suppress(OSError):  # such as a full disk, when the rest of a buffer is written
+        if commits:
+            stream.discard()
+        else:
+            stream.close()
+    if not commits and fs.exists(temporary):
+        fs.rm_file(temporary)
 
 
 def write_json(url: str, value: Any) -> FileInfo:
@@ -161,6 +190,8 @@ def write_chunks(url: str, dtype: Any, shape: tuple[int, ...], chunks: Iterable[
         np.lib.format.write_array_header_2_0(stream, header)
         for chunk in chunks:
             rows += len(chunk)
+            if chunk.shape[1:] != tuple(shape[1:]):
+                raise ValueError(f"{url}: rows of shape {chunk.shape[1:]} were written, {shape[1:]} were announced")
             stream.write(np.ascontiguousarray(chunk, dtype=dtype).reshape(-1).view(np.uint8))
         if rows != shape[0]:
             raise ValueError(f"{url}: {rows} rows were written, {shape[0]} were announced")
@@ -174,11 +205,14 @@ def open_array(url: str, info: FileInfo | None = None) -> np.ndarray:
     """
     path = absolute(url) if is_local(url) else _cached(url, info)
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{url}: no such file") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy parses the header, and raises many kinds on a damaged one
         raise InputError(f"{url}: not a whole .npy array: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{url}: not a .npy array but an archive")
+    return array
 
 
 def file_info(url: str) -> FileInfo:

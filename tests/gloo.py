@@ -12,10 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+# Ranks are forked from a server that has imported the slow packages once.
+mp.set_forkserver_preload(["rbm_dist.stages.student"])
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(rank, *args)` on `world_size` ranks of one gloo group; an exception on any rank is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world_size, folder, function, args), nprocs=world_size, start_method="spawn")
+        mp.start_processes(_rank, (world_size, folder, function, args), nprocs=world_size, start_method="forkserver")
         return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 

@@ -20,8 +20,9 @@ class PartBatches:
 
     @property
     def num_steps(self) -> int:
-        """Steps per epoch."""
-        return -(-sum(map(len, self.nodes)) // self.batch_size)
+        """Steps per epoch. At most the nodes of the largest part, so that no step is empty."""
+        rows = [len(nodes) for nodes in self.nodes]
+        return min(-(-sum(rows) // self.batch_size), max(rows, default=0))
 
     def global_rows(self, step: int) -> int:
         """Rows of a step over all parts."""
@@ -33,7 +34,8 @@ class PartBatches:
         if epoch is not None:
             orders = {part: generator(seed, epoch, part).permutation(nodes) for part, nodes in orders.items()}
         return [
-            [order[slice(*self._share(len(order), step))] for order in orders.values()] for step in range(self.num_steps)
+            [order[slice(*self._share(len(order), step))] for order in orders.values()]
+            for step in range(self.num_steps)
         ]
 
     def _share(self, rows: int, step: int) -> tuple[int, int]:

@@ -57,10 +57,10 @@ def problem(indptr: np.ndarray, indices: np.ndarray, num_nodes: int, num_sources
         return f"indptr has {len(indptr):,} entries, {num_nodes:,} rows need {num_nodes + 1:,}"
     if indptr[0] != 0 or indptr[-1] != len(indices):
         return f"indptr runs from {indptr[0]} to {indptr[-1]}, but there are {len(indices):,} indices"
-    falls = np.flatnonzero(np.diff(indptr) < 0)
+    falls = np.flatnonzero(indptr[1:] < indptr[:-1])  # a difference of unsigned integers would never be negative
     if len(falls):
         return f"indptr decreases after row {falls[0]}"
-    outside = np.flatnonzero((indices < 0) | (indices >= num_sources))
-    if len(outside):
+    if len(indices) and (indices.min() < 0 or indices.max() >= num_sources):
+        outside = np.flatnonzero((indices < 0) | (indices >= num_sources))
         return f"{len(outside):,} indices are out of range, first {indices[outside[0]]} (valid: 0 to {num_sources - 1})"
     return None

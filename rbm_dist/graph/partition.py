@@ -32,7 +32,7 @@ def random_parts(csc: Csc, num_parts: int, imbalance: float, seed: int) -> np.nd
 
 
 def kaminpar_parts(csc: Csc, num_parts: int, imbalance: float, seed: int) -> np.ndarray:
-    """KaMinPar's `fast` preset on the undirected graph (Gottesbüren et al., "Deep Multilevel Graph Partitioning", 2021).
+    """KaMinPar's `fast` preset on the undirected graph (Gottesbüren et al., Deep Multilevel Graph Partitioning, 2021).
 
     One thread: with more, its result depends on their timing, and a run that was killed could not be repeated.
     """
@@ -60,7 +60,7 @@ def edge_cut(csc: Csc, part_N: np.ndarray) -> int:
 def _write_parhip(path: Path, graph: Csc) -> None:
     # ParHIP binary: version (3: unweighted, 64 bit), n, m, then n + 1 offsets in bytes, then the targets.
     header = np.array([3, graph.num_nodes, graph.num_edges], np.uint64)
-    offsets = (np.uint64(header.nbytes + 8 * (graph.num_nodes + 1)) + graph.indptr.astype(np.uint64) * np.uint64(8))
+    offsets = np.uint64(header.nbytes + 8 * (graph.num_nodes + 1)) + graph.indptr.astype(np.uint64) * np.uint64(8)
     with open(path, "wb") as stream:
         header.tofile(stream)
         offsets.tofile(stream)

@@ -68,9 +68,7 @@ class NumbaSampler:
         finally:
             for ids in found:
                 _unmark(self._position, ids)
-        return Sample(
-            np.concatenate(found), _concatenate(all_src), _concatenate(all_dst), nodes_per_hop, edges_per_hop
-        )
+        return Sample(np.concatenate(found), _concatenate(all_src), _concatenate(all_dst), nodes_per_hop, edges_per_hop)
 
     def _hop(self, frontier: np.ndarray, width: int, key: np.uint64) -> tuple[np.ndarray, np.ndarray]:
         """Sampled in-edges of every frontier node: how many, and their sources, in the order of the frontier."""

@@ -31,7 +31,9 @@ def write_source(url: str, graph: SourceGraph) -> dict[str, storage.FileInfo]:
     """Stage a source's arrays in its own node order, for the partitioner and the shards to read."""
     num_nodes = graph.csc.num_nodes
     whole = {"indptr": graph.csc.indptr, "indices": graph.csc.indices, "label": graph.label, "split": graph.split}
-    files = {f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), array) for name, array in whole.items()}
+    files = {
+        f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), array) for name, array in whole.items()
+    }
     shape = (num_nodes, graph.num_features)
     files["feat.npy"] = storage.write_chunks(storage.join(url, "feat.npy"), np.float32, shape, graph.feat_chunks())
     return files
@@ -78,7 +80,9 @@ def write_part(url: str, part: int, source: StagedSource, numbering: Numbering) 
     indptr, indices = _in_edges(source.csc, nodes, numbering.new_id)
     files = {}
 
-    def write(name: str, dtype: np.dtype, row: tuple[int, ...], chunks: Iterator[np.ndarray] | list[np.ndarray]) -> None:
+    def write(
+        name: str, dtype: np.dtype, row: tuple[int, ...], chunks: Iterator[np.ndarray] | list[np.ndarray]
+    ) -> None:
         path = f"{part_name(part)}/{name}.npy"
         rows = len(indptr) if name == "indptr" else len(indices) if name == "indices" else len(nodes)
         files[path] = storage.write_chunks(storage.join(url, path), dtype, (rows, *row), chunks)
@@ -96,7 +100,12 @@ def write_part(url: str, part: int, source: StagedSource, numbering: Numbering) 
 
 
 def write_index(
-    url: str, numbering: Numbering, source: StagedSource, num_classes: int, files: dict[str, storage.FileInfo], edge_cut: int
+    url: str,
+    numbering: Numbering,
+    source: StagedSource,
+    num_classes: int,
+    files: dict[str, storage.FileInfo],
+    edge_cut: int,
 ) -> None:
     """Write `graph.json`: from here on the graph is there."""
     arrays = {"feat": source.feat, "label": source.label, "split": source.split}

@@ -4,8 +4,6 @@ Self-loops and duplicate edges are dropped (and counted), isolated nodes are kep
 """
 
 import io
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,9 +99,9 @@ def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
         raise InputError(f"{path}: attr_shape: {attr.shape[0]:,} feature rows for {num_nodes:,} nodes")
     if attr.shape[1] == 0:
         raise InputError(f"{path}: attr_shape: nodes have no features; a graph-free student needs some")
-    if attr.data.dtype.kind not in "fiub":
-        raise InputError(f"{path}: attr_data: features must be numbers, found dtype {attr.data.dtype}")
-    bad = np.flatnonzero(~np.isfinite(attr.data.astype(np.float32)))
+    with np.errstate(over="ignore"):
+        attr.data = attr.data.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(attr.data))
     if len(bad):
         row = int(np.searchsorted(attr.indptr, bad[0], side="right")) - 1
         raise InputError(
@@ -139,7 +137,8 @@ def _assemble(
         for start in range(0, num_nodes, _FEATURE_ROWS):
             rows = attr[start : start + _FEATURE_ROWS].toarray().astype(np.float32)
             if normalize == "row":
-                rows /= np.maximum(np.abs(rows).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+                sums = np.abs(rows).sum(axis=1, dtype=np.float64, keepdims=True)
+                rows /= np.maximum(sums, np.finfo(np.float32).tiny)
             yield rows
 
     return SourceGraph(
@@ -157,20 +156,34 @@ def _assemble(
 def _load_npz(path: str) -> dict[str, np.ndarray]:
     fs, inner = storage.filesystem(path)
     required = [f"{kind}_{part}" for kind in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
+    required.append("labels")
     try:
-        with np.load(io.BytesIO(fs.cat_file(inner)), allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: not an .npz archive")
-            missing = [name for name in [*required, "labels"] if name not in archive.files]
-            if missing:
-                raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
-            return {name: archive[name] for name in archive.files}
+        content = fs.cat_file(inner)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file (source.path)") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, AttributeError) as error:
-        raise InputError(f"{path}: not a whole .npz archive of plain arrays: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        archive = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # of many kinds: zipfile's, zlib's, numpy's
+        raise InputError(f"{path}: not a whole .npz archive: {error}") from None
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise InputError(f"{path}: not an .npz archive")
+    missing = [name for name in required if name not in archive.files]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
+    masks = [f"{name}_mask" for name in SPLIT_NAMES.values() if f"{name}_mask" in archive.files]
+    return {name: _member(archive, name, path) for name in [*required, *masks]}
+
+
+def _member(archive: Any, name: str, path: str) -> np.ndarray:
+    try:
+        array = archive[name]
+    except Exception as error:  # of many kinds, as above
+        raise InputError(f"{path}: {name}: not a whole, plain array: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: {name}: not an array")
+    return array
 
 
 def _csr(arrays: dict[str, np.ndarray], kind: str, path: str) -> sp.csr_array:
@@ -182,7 +195,11 @@ def _csr(arrays: dict[str, np.ndarray], kind: str, path: str) -> sp.csr_array:
     if wrong:
         raise InputError(f"{path}: {kind}: {wrong}")
     if data.shape != indices.shape:
-        raise InputError(f"{path}: {kind}_data: {data.size:,} values for {indices.size:,} indices")
+        raise InputError(f"{path}: {kind}_data: shape {data.shape}, but {kind}_indices has shape {indices.shape}")
+    if data.dtype.kind not in "fiub":
+        raise InputError(f"{path}: {kind}_data: values must be numbers, found dtype {data.dtype}")
+    if data.dtype == np.float16:  # unknown to scipy.sparse
+        data = data.astype(np.float32)
     return sp.csr_array((data, indices, indptr), shape=(rows, columns))
 
 
@@ -221,12 +238,16 @@ def _masks(arrays: dict[str, np.ndarray], label: np.ndarray, path: str) -> np.nd
     if not present:
         return None
     if len(present) < len(names):
-        raise InputError(f"{path}: {', '.join(present)} without {', '.join(sorted(set(names.values()) - set(present)))}")
+        raise InputError(
+            f"{path}: {', '.join(present)} without {', '.join(sorted(set(names.values()) - set(present)))}"
+        )
     split = np.full(len(label), NO_SPLIT, np.int8)
     for code, name in names.items():
         mask: Any = arrays[name]
         if mask.dtype != bool or mask.shape != label.shape:
-            raise InputError(f"{path}: {name}: {len(label)} booleans expected, found {mask.dtype} of shape {mask.shape}")
+            raise InputError(
+                f"{path}: {name}: {len(label)} booleans expected, found {mask.dtype} of shape {mask.shape}"
+            )
         for other, trouble in ((mask & (split != NO_SPLIT), "is in two splits"), (mask & (label < 0), "has no label")):
             if np.any(other):
                 raise InputError(f"{path}: {name}: node {int(np.flatnonzero(other)[0])} {trouble}")

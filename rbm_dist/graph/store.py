@@ -38,7 +38,7 @@ class GraphStore:
     def open(cls, url: str, sampler: str = "numba", verify: bool = False) -> "GraphStore":
         """Open the graph at `url`.
 
-        Raises `InputError` if it is not there, of another version, or (with `verify`) if a file differs from its checksum.
+        Raises `InputError` if it is not there, of another version, or (with `verify`) if a file is damaged.
         """
         index = storage.read_json(storage.join(url, "graph.json"))
         if not isinstance(index, dict) or index.get("version") != VERSION:
@@ -69,7 +69,12 @@ class GraphStore:
         return self._arrays[name, part]
 
     def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory."""
+        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory.
+
+        Raises `ValueError` if an id is out of range.
+        """
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_nodes):
+            raise ValueError(f"ids must lie in [0, {self.num_nodes})")
         first = self.array(name, 0)
         if self.num_parts == 1:
             return first[ids]
@@ -92,9 +97,7 @@ class GraphStore:
     ) -> storage.FileInfo:
         """Write one part's rows of a new array, given in chunks in the order of `ids(part)`."""
         rows = int(self.offsets[part + 1] - self.offsets[part])
-        return storage.write_chunks(
-            storage.join(self.url, part_name(part), f"{name}.npy"), dtype, (rows, *row), chunks
-        )
+        return storage.write_chunks(storage.join(self.url, part_name(part), f"{name}.npy"), dtype, (rows, *row), chunks)
 
     def publish(self, name: str, files: list[storage.FileInfo]) -> None:
         """Declare an added array complete; `files` holds `write_part`'s result for every part, in order."""

@@ -38,4 +38,6 @@ class GlobalBatchNorm(nn.Module):
 
 def make_norm(name: str, width: int) -> nn.Module:
     """`layer`, `batch` or `none`."""
-    return {"layer": nn.LayerNorm, "batch": GlobalBatchNorm, "none": lambda _: nn.Identity()}[name](width)
+    if name == "none":
+        return nn.Identity()
+    return nn.LayerNorm(width) if name == "layer" else GlobalBatchNorm(width)

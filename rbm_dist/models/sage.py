@@ -1,6 +1,7 @@
 """The teacher: GraphSAGE (Hamilton et al., 2017) with mean aggregation, on sampled neighbourhoods or layer by layer."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Sage(nn.Module):
     def __init__(self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float):
         super().__init__()
         widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
-        self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in pairwise(widths))
         self.dropout = dropout
 
     @property
@@ -49,10 +50,6 @@ class Sage(nn.Module):
             x_sD = keyed_dropout(x_sD, key_s, self.dropout)
         out = self.convs[layer]((x_sD, x_sD[:num_dst]), edge_2m)
         return out if layer == self.num_layers - 1 else out.relu()
-
-    def state_width(self, layer: int) -> int:
-        """The width of the states that a layer puts out."""
-        return int(self.convs[layer].out_channels)
 
 
 def init_sage(num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int) -> Sage:

@@ -6,6 +6,7 @@ starts as a copy of the dense layer, the weights of a row's experts sum to one, 
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,12 @@ class RoutedLayer(nn.Module):
     """A mixture of linear experts, routed by a memory: `exp(t) · Σ_j stopgrad(a_j) · Linear_{e_j}(dropout(x))`."""
 
     def __init__(
-        self, memory_ED: Tensor, experts: StackedExperts, top_k: int, dropout: float, dispatcher: Dispatcher | None = None
+        self,
+        memory_ED: Tensor,
+        experts: StackedExperts,
+        top_k: int,
+        dropout: float,
+        dispatcher: Dispatcher | None = None,
     ):
         super().__init__()
         self.memory_ED: Tensor
@@ -61,8 +67,12 @@ class RoutedLayer(nn.Module):
         routed = self.dispatcher.dispatch(x_BD, routing.experts_Bk, routing.weights_Bk.detach(), key_B)
         key_R = None if routed.key_R is None else derive_keys(routed.key_R, routed.expert_R)
         outputs_RO = self.experts(keyed_dropout(routed.rows_RD, key_R, self.dropout), routed.counts_L)
-        scale = self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
-        return scale * self.dispatcher.combine(outputs_RO, routed.meta), Trace(x_BD, routing)
+        return self.scale * self.dispatcher.combine(outputs_RO, routed.meta), Trace(x_BD, routing)
+
+    @property
+    def scale(self) -> Tensor:
+        """The output scale, `exp(min(t, log 100))`."""
+        return self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
 
 
 class Student(nn.Module):
@@ -112,12 +122,15 @@ def make_mlp(
     widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[nn.Module] = [DenseLayer(d, o, dropout) for d, o in zip(widths, widths[1:], strict=False)]
+        layers: list[nn.Module] = [DenseLayer(d, o, dropout) for d, o in pairwise(widths)]
     return Student(layers, [make_norm(norm, hidden) for _ in range(num_layers - 1)])
 
 
 def mlp_to_rbm(
-    mlp: Student, memories: list[Tensor], top_k: int, dispatchers: list[Dispatcher] | None = None,
+    mlp: Student,
+    memories: list[Tensor],
+    top_k: int,
+    dispatchers: list[Dispatcher] | None = None,
     num_local: int | None = None,
 ) -> Student:
     """An RbM that computes, without dropout, what the MLP computes.

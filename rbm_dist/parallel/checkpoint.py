@@ -6,7 +6,6 @@ that a damaged one can be passed over.
 """
 
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -88,10 +87,8 @@ def load(folder: str, state: dict[str, Tensor], mesh: Mesh | None = None) -> Non
             raise _explain(error, folder) from None
 
 
-def sharded(
-    model: nn.Module, tensors: dict[str, Tensor], num_experts: int, mesh: Mesh
-) -> dict[str, Tensor]:
-    """Tensors that are named like the model's parameters, sharing their memory: experts' as `DTensor`s over their ranks."""
+def sharded(model: nn.Module, tensors: dict[str, Tensor], num_experts: int, mesh: Mesh) -> dict[str, Tensor]:
+    """Tensors named like the model's parameters, sharing their memory: experts' as `DTensor`s over their ranks."""
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StackedExperts))
     if mesh.expert_group is None or not prefixes:
         return tensors

@@ -44,6 +44,8 @@ class MetricsWriter:
         folder = self._folder / "tensorboard" / loop
         if epoch == 0:
             shutil.rmtree(folder, ignore_errors=True)
+            if not self._local:
+                storage.remove(storage.join(self._run_url, "tensorboard", loop))
         self._boards[loop] = SummaryWriter(str(folder), purge_step=epoch)
 
     def write(self, loop: str, epoch: int, metrics: dict[str, float]) -> None:

@@ -4,10 +4,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from rbm_dist.errors import InputError, RunFailed, disk_full
+from rbm_dist.errors import InputError, RunError, disk_full
 
 
-def explain(error: BaseException, stage: str) -> InputError | RunFailed:
+def explain(error: BaseException, stage: str) -> InputError | RunError:
     """The error for a person; the original's text is kept when its cause is not one we know."""
     causes: dict[str, BaseException] = {"": error}
     if isinstance(error, WorkerGroupError):
@@ -21,7 +21,7 @@ def explain(error: BaseException, stage: str) -> InputError | RunFailed:
         if isinstance(cause, OSError) and (full := disk_full(cause, str(cause.filename or "the run directory"))):
             return full
     details = "; ".join(f"{who}: {_text(cause)}" if who else _text(cause) for who, cause in named.items())
-    return RunFailed(f"{stage}: {details}. Run the same command again to go on from the last checkpoint")
+    return RunError(f"{stage}: {details}. Run the same command again to go on from the last checkpoint")
 
 
 RAY_FAILURES = (RayError, TrainingFailedError)

@@ -1,8 +1,8 @@
 """The routing memory in one Ray actor: the central memory store of a training group.
 
-Every rank pushes its sums for a version; when all are in, the actor writes the memory once and hands every rank the next
-version. Sums are added in rank order, so the result does not depend on who came first. The actor belongs to rank 0: it
-ends with the group, and the next group starts a fresh one from the checkpoint.
+Every rank pushes its sums for a version; when all are in, the actor writes the memory once and hands every rank the
+next version. Sums are added in rank order, so the result does not depend on who came first. The actor belongs to rank
+0: it ends with the group, and the next group starts a fresh one from the checkpoint.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.exceptions import GetTimeoutError
 from torch import Tensor
 
-from rbm_dist.errors import RunFailed
+from rbm_dist.errors import RunError
 from rbm_dist.moe.memory import InProcessMemoryStore, MemoryStore, RoutingMemory
 from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
@@ -41,7 +41,8 @@ class ActorMemoryStore:
         name = [f"routing-memory-{uuid.uuid4().hex}"]
         if mesh.rank == 0:
             settings = {"decay": decay, "self_similarity": self_similarity, "lr": lr}
-            self._actor = _MemoryActor.options(name=name[0]).remote(mesh.world_size, settings, timeout_s)
+            actor = ray.remote(num_cpus=0)(_MemoryActor).options(name=name[0])
+            self._actor = actor.remote(mesh.world_size, settings, timeout_s)
             ray.get(self._actor.ready.remote(), timeout=timeout_s)
         if mesh.world_group is not None:
             dist.broadcast_object_list(name, src=0, group=mesh.world_group)
@@ -81,13 +82,12 @@ class ActorMemoryStore:
         try:
             return ray.get(ref, timeout=self._timeout_s + _GRACE_S)
         except GetTimeoutError:
-            raise RunFailed(f"routing memory: rank {self._mesh.rank} had no answer for {self._timeout_s:g} s") from None
+            raise RunError(f"routing memory: rank {self._mesh.rank} had no answer for {self._timeout_s:g} s") from None
 
     def _unpack(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(self._mesh.device)
 
 
-@ray.remote(num_cpus=0)
 class _MemoryActor:
     def __init__(self, world_size: int, settings: dict[str, float], timeout_s: float):
         torch.set_num_threads(1)
@@ -120,12 +120,10 @@ class _MemoryActor:
                 self._pushed.clear()
                 self._changed.notify_all()
             try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: self._memory.version > version), self._timeout_s
-                )
-            except asyncio.TimeoutError:
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._memory.version > version), self._timeout_s)
+            except TimeoutError:
                 missing = sorted(set(range(self._world_size)) - set(self._pushed))
-                raise RunFailed(
+                raise RunError(
                     f"routing memory: version {version}: nothing from rank(s) {missing} for {self._timeout_s:g} s"
                 ) from None
         return await self.current()

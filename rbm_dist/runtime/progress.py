@@ -33,7 +33,6 @@ class Reporter:
         self._actor.put.remote({"kind": "metrics", "loop": loop, "epoch": epoch, "metrics": metrics})
 
 
-@ray.remote(num_cpus=0, max_concurrency=4)
 class _Mailbox:
     def __init__(self) -> None:
         self._messages: deque[dict[str, Any]] = deque()
@@ -50,7 +49,7 @@ class ProgressRelay:
 
     def __init__(self, bars: ProgressBars, metrics: MetricsWriter):
         self._bars, self._metrics = bars, metrics
-        self._actor = _Mailbox.remote()
+        self._actor = ray.remote(num_cpus=0)(_Mailbox).remote()
         self.reporter = Reporter(self._actor)
         self._added: dict[str, int] = {}
         self._stop = threading.Event()

@@ -13,7 +13,7 @@ _RETRIES = 3  # of work lost with its node or process; an exception of the work 
 def run_tasks(stage: str, function: Callable[..., Any], arguments: list[tuple], timeout_s: float) -> list[Any]:
     """Call `function(*arguments[i])` for every i in Ray tasks; results in order.
 
-    `timeout_s` bounds the wait for the next result. Raises `InputError` or `RunFailed`.
+    `timeout_s` bounds the wait for the next result. Raises `InputError` or `RunError`.
     """
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
     return _collect(stage, [remote.remote(*args) for args in arguments], timeout_s)
@@ -29,9 +29,9 @@ def run_on_parts(
     actor = ray.remote(
         num_cpus=1, num_gpus=1 if use_gpu else 0, max_restarts=_RETRIES, max_task_retries=_RETRIES
     )(_PartActor)  # fmt: skip
-    actors = [actor.remote(make_worker) for _ in range(min(num_workers, len(parts)))]
+    actors = [actor.remote() for _ in range(min(num_workers, len(parts)))]
     try:
-        work = [actors[index % len(actors)].run.remote(part) for index, part in enumerate(parts)]
+        work = [actors[index % len(actors)].run.remote(make_worker, part) for index, part in enumerate(parts)]
         return _collect(stage, work, timeout_s)
     finally:
         for each in actors:
@@ -39,13 +39,12 @@ def run_on_parts(
 
 
 class _PartActor:
-    def __init__(self, make_worker: Callable[[], Any]):
-        self._make_worker = make_worker
+    def __init__(self) -> None:
         self._worker: Any = None
 
-    def run(self, part: int) -> Any:
-        # Built here and not in __init__, where an InputError would arrive wrapped in the actor's death.
-        self._worker = self._worker or self._make_worker()
+    def run(self, make_worker: Callable[[], Any], part: int) -> Any:
+        # Not built in __init__, where an InputError would arrive wrapped in the actor's death.
+        self._worker = self._worker or make_worker()
         return self._worker(part)
 
 

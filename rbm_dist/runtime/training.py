@@ -1,7 +1,7 @@
 """Training groups: Ray Train starts the workers, joins them in a process group and replaces them when one is lost.
 
-A loop knows nothing of Ray: it gets its `Mesh`, a reporter and its own arguments, and keeps its own checkpoints, so that
-a group that starts again (here or in the next run) goes on where the last checkpoint was.
+A loop knows nothing of Ray: it gets its `Mesh`, a reporter and its own arguments, and keeps its own checkpoints, so
+that a group that starts again (here or in the next run) goes on where the last checkpoint was.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Loop = Callable[..., None]
 def run_training(
     stage: str, loop: Loop, arguments: dict[str, Any], config: ClusterConfig, reporter: Reporter, scratch_url: str
 ) -> None:
-    """Run `loop(mesh=…, reporter=…, **arguments)` on every worker. Raises `InputError` or `RunFailed`."""
+    """Run `loop(mesh=…, reporter=…, **arguments)` on every worker. Raises `InputError` or `RunError`."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

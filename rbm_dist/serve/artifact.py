@@ -53,7 +53,14 @@ def load_student(url: str) -> Student:
 
 
 def empty_student(
-    kind: str, num_features: int, hidden: int, num_classes: int, num_layers: int, norm: str, num_experts: int, top_k: int
+    kind: str,
+    num_features: int,
+    hidden: int,
+    num_classes: int,
+    num_layers: int,
+    norm: str,
+    num_experts: int,
+    top_k: int,
 ) -> Student:
     """A student of the right shape, to load weights into. `kind` is `mlp` or `rbm`."""
     mlp = make_mlp(num_features, hidden, num_classes, num_layers, norm, dropout=0.0, seed=0)

@@ -12,6 +12,7 @@ from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
+from rbm_dist.serve.frozen import freeze
 
 _ROWS = 65_536
 
@@ -27,6 +28,7 @@ class Predictions:
 
 def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
     """Predictions for all nodes, in chunks, part by part."""
+    student = freeze(student)
     for part in range(store.num_parts):
         feat, orig_id = store.array("feat", part), store.array("orig_id", part)
         for start in range(0, len(feat), _ROWS):
@@ -44,7 +46,10 @@ def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int) -> 
     probability = pa.list_(pa.float32(), num_classes)
     schema = pa.schema([("node_id", pa.int64()), ("class", pa.int32()), ("probability", probability)])
     rows = 0
-    with storage.atomic_writer(url) as stream, pq.ParquetWriter(pa.PythonFile(_Sink(stream), mode="w"), schema) as writer:
+    with (
+        storage.atomic_writer(url) as stream,
+        pq.ParquetWriter(pa.PythonFile(_Sink(stream), mode="w"), schema) as writer,
+    ):
         for chunk in chunks:
             flat = pa.array(chunk.probability.reshape(-1), pa.float32())
             columns = [

@@ -15,6 +15,7 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.artifact import load_student, load_weights
+from rbm_dist.serve.frozen import freeze
 from rbm_dist.serve.predictor import predict
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.teacher import build_teacher, sample_logits
@@ -35,7 +36,9 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     store = GraphStore.open(storage.join(url, "graph"), config.cluster.sampler)
     students = {kind: load_student(storage.join(url, "student", kind)) for kind in config.student.models}
-    figures: dict[str, Any] = {"teacher": _accuracy(store, [store.array("soft", part) for part in range(store.num_parts)])}
+    figures: dict[str, Any] = {
+        "teacher": _accuracy(store, [store.array("soft", part) for part in range(store.num_parts)])
+    }
     figures["students"] = {kind: _student_accuracy(student, store) for kind, student in students.items()}
     if "rbm" in students:
         per_layer = expert_load(students["rbm"], store)
@@ -94,6 +97,8 @@ def _teacher_call(config: Config, store: GraphStore, url: str) -> Call:
 
 
 def _student_call(student: Student, store: GraphStore) -> Call:
+    student = freeze(student)
+
     def prepare(ids: np.ndarray) -> Callable[[], object]:
         feat = torch.from_numpy(store.gather("feat", ids))
         return lambda: student(feat)[0].softmax(1)

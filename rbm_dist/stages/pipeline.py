@@ -35,7 +35,7 @@ def run_stages(
 ) -> dict[str, Any] | None:
     """Bring a run up to a stage; finished stages are skipped. Gives the results once all stages are done.
 
-    Raises `InputError` or `RunFailed`.
+    Raises `InputError` or `RunError`.
     """
     url = storage.absolute(config.run_dir)
     wanted = STAGES[: [stage.name for stage in STAGES].index(until) + 1]

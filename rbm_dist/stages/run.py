@@ -125,7 +125,13 @@ def begin(stage: Stage, config: Config, url: str, upstream: str | None) -> None:
 def finish(stage: Stage, url: str, files: Files, seconds: float) -> None:
     storage.write_json(
         storage.join(url, stage.folder, "manifest.json"),
-        {"stage": stage.name, "rbm_dist": __version__, "seconds": round(seconds, 3), "finished": time.time(), "files": files},
+        {
+            "stage": stage.name,
+            "rbm_dist": __version__,
+            "seconds": round(seconds, 3),
+            "finished": time.time(),
+            "files": files,
+        },
     )
 
 
@@ -143,7 +149,7 @@ def seconds(stages: list[Stage], url: str) -> dict[str, float]:
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """Hold a local run directory; two drivers in one would undo each other's work. Raises `InputError` if it is held."""
+    """Hold a local run directory: two drivers would undo each other's work. Raises `InputError` if it is held."""
     if not storage.is_local(url):
         yield
         return

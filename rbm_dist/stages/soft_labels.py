@@ -65,7 +65,12 @@ def _over_parts(run: Run, store: GraphStore, name: str, compute: Compute) -> Non
     make_worker = functools.partial(_make_worker, config, run.graph_url, run.path("teacher"), name, compute, reporter)
     cluster = config.cluster
     files = run_on_parts(
-        "soft_labels", make_worker, list(range(store.num_parts)), cluster.inference_workers, cluster.use_gpu, run.timeout_s
+        "soft_labels",
+        make_worker,
+        list(range(store.num_parts)),
+        cluster.inference_workers,
+        cluster.use_gpu,
+        run.timeout_s,
     )
     store.publish(name, files)
 

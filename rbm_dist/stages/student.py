@@ -45,7 +45,9 @@ def run_student(run: Run) -> Files:
     run_training(
         "student", train_students, arguments, run.config.cluster, run.reporter, run.path("student", "ray_train")
     )
-    names = [f"student/{kind}/{file}" for kind in run.config.student.models for file in ("model.json", "model.safetensors")]
+    names = [
+        f"student/{kind}/{file}" for kind in run.config.student.models for file in ("model.json", "model.safetensors")
+    ]
     return {name: storage.file_info(run.path(name)) for name in names}
 
 

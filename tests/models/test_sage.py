@@ -1,0 +1,68 @@
+"""The teacher against the dense formula, and its layer-by-layer form."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from rbm_dist.graph.sampler import NumbaSampler
+from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
+from tests.small_graph import small_graph
+
+
+def neighbourhood(sampler: NumbaSampler, seeds: np.ndarray, fanout: tuple[int, ...]) -> Neighbourhood:
+    sample = sampler.sample(seeds, fanout, 0)
+    edges = torch.from_numpy(np.stack([sample.src, sample.dst]))
+    return Neighbourhood(torch.from_numpy(sample.nodes), edges, sample.nodes_per_hop, sample.edges_per_hop)
+
+
+@pytest.fixture(scope="module")
+def graph() -> tuple[NumbaSampler, torch.Tensor, sp.csr_array]:
+    source = small_graph()
+    csc, feat = source.csc, next(source.feat_chunks())
+    mean = sp.csr_array((np.ones(csc.num_edges), csc.indices, csc.indptr), shape=(csc.num_nodes, csc.num_nodes))
+    mean = sp.diags_array(1 / np.maximum(np.diff(csc.indptr), 1)) @ mean  # row: destination
+    return NumbaSampler([csc], np.array([0, csc.num_nodes])), torch.from_numpy(feat), mean
+
+
+def dense_layer(model: Sage, layer: int, x: np.ndarray, mean: sp.csr_array) -> np.ndarray:
+    conv = model.convs[layer]
+    out = (mean @ x) @ conv.lin_l.weight.detach().numpy().T + conv.lin_l.bias.detach().numpy()
+    out = out + x @ conv.lin_r.weight.detach().numpy().T
+    return out if layer == model.num_layers - 1 else np.maximum(out, 0)
+
+
+def test_all_neighbours_give_the_dense_formula(graph: tuple[NumbaSampler, torch.Tensor, sp.csr_array]) -> None:
+    sampler, feat, mean = graph
+    model = init_sage(12, 16, 5, num_layers=2, dropout=0.5, seed=0).eval()
+    x = feat.numpy()
+    for layer in range(2):
+        x = dense_layer(model, layer, x, mean)
+    seeds = np.array([3, 100, 7, 239])
+    hood = neighbourhood(sampler, seeds, (-1, -1))
+    with torch.no_grad():
+        np.testing.assert_allclose(model(feat[hood.node_n], hood), x[seeds], rtol=1e-4, atol=1e-5)
+
+
+def test_layer_by_layer(graph: tuple[NumbaSampler, torch.Tensor, sp.csr_array]) -> None:
+    sampler, feat, mean = graph
+    model = init_sage(12, 16, 5, num_layers=2, dropout=0.5, seed=0).eval()
+    seeds = np.array([5, 6, 200])
+    hood = neighbourhood(sampler, seeds, (-1,))
+    with torch.no_grad():
+        out = model.layer(0, feat[hood.node_n], len(seeds), hood.edge_2m)
+    np.testing.assert_allclose(out, dense_layer(model, 0, feat.numpy(), mean)[seeds], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_does_not_depend_on_who_shares_the_batch(
+    graph: tuple[NumbaSampler, torch.Tensor, sp.csr_array],
+) -> None:
+    sampler, feat, _ = graph
+    model = init_sage(12, 16, 5, num_layers=2, dropout=0.5, seed=0).train()
+    alone, together = neighbourhood(sampler, np.array([9]), (-1, -1)), neighbourhood(sampler, np.arange(20), (-1, -1))
+    with torch.no_grad():
+        one = model(feat[alone.node_n], alone, key=11)[0]
+        same = model(feat[together.node_n], together, key=11)[9]
+        other = model(feat[alone.node_n], alone, key=12)[0]
+    torch.testing.assert_close(one, same)
+    assert not torch.allclose(one, other)

@@ -1,0 +1,95 @@
+"""Students against their formulas; an RbM begins as the MLP it was."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rbm_dist.models.student import RoutedLayer, Student, make_mlp, mlp_to_rbm
+from rbm_dist.moe.experts import StackedExperts
+from rbm_dist.moe.keyed_dropout import derive_keys
+from rbm_dist.serve.frozen import freeze
+
+
+def mlp(norm: str = "layer", dropout: float = 0.0) -> Student:
+    return make_mlp(7, 16, 5, num_layers=3, norm=norm, dropout=dropout, seed=1)
+
+
+def rbm(num_experts: int = 6, top_k: int = 2) -> Student:
+    """An RbM whose experts have gone their own ways."""
+    torch.manual_seed(0)
+    student = mlp_to_rbm(mlp(), [torch.randn(num_experts, width) for width in (7, 16, 16)], top_k)
+    for parameter in student.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return student
+
+
+def test_seeded_weights_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second = mlp(), mlp()
+    assert torch.rand(1) == expected
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+def test_the_switch_to_routing_is_continuous(norm: str) -> None:
+    dense, x = mlp(norm).eval(), torch.randn(40, 7)
+    routed = mlp_to_rbm(dense, [torch.randn(6, width) for width in (7, 16, 16)], top_k=3).eval()
+    torch.testing.assert_close(routed(x)[0], dense(x)[0])
+    assert [trace.x_BD.shape[1] for trace in routed(x)[1]] == [7, 16, 16]
+
+
+def test_a_routed_layer_is_its_formula() -> None:
+    torch.manual_seed(0)
+    experts = StackedExperts(torch.randn(5, 4, 3), torch.randn(5, 3))
+    layer = RoutedLayer(torch.randn(5, 4), experts, top_k=2, dropout=0.0)
+    layer.log_scale.data.fill_(0.7)
+    x = torch.randn(9, 4)
+    y, _ = layer(x, None)
+    for row, found in zip(x, y, strict=True):
+        cosines = F.cosine_similarity(row[None], layer.memory_ED)
+        top = cosines.topk(2)
+        a = top.values.softmax(0)
+        expected = sum(
+            w * (row @ experts.weight_LDO[e] + experts.bias_LO[e]) for w, e in zip(a, top.indices, strict=True)
+        )
+        torch.testing.assert_close(found, math.exp(0.7) * expected)
+    layer.log_scale.data.fill_(10.0)
+    torch.testing.assert_close(layer(x, None)[0], y * 100 / math.exp(0.7), msg="the scale stops at 100")
+
+
+def test_weights_of_experts_carry_no_gradient_to_the_input_of_a_lone_layer() -> None:
+    student = rbm()
+    layer = student.routed_layers[0]
+    x = torch.randn(5, 7, requires_grad=True)
+    layer(x, None)[0].sum().backward()
+    cosines, experts = F.normalize(x) @ F.normalize(layer.memory_ED).T, layer.experts
+    chosen = cosines.topk(2)
+    a = chosen.values.softmax(1).detach()
+    expected = torch.einsum("bk,bkd->bd", a, experts.weight_LDO[chosen.indices].sum(3)) * layer.scale
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_dropout_belongs_to_rows_and_experts() -> None:
+    student = mlp_to_rbm(mlp(dropout=0.5), [torch.randn(6, width) for width in (7, 16, 16)], 2)
+    x, keys = torch.randn(30, 7), derive_keys(1, torch.arange(30))
+    whole = student(x, keys)[0]
+    torch.testing.assert_close(student(x[10:20], keys[10:20])[0], whole[10:20])
+    assert not torch.allclose(student(x, None)[0], whole)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(6, 2), (4, 4), (1, 1), (24, 2)])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_frozen_students_answer_the_same(num_experts: int, top_k: int, rows: int) -> None:
+    student, x = rbm(num_experts, top_k).eval(), torch.randn(rows, 7)
+    torch.testing.assert_close(freeze(student)(x)[0], student(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_layer_inputs() -> None:
+    student, x = mlp().eval(), torch.randn(8, 7)
+    inputs = student.layer_inputs(x)
+    assert inputs[0] is x
+    torch.testing.assert_close(student.layers[-1](inputs[-1], None)[0], student(x)[0])

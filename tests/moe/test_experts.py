@@ -1,0 +1,56 @@
+"""Stacked experts against a loop over plain linear layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rbm_dist.moe.experts import StackedExperts
+
+
+def make(counts: list[int], width: int, outputs: int, dtype: torch.dtype) -> tuple[StackedExperts, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    experts = StackedExperts(
+        torch.randn(len(counts), width, outputs, generator=rng, dtype=dtype),
+        torch.randn(len(counts), outputs, generator=rng, dtype=dtype),
+    )
+    return experts, torch.randn(sum(counts), width, generator=rng, dtype=dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    width=st.integers(1, 20),
+    outputs=st.sampled_from([1, 3, 8, 10, 47]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_values_and_gradients(counts: list[int], width: int, outputs: int, dtype: torch.dtype) -> None:
+    experts, rows = make(counts, width, outputs, dtype)
+    rows.requires_grad_()
+    out = experts(rows, torch.tensor(counts))
+    out.square().mean().backward() if len(rows) else out.sum().backward()
+    found = [rows.grad, experts.weight_LDO.grad, experts.bias_LO.grad]
+    assert all(grad is not None for grad in found), "connected even without rows"
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (rows, experts.weight_LDO, experts.bias_LO)]
+    groups = leaves[0].split(counts)
+    expected = torch.cat([F.linear(g, w.T, b) for g, w, b in zip(groups, leaves[1], leaves[2], strict=True)])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(out, expected, **tolerance)
+    if len(rows):
+        grads = torch.autograd.grad(expected.square().mean(), leaves)
+        for grad, reference in zip(found, grads, strict=True):
+            torch.testing.assert_close(grad, reference, **tolerance)
+
+
+def test_gradcheck() -> None:
+    experts, rows = make([2, 0, 3], 4, 3, torch.float64)
+    counts = torch.tensor([2, 0, 3])
+    assert torch.autograd.gradcheck(lambda r: experts(r, counts), (rows.requires_grad_(),))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_expanded_gradients_pass(reduction: str) -> None:
+    experts, rows = make([3, 2], 8, 16, torch.float32)
+    getattr(experts(rows, torch.tensor([3, 2])), reduction)().backward()
+    assert torch.isfinite(experts.weight_LDO.grad).all()

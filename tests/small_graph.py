@@ -1,0 +1,64 @@
+"""A small random graph on disk, with soft labels, for tests that need a whole store."""
+
+import numpy as np
+
+from rbm_dist import storage
+from rbm_dist.graph import csc
+from rbm_dist.graph.shards import Numbering, StagedSource, write_index, write_part, write_source
+from rbm_dist.graph.source import SourceGraph
+from rbm_dist.graph.store import GraphStore
+
+
+def small_graph(num_nodes: int = 240, num_features: int = 12, num_classes: int = 5, seed: int = 0) -> SourceGraph:
+    """Communities of one class each, with features that lean towards their class."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, num_classes, num_nodes)
+    src = rng.integers(0, num_nodes, 6 * num_nodes)
+    same = np.array([rng.choice(np.flatnonzero(label == label[node])) for node in src])
+    dst = np.where(rng.random(len(src)) < 0.8, same, rng.integers(0, num_nodes, len(src)))
+    feat = rng.normal(size=(num_nodes, num_features)).astype(np.float32)
+    feat[np.arange(num_nodes), label] += 1.5
+    return SourceGraph(
+        csc=csc.build(src, dst, num_nodes, undirected=True),
+        num_features=num_features,
+        num_classes=num_classes,
+        label=label,
+        split=rng.choice(np.array([0, 1, 2], np.int8), num_nodes, p=[0.3, 0.3, 0.4]),
+        feat_chunks=lambda: iter([feat]),
+        dropped_self_loops=0,
+        dropped_duplicates=0,
+    )
+
+
+def write_graph(url: str, graph: SourceGraph, part_N: np.ndarray) -> GraphStore:
+    """Write a graph's shards for a given assignment of nodes to parts."""
+    num_parts = int(part_N.max()) + 1
+    source = StagedSource.open(f"{url}/source", write_source(f"{url}/source", graph))
+    numbering = Numbering.of(part_N, num_parts)
+    files = {}
+    for part in range(num_parts):
+        files |= write_part(f"{url}/graph", part, source, numbering)
+    write_index(f"{url}/graph", numbering, source, graph.num_classes, files, edge_cut=0)
+    return GraphStore.open(f"{url}/graph")
+
+
+def small_store(url: str, num_parts: int = 4) -> GraphStore:
+    """The small graph in uneven parts, with the array `soft`: a noisy view of the labels."""
+    graph = small_graph()
+    rng = np.random.default_rng(1)
+    store = write_graph(url, graph, rng.choice(num_parts, graph.csc.num_nodes, p=_uneven(num_parts)).astype(np.int32))
+    files = []
+    for part in range(num_parts):
+        label = store.array("label", part)
+        logits = rng.normal(size=(len(label), graph.num_classes))
+        logits[np.arange(len(label)), label] += 2
+        soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        files.append(store.write_part("soft", part, np.dtype(np.float32), (graph.num_classes,), [soft]))
+    store.publish("soft", files)
+    assert storage.exists(f"{url}/graph/soft.json")
+    return store
+
+
+def _uneven(num_parts: int) -> np.ndarray:
+    shares = np.arange(1, num_parts + 1, dtype=float)
+    return shares / shares.sum()
