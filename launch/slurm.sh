@@ -6,23 +6,63 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=rbm-dist-%j.log
 #
-# Run the pipeline on the nodes of one Slurm job, in a Ray cluster that lives as long as the job:
+# Run the pipeline on the nodes of a Slurm job, in a Ray cluster that lives as long as the job:
 #   sbatch --nodes=4 --gpus-per-node=2 launch/slurm.sh CONFIG [KEY=VALUE ...]
-# run_dir and the input must lie on a file system that every node mounts. rbm-dist must be on the PATH of all nodes.
-# The exit code is that of the run. When time ran out or a node was lost: the same sbatch again, and it goes on.
+# run_dir and the input must lie on a file system that all nodes mount; rbm-dist must be on the PATH of all nodes.
+# The job's exit code is that of the run. After a lost node or the time limit: the same sbatch again, and it goes on.
 set -euo pipefail
 
-start_timeout_s=${START_TIMEOUT_S:-300} # for Ray to start on the first node, and then on the others
-head=$(hostname)                        # this script runs on the first node
+start_timeout_s=300
+# Slurm runs this script on the first node. An address and not a name: not all of Ray looks names up in /etc/hosts.
+head=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
 port=$((20000 + SLURM_JOB_ID % 10000))
-address=$head:$port
+logs=rbm-dist-$SLURM_JOB_ID-ray
 
 # Only who has the token can use the cluster; srun hands the environment on to the other nodes.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
 fail() {
-    echo "error: $*" >&2
+    echo "error: $*; see $logs-*.log" >&2
     exit 1
 }
 
+steps=() # the srun of the first node, and that of the others
+run=
+trap 'kill "${steps[@]}" $run 2>/dev/null || true' EXIT
+
+# start_ray COUNT SRUN_OPTION RAY_OPTION...: Ray on COUNT nodes, one process each, until it is killed.
+start_ray() {
+    local count=$1 which=$2
+    shift 2
+    srun --nodes="$count" --ntasks="$count" "$which" --cpu-bind=none --kill-on-bad-exit=1 --output="$logs-%N.log" \
+        ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" "$@" &
+    steps+=($!)
+}
+
+# Fails if Ray has ended on any node: the run would wait in vain for what it needs.
+check_ray() {
+    local step
+    for step in "${steps[@]}"; do
+        kill -0 "$step" 2>/dev/null || fail "Ray ended on a node"
+    done
+}
+
+start_ray 1 --nodelist="$SLURMD_NODENAME" --head --port="$port" --include-dashboard=false
+until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do
+    check_ray
+    ((SECONDS < start_timeout_s)) || fail "Ray did not start on $head within $start_timeout_s s"
+    sleep 1
+done
+if ((SLURM_JOB_NUM_NODES > 1)); then
+    start_ray $((SLURM_JOB_NUM_NODES - 1)) --exclude="$SLURMD_NODENAME" --address="$head:$port"
+fi
+
+# The run has a deadline of its own for nodes that are slow to join: cluster.timeout_s.
+rbm-dist run "$@" --address "$head:$port" &
+run=$!
+while kill -0 "$run" 2>/dev/null; do
+    check_ray
+    sleep 2
+done
+wait "$run"

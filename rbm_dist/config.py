@@ -78,7 +78,7 @@ class TeacherConfig(Section):
     dropout: Fraction = 0.5
     lr: Rate = 0.01
     weight_decay: Weight = 5e-4
-    epochs: Positive = 60
+    epochs: Positive = 100
     batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
 
 
@@ -228,30 +228,29 @@ def _apply(tree: dict[str, Any], item: str) -> str:
 def _messages(error: ValidationError, path: str, overridden: list[str]) -> list[str]:
     kinds = {"digits", "npz"}  # pydantic puts the discriminator's value into the location; a user never wrote it
     messages = []
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    # Of `models: [gcn]` pydantic also says that no model is left.
+    implied = {item["loc"][:end] for item in items for end in range(1, len(item["loc"]))}
+    for item in items:
+        if item["loc"] in implied:
+            continue
         names = [str(name) for name in item["loc"]]
         if len(names) > 2 and names[0] == "source" and names[1] in kinds:
             del names[1]
         key = ".".join(names)
-        reason = {
+        given = any(key == name or key.startswith(f"{name}.") for name in overridden)
+        origin = f"{path} (and the command line)" if given else path
+        reasons = {
             "extra_forbidden": "unknown key",
             "missing": "missing; set it in the file or on the command line",
             "union_tag_not_found": "kind is missing; it is one of digits, npz",
             "union_tag_invalid": f"kind is {item.get('ctx', {}).get('tag')!r}; it is one of digits, npz",
-        }.get(item["type"], item["msg"].removeprefix("Value error, "))
-        if item["type"] not in (
-            "extra_forbidden",
-            "missing",
-            "union_tag_not_found",
-            "union_tag_invalid",
-            "value_error",
-        ):
-            reason += f", found {item['input']!r}"
-        given = any(key == name or key.startswith(f"{name}.") for name in overridden)
-        origin = f"{path} (and the command line)" if given else path
-        # A rule over several keys already names its key.
-        whole = item["type"] == "value_error"
-        messages.append(f"{origin}: {reason}" if whole else f"{origin}: {key}: {reason}")
+        }
+        if item["type"] == "value_error":  # a rule over several keys, which it names itself
+            messages.append(f"{origin}: {item['msg'].removeprefix('Value error, ')}")
+        else:
+            reason = reasons.get(item["type"], f"{item['msg']}, found {item['input']!r}")
+            messages.append(f"{origin}: {key}: {reason}")
     return messages
 
 

@@ -154,6 +154,7 @@ def _discard(fs: fsspec.AbstractFileSystem, stream: Any, temporary: str, commits
     with suppress(OSError):  # such as a full disk, when the rest of a buffer is written
         if commits:
             stream.discard()
+            stream.closed = True  # or it would begin another upload when it is collected
         else:
             stream.close()
     if not commits and fs.exists(temporary):

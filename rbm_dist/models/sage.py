@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import SAGEConv
 
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
 
@@ -24,6 +23,9 @@ class Sage(nn.Module):
     """One `SAGEConv` per hop; ReLU and dropout between layers."""
 
     def __init__(self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float):
+        # Imported here: it takes seconds, and only who builds a teacher needs it.
+        from torch_geometric.nn import SAGEConv
+
         super().__init__()
         widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
         self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in pairwise(widths))

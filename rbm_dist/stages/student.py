@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from rbm_dist import storage
@@ -258,6 +257,8 @@ def model_memories(model: Student) -> list[Tensor]:
 
 def _centres(unit_BD: np.ndarray, num_experts: int, seed: int) -> np.ndarray:
     """k-means centres, `[E, D]`. Fewer distinct rows than experts: the rows there are, again and again."""
+    from sklearn.cluster import KMeans  # takes seconds to import, and one rank needs it
+
     distinct = np.unique(unit_BD, axis=0) if len(unit_BD) <= num_experts * 100 else unit_BD
     if len(distinct) <= num_experts:
         return distinct[np.arange(num_experts) % len(distinct)]

@@ -1,0 +1,91 @@
+"""Fixtures for all tests: real graphs, an S3 server in this process, a disk of one megabyte."""
+
+import os
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.graph.reference")
+settings.register_profile("rbm-dist", deadline=None, max_examples=60, derandomize="CI" in os.environ)
+settings.load_profile("rbm-dist")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real graphs, from RBM_DIST_DATA or beside the repository; skips where there is none."""
+    folder = Path(os.environ.get("RBM_DIST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "cora.npz").is_file():
+        pytest.skip(f"no real graphs in {folder}; set RBM_DIST_DATA to the folder of cora.npz and the others")
+    return folder
+
+
+@pytest.fixture
+def local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary folder of this test's own, so that what is cached from remote storage is gone afterwards."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server in this process, with a bucket named `bucket`."""
+    moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield environment["AWS_ENDPOINT_URL"]
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: str, local_cache: Path) -> str:
+    """An empty folder on S3."""
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def memory_url(local_cache: Path) -> str:
+    """An empty folder on fsspec's in-memory file system."""
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, on each kind of storage in turn."""
+    return str(tmp_path / "folder") if request.param == "local" else request.getfixturevalue(f"{request.param}_url")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; skips where this user may not mount one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a disk that is small enough to fill")
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -1,0 +1,241 @@
+"""Sources: the digits, the real graphs against their README and scipy, and odd graphs that are fine."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+
+from rbm_dist.config import DigitsConfig, NpzConfig
+from rbm_dist.errors import InputError
+from rbm_dist.graph.source import TEST, TRAIN, VAL, SourceGraph, read, split_per_class
+from rbm_dist.storage import copy_in
+from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
+
+
+def read_npz(folder: Path, arrays: Arrays, seed: int = 0, **config: Any) -> SourceGraph:
+    path = folder / "graph.npz"
+    np.savez(path, **arrays)
+    return read(NpzConfig(path=str(path), **config), seed)
+
+
+def features(graph: SourceGraph) -> np.ndarray:
+    return np.concatenate(list(graph.feat_chunks()))
+
+
+def edges_of(graph: SourceGraph) -> set[tuple[int, int]]:
+    indptr, indices = graph.csc.indptr, graph.csc.indices
+    return {(int(src), dst) for dst in range(graph.csc.num_nodes) for src in indices[indptr[dst] : indptr[dst + 1]]}
+
+
+def test_digits_link_each_image_to_its_nearest() -> None:
+    graph, digits = read(DigitsConfig(neighbors=5), seed=0), load_digits()
+    assert (graph.csc.num_nodes, graph.num_features, graph.num_classes) == (1797, 64, 10)
+    np.testing.assert_array_equal(graph.label, digits.target)
+    np.testing.assert_allclose(features(graph), digits.data / digits.data.sum(1, keepdims=True), rtol=1e-6)
+    squared = (digits.data**2).sum(1)
+    distance = squared[:, None] + squared - 2 * digits.data @ digits.data.T
+    np.fill_diagonal(distance, np.inf)
+    fifth = np.sort(distance, axis=1)[:, 4]
+    linked = np.zeros_like(distance, bool)
+    for src, dst in edges_of(graph):
+        linked[src, dst] = True
+    # Ties at the fifth place may go either way, so: all that are nearer, and none that is farther from both ends.
+    assert np.all(linked[distance < fifth[:, None]])
+    assert not np.any(linked[(distance > fifth[:, None]) & (distance > fifth)])
+    assert np.array_equal(linked, linked.T)
+    counts = np.array(
+        [[np.sum((digits.target == cls) & (graph.split == code)) for code in (0, 1)] for cls in range(10)]
+    )
+    np.testing.assert_array_equal(counts, [[20, 30]] * 10)
+    assert np.all(graph.split >= 0)
+
+
+def test_more_neighbours_than_digits_are_refused() -> None:
+    with pytest.raises(InputError, match=r"source\.neighbors: 1797 neighbours, but there are 1797 images"):
+        read(DigitsConfig(neighbors=1797), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "links", "num_features", "num_classes", "public"),
+    [
+        ("cora", 2_708, 5_278, 1_433, 7, True),
+        ("citeseer", 3_327, 4_552, 3_703, 6, True),
+        ("pubmed", 19_717, 44_324, 500, 3, True),
+        ("amazon-photo", 7_650, 119_081, 745, 8, False),
+        ("coauthor-cs", 18_333, 81_894, 6_805, 15, False),
+    ],
+)
+def test_real_graph(
+    data_dir: Path, name: str, num_nodes: int, links: int, num_features: int, num_classes: int, public: bool
+) -> None:
+    path = data_dir / f"{name}.npz"
+    graph = read(NpzConfig(path=str(path)), seed=0)
+    assert (graph.csc.num_nodes, graph.csc.num_edges) == (num_nodes, 2 * links)
+    assert (graph.num_features, graph.num_classes) == (num_features, num_classes)
+    assert (graph.dropped_self_loops, graph.dropped_duplicates) == (0, 0)
+    with np.load(path, allow_pickle=False) as raw:
+        arrays = {key: raw[key] for key in raw.files}
+    np.testing.assert_array_equal(graph.label, arrays["labels"])
+    adjacency = sp.csr_array(
+        (arrays["adj_data"], arrays["adj_indices"], arrays["adj_indptr"]), tuple(arrays["adj_shape"])
+    )
+    both_ways = sp.csc_array(adjacency + adjacency.T)
+    both_ways.sort_indices()
+    np.testing.assert_array_equal(graph.csc.indptr, both_ways.indptr)
+    np.testing.assert_array_equal(graph.csc.indices, both_ways.indices)
+    if public:
+        for code, split in ((TRAIN, "train"), (VAL, "val"), (TEST, "test")):
+            np.testing.assert_array_equal(graph.split == code, arrays[f"{split}_mask"])
+    else:
+        for cls in range(num_classes):
+            assert [int(np.sum((graph.split == code) & (graph.label == cls))) for code in (TRAIN, VAL)] == [20, 30]
+        assert np.array_equal(graph.split >= 0, graph.label >= 0)
+    start = 0
+    attr = sp.csr_array(
+        (arrays["attr_data"], arrays["attr_indices"], arrays["attr_indptr"]), tuple(arrays["attr_shape"])
+    )
+    for chunk in graph.feat_chunks():
+        rows = attr[start : start + len(chunk)]
+        assert (chunk.dtype, np.count_nonzero(chunk)) == (np.float32, rows.count_nonzero())
+        some = np.arange(0, len(chunk), 97)
+        dense = rows[some].toarray()
+        np.testing.assert_allclose(
+            chunk[some], dense / np.maximum(np.abs(dense).sum(1, keepdims=True), 1e-30), rtol=1e-5
+        )
+        start += len(chunk)
+    assert start == num_nodes
+
+
+@given(
+    label=st.lists(st.integers(-1, 4), min_size=1, max_size=120),
+    train=st.integers(1, 12),
+    val=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+)
+def test_split_per_class(label: list[int], train: int, val: int, seed: int) -> None:
+    label_N = np.array(label)
+    split = split_per_class(label_N, train, val, seed)
+    assert np.array_equal(split == -1, label_N == -1)
+    for cls in set(label) - {-1}:
+        count, (in_train, in_val, in_test) = label.count(cls), np.bincount(split[label_N == cls], minlength=3)
+        if count > train + val:
+            assert (in_train, in_val) == (train, val)
+        else:
+            assert in_train >= 1
+            assert abs(in_test - count / 3) < 2
+            assert abs(in_train - in_val * train / val) <= 1 + train / val
+    np.testing.assert_array_equal(split_per_class(label_N, train, val, seed), split)
+
+
+def test_another_seed_splits_otherwise(tmp_path: Path) -> None:
+    label = np.zeros(200, int)
+    assert not np.array_equal(split_per_class(label, 20, 30, seed=0), split_per_class(label, 20, 30, seed=1))
+
+
+def test_the_public_split_is_kept(tmp_path: Path) -> None:
+    graph = read_npz(tmp_path, npz_arrays(), seed=3)
+    np.testing.assert_array_equal(graph.split, [0, 0, 1, 1, 2, -1, 2, 2])
+    assert edges_of(graph) == {(u, v) for u in range(NODES) for v in ((u + 1) % NODES, (u - 1) % NODES)}
+
+
+def test_the_rule_per_class_where_there_is_no_split(tmp_path: Path) -> None:
+    graph = read_npz(tmp_path, without_masks(npz_arrays()), train_per_class=1, val_per_class=1)
+    np.testing.assert_array_equal(np.bincount(graph.split[LABELS == 0]), [1, 1, 3])
+    np.testing.assert_array_equal(np.bincount(graph.split[LABELS == 1]), [1, 1, 1])
+
+
+def test_a_class_of_very_few_nodes_is_still_trained_on(tmp_path: Path) -> None:
+    label = np.array([0, 0, 0, 0, 0, 0, 0, 1])
+    graph = read_npz(tmp_path, without_masks(npz_arrays()) | {"labels": label})
+    assert graph.split[7] == TRAIN
+    assert set(graph.split[:7].tolist()) == {TRAIN, VAL, TEST}
+
+
+@pytest.mark.parametrize("undirected", [True, False])
+def test_self_loops_and_duplicates_are_dropped_and_counted(tmp_path: Path, undirected: bool) -> None:
+    edges = [(0, 1), (0, 1), (0, 1), (1, 0), (2, 2), (2, 2), (3, 4), (5, 5)]
+    graph = read_npz(tmp_path, with_edges(npz_arrays(), edges), undirected=undirected)
+    assert (graph.dropped_self_loops, graph.dropped_duplicates) == (3, 2)
+    assert edges_of(graph) == {(0, 1), (1, 0), (3, 4)} | ({(4, 3)} if undirected else set())
+
+
+def test_isolated_nodes_are_kept(tmp_path: Path) -> None:
+    graph = read_npz(tmp_path, with_edges(npz_arrays(), [(0, 1)]))
+    assert graph.csc.num_nodes == len(graph.label) == len(features(graph)) == NODES
+    assert edges_of(graph) == {(0, 1), (1, 0)}
+
+
+def test_a_graph_without_edges(tmp_path: Path) -> None:
+    graph = read_npz(tmp_path, with_edges(npz_arrays(), []))
+    assert (graph.csc.num_nodes, graph.csc.num_edges) == (NODES, 0)
+
+
+def test_columns_in_any_order(tmp_path: Path) -> None:
+    arrays = npz_arrays()
+    for kind in ("adj", "attr"):
+        order = np.concatenate(
+            [np.arange(*pair)[::-1] for pair in np.c_[arrays[f"{kind}_indptr"][:-1], arrays[f"{kind}_indptr"][1:]]]
+        )
+        arrays[f"{kind}_indices"], arrays[f"{kind}_data"] = (
+            arrays[f"{kind}_indices"][order],
+            arrays[f"{kind}_data"][order],
+        )
+    graph, plain = read_npz(tmp_path, arrays), read_npz(tmp_path, npz_arrays())
+    np.testing.assert_array_equal(graph.csc.indices, plain.csc.indices)
+    np.testing.assert_array_equal(features(graph), features(plain))
+
+
+@pytest.mark.parametrize("normalize", ["row", "none"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "uint8", "bool"])
+def test_features_of_any_number_type(tmp_path: Path, dtype: str, normalize: str) -> None:
+    values = npz_arrays()["attr_data"].astype(dtype)
+    expected = values.astype(np.float64).reshape(NODES, 3)
+    if normalize == "row":
+        expected /= expected.sum(1, keepdims=True)
+    graph = read_npz(tmp_path, npz_arrays() | {"attr_data": values}, normalize=normalize)
+    assert features(graph).dtype == np.float32
+    np.testing.assert_allclose(features(graph), expected, rtol=1e-6)
+
+
+def test_rows_are_normalised_by_magnitude_and_empty_ones_stay_zero(tmp_path: Path) -> None:
+    dense = np.array([[-3, 1, 0], [0, 0, 0], [3e38, 3e38, -3e38], *[[1, 1, 2]] * 5])
+    attr = sp.csr_array(dense)
+    arrays = {f"attr_{part}": getattr(attr, part) for part in ("data", "indices", "indptr")}
+    rows = features(read_npz(tmp_path, npz_arrays() | arrays))
+    third = 1 / 3
+    np.testing.assert_allclose(rows[:4], [[-0.75, 0.25, 0], [0, 0, 0], [third, third, -third], [0.25, 0.25, 0.5]])
+
+
+def test_features_can_be_read_again(tmp_path: Path) -> None:
+    graph = read_npz(tmp_path, npz_arrays())
+    np.testing.assert_array_equal(features(graph), features(graph))
+
+
+def test_classes_that_do_not_occur_need_num_classes(tmp_path: Path) -> None:
+    assert read_npz(tmp_path, npz_arrays()).num_classes == 2
+    assert read_npz(tmp_path, npz_arrays() | {"labels": LABELS * 3}, num_classes=5).num_classes == 5
+
+
+def test_unlabelled_nodes_are_in_no_split(tmp_path: Path) -> None:
+    label = LABELS.copy()
+    label[[4, 5]] = -1
+    graph = read_npz(tmp_path, without_masks(npz_arrays()) | {"labels": label}, train_per_class=1, val_per_class=1)
+    assert np.flatnonzero(graph.split == -1).tolist() == [4, 5]
+
+
+def test_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
+    names = np.array([{"a": 1}, None], object)  # the published files carry pickled names of nodes and classes
+    assert read_npz(tmp_path, npz_arrays() | {"node_names": names}).csc.num_nodes == NODES
+
+
+def test_remote_files_are_read(s3_url: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "graph.npz", **npz_arrays())
+    copy_in(tmp_path / "graph.npz", f"{s3_url}/graph.npz")
+    assert read(NpzConfig(path=f"{s3_url}/graph.npz"), seed=0).csc.num_nodes == NODES
+    with pytest.raises(InputError, match=r"nothing\.npz: no such file"):
+        read(NpzConfig(path=f"{s3_url}/nothing.npz"), seed=0)

@@ -1,0 +1,190 @@
+"""The store against the arrays it was written from, on local disk, in memory and on S3; damage is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rbm_dist import storage
+from rbm_dist.errors import InputError
+from rbm_dist.graph.sampler import NumbaSampler
+from rbm_dist.graph.shards import Numbering
+from rbm_dist.graph.source import SourceGraph
+from rbm_dist.graph.store import GraphStore
+from tests.graph.reference import Graph, check_sample
+from tests.small_graph import small_graph, write_graph
+
+NUM_PARTS = 3
+
+
+@pytest.fixture(scope="module")
+def graph() -> SourceGraph:
+    """A small graph with features, labels and a split."""
+    return small_graph(num_nodes=60)
+
+
+@pytest.fixture(scope="module")
+def numbering(graph: SourceGraph) -> Numbering:
+    """The small graph's renumbering into three uneven parts."""
+    return Numbering.of(assignment(graph), NUM_PARTS)
+
+
+def assignment(graph: SourceGraph) -> np.ndarray:
+    return np.random.default_rng(5).choice(NUM_PARTS, graph.csc.num_nodes, p=[0.2, 0.3, 0.5]).astype(np.int32)
+
+
+@pytest.fixture
+def store(tmp_path: Path, graph: SourceGraph) -> GraphStore:
+    """The small graph on local disk."""
+    return write_graph(str(tmp_path), graph, assignment(graph))
+
+
+def renumbered(graph: SourceGraph, numbering: Numbering) -> Graph:
+    """The graph under the new ids, by brute force."""
+    new_id, indptr = numbering.new_id.tolist(), graph.csc.indptr
+    return Graph(
+        graph.csc.num_nodes,
+        frozenset(
+            (new_id[src], new_id[dst])
+            for dst in range(graph.csc.num_nodes)
+            for src in graph.csc.indices[indptr[dst] : indptr[dst + 1]]
+        ),
+    )
+
+
+def test_a_store_is_the_graph_on_every_kind_of_storage(url: str, graph: SourceGraph, numbering: Numbering) -> None:
+    store = write_graph(url, graph, assignment(graph))
+    store = GraphStore.open(store.url, verify=True)
+    assert (store.num_nodes, store.num_edges, store.num_parts) == (60, graph.csc.num_edges, NUM_PARTS)
+    assert (store.num_features, store.num_classes) == (graph.num_features, graph.num_classes)
+    feat = next(graph.feat_chunks())
+    for part in range(NUM_PARTS):
+        nodes = np.flatnonzero(assignment(graph) == part)
+        np.testing.assert_array_equal(store.array("orig_id", part), nodes)
+        np.testing.assert_array_equal(store.array("feat", part), feat[nodes])
+        np.testing.assert_array_equal(store.ids(part), numbering.new_id[nodes])
+    ids = np.array([59, 0, 17, 0, 30])
+    np.testing.assert_array_equal(store.gather("feat", ids), feat[numbering.order[ids]])
+    np.testing.assert_array_equal(store.gather("label", ids), graph.label[numbering.order[ids]])
+    whole = renumbered(graph, numbering)
+    sample = store.sample(np.array([59, 0, 17]), (3, -1), key=11)
+    check_sample(whole, sample, [59, 0, 17], (3, -1))
+    uncut = NumbaSampler([whole.csc()], np.array([0, 60])).sample(np.array([59, 0, 17]), (3, -1), key=11)
+    np.testing.assert_array_equal(sample.nodes, uncut.nodes)
+    np.testing.assert_array_equal(sample.src, uncut.src)
+
+
+@pytest.mark.parametrize("num_parts", [1, NUM_PARTS])
+def test_gather_from_one_part_and_from_many(tmp_path: Path, graph: SourceGraph, num_parts: int) -> None:
+    part_N = assignment(graph) % num_parts
+    store, order = write_graph(str(tmp_path), graph, part_N), Numbering.of(part_N, num_parts).order
+    feat = next(graph.feat_chunks())
+    ids = np.random.default_rng(1).integers(0, 60, 200)
+    rows = store.gather("feat", ids)
+    np.testing.assert_array_equal(rows, feat[order[ids]])
+    rows[:] = 0  # a copy in memory, so the caller may
+    assert store.gather("feat", np.empty(0, np.int64)).shape == (0, graph.num_features)
+    for outside in ([-1], [3, 60]):
+        with pytest.raises(ValueError, match=r"ids must lie in \[0, 60\)"):
+            store.gather("feat", np.array(outside))
+
+
+def test_stored_arrays_cannot_be_written_to(store: GraphStore) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        store.array("feat", 0)[0] = 1
+
+
+def test_an_added_array_is_there_once_it_is_published(url: str, graph: SourceGraph) -> None:
+    store = write_graph(url, graph, assignment(graph))
+    rows = np.random.default_rng(2).normal(size=(60, 4)).astype(np.float32)
+    files = []
+    for part in range(NUM_PARTS):
+        chunks = np.array_split(rows[store.ids(part)], 3)
+        files.append(store.write_part("soft", part, np.dtype(np.float32), (4,), chunks))
+    with pytest.raises(InputError, match="nodes have no array 'soft'"):
+        store.gather("soft", np.arange(60))
+    store.publish("soft", files)
+    for opened in (store, GraphStore.open(store.url)):
+        np.testing.assert_array_equal(opened.gather("soft", np.arange(60)), rows)
+    # Written again: whoever forgets the old rows sees the new ones.
+    files = [
+        store.write_part("soft", part, np.dtype(np.float32), (4,), [rows[store.ids(part)] + 1])
+        for part in range(NUM_PARTS)
+    ]
+    store.publish("soft", files)
+    np.testing.assert_array_equal(store.gather("soft", np.arange(60)), rows + 1)
+
+
+def test_a_part_takes_as_many_rows_as_it_has_nodes(store: GraphStore) -> None:
+    with pytest.raises(ValueError, match="rows were written"):
+        store.write_part("soft", 0, np.dtype(np.float32), (4,), [np.zeros((2, 4), np.float32)])
+    assert not list(Path(store.url).rglob("soft*"))
+
+
+def test_no_store_where_none_was_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"graph\.json: no such file"):
+        GraphStore.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"version": 99}', "[]", '"graph"'])
+def test_another_layout_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "graph.json").write_text(content)
+    with pytest.raises(InputError, match=r"graph\.json: not a graph of layout version 1"):
+        GraphStore.open(str(tmp_path))
+
+
+def test_a_damaged_index_is_refused(store: GraphStore) -> None:
+    path = Path(store.url) / "graph.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"graph\.json: not valid JSON"):
+        GraphStore.open(store.url)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(lambda content: content[:-8], "truncated or changed", id="truncated"),
+        pytest.param(lambda content: content[:-1] + bytes([content[-1] ^ 1]), "damaged", id="flipped"),
+        pytest.param(None, "missing", id="missing"),
+    ],
+)
+def test_verify_finds_damage(url: str, graph: SourceGraph, damage: object, reason: str) -> None:
+    store = write_graph(url, graph, assignment(graph))
+    fs, path = storage.filesystem(f"{store.url}/part-00001/feat.npy")
+    if callable(damage):
+        fs.pipe_file(path, damage(fs.cat_file(path)))
+    else:
+        fs.rm_file(path)
+    with pytest.raises(InputError, match=rf"part-00001/feat\.npy: {reason}"):
+        GraphStore.open(store.url, verify=True)
+
+
+def test_damage_on_s3_is_found_without_being_looked_for(s3_url: str, graph: SourceGraph) -> None:
+    store = write_graph(s3_url, graph, assignment(graph))
+    fs, path = storage.filesystem(f"{store.url}/part-00001/feat.npy")
+    content = fs.cat_file(path)
+    fs.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"part-00001/feat\.npy: damaged"):
+        GraphStore.open(store.url).array("feat", 1)
+
+
+def test_a_truncated_part_is_named(store: GraphStore) -> None:
+    path = Path(store.url) / "part-00002" / "feat.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"part-00002/feat\.npy: not a whole \.npy array"):
+        store.gather("feat", np.arange(60))
+
+
+def test_an_array_of_another_length_is_named(store: GraphStore) -> None:
+    storage.write_array(f"{store.url}/part-00000/label.npy", np.zeros(3, np.int64))
+    rows = len(store.ids(0))
+    with pytest.raises(InputError, match=rf"part-00000/label\.npy: 3 rows, part 0 has {rows}"):
+        store.array("label", 0)
+
+
+def test_a_structure_that_points_outside_is_refused_before_it_is_sampled(store: GraphStore) -> None:
+    indices = np.array(store.array("indices", 1))
+    indices[4] = 60
+    storage.write_array(f"{store.url}/part-00001/indices.npy", indices)
+    with pytest.raises(InputError, match=r"part-00001: 1 indices are out of range, first 60"):
+        GraphStore.open(store.url).sample(np.array([0]), (2,), key=0)

@@ -1,0 +1,40 @@
+"""The layout of ranks: parts and experts are each dealt exactly once per group."""
+
+import pytest
+import torch
+
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.parallel.reduce import sum_figures
+from tests.gloo import run_ranks
+
+
+def describe(rank: int, expert_parallel: int) -> dict[str, object]:
+    mesh = Mesh.init(expert_parallel, torch.device("cpu"))
+    return {
+        "parts": mesh.parts(7),
+        "experts": mesh.num_local_experts(8),
+        "sum": sum_figures([float(rank), 1.0], mesh),
+        "groups": [group is not None for group in (mesh.world_group, mesh.expert_group, mesh.replica_group)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "expert_parallel", "experts"),
+    [(1, 1, [8]), (3, 3, [3, 3, 2]), (4, 2, [4, 4, 4, 4]), (5, 5, [2, 2, 2, 2, 0])],
+)
+def test_layout(world: int, expert_parallel: int, experts: list[int]) -> None:
+    ranks = run_ranks(describe, world, expert_parallel)
+    assert [rank["experts"] for rank in ranks] == experts
+    assert sorted(part for rank in ranks for part in rank["parts"]) == list(range(7))
+    expected_groups = [world > 1, expert_parallel > 1, 1 < world != expert_parallel]
+    assert all(rank["groups"] == expected_groups for rank in ranks)
+    assert all(rank["sum"] == [sum(range(world)), world] for rank in ranks)
+
+
+def bad(rank: int) -> None:
+    with pytest.raises(ValueError, match="3 ranks cannot be laid out with 2"):
+        Mesh.init(2, torch.device("cpu"))
+
+
+def test_sizes_that_do_not_fit() -> None:
+    run_ranks(bad, 3)

@@ -1,0 +1,56 @@
+"""The results table: every figure where a person looks for it."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rbm_dist.report.table import results_table
+
+RESULTS: dict[str, Any] = {
+    "teacher": {"val": 0.81, "test": 0.8},
+    "students": {
+        "mlp": {"val": 0.5, "test": 0.49},
+        "rbm": {"val": 0.6123, "test": 0.6087, "expert_load": [0.5, 0.25, 0.25]},
+    },
+    "latency_us": {
+        "teacher": {"1": 1234.5, "1024": 99.0},
+        "mlp": {"1": 20.0, "1024": 0.4},
+        "rbm": {"1": 80.0, "1024": 2.0},
+    },
+    "seconds": {"source": 0.5, "teacher": 10.25},
+}
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(results_table(results))
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("GraphSAGE (teacher)", ["81.0 %", "80.0 %", "1,234.5", "99.0", "yes"]),
+        ("MLP (GLNN)", ["50.0 %", "49.0 %", "20.0", "0.4", "no"]),
+        ("RbM", ["61.2 %", "60.9 %", "80.0", "2.0", "no"]),
+    ],
+)
+def test_a_row_per_model(name: str, figures: list[str]) -> None:
+    [row] = [line for line in lines(RESULTS) if line.startswith(f"│ {name} ")]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [name, *figures]
+
+
+def test_expert_load_and_time_per_stage() -> None:
+    shown = "\n".join(lines(RESULTS))
+    assert "50%  25%  25%" in shown
+    assert "source 0.5  teacher 10.2  (total 10.8)" in shown
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    results = RESULTS | {"students": {"mlp": {"val": None, "test": 0.5}}}
+    shown = lines(results)
+    [row] = [line for line in shown if line.startswith("│ MLP")]
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:3] == ["–", "50.0 %"]
+    assert not any("expert" in line or "RbM" in line for line in shown)

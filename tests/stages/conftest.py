@@ -1,0 +1,35 @@
+"""A short real run on a local Ray cluster, shared by the tests that look at a finished run directory."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "partition.num_parts=4", "teacher.epochs=6", "student.epochs=10", "student.pretrain_epochs=4",
+    "cluster.checkpoint_every=1",
+]  # fmt: skip
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command(*arguments: str) -> list[str]:
+    """`rbm-dist` in a process of its own, as a user starts it."""
+    return [sys.executable, "-m", "rbm_dist", *arguments]
+
+
+def rbm_dist(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of the quickstart with few epochs. Tests must not change it: copy it first."""
+    url = tmp_path_factory.mktemp("finished") / "run"
+    done = rbm_dist("run", "configs/quickstart.yaml", f"run_dir={url}", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (url.parent / "stdout").write_text(done.stdout)
+    return url
