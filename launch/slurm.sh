@@ -12,6 +12,12 @@
 # The job's exit code is that of the run. After a lost node or the time limit: the same sbatch again, and it goes on.
 set -euo pipefail
 
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+command -v rbm-dist >/dev/null || fail "rbm-dist is not on the PATH; submit from the environment it is installed in"
 start_timeout_s=300
 # Slurm runs this script on the first node. An address and not a name: not all of Ray looks names up in /etc/hosts.
 head=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
@@ -21,11 +27,7 @@ logs=rbm-dist-$SLURM_JOB_ID-ray
 # Only who has the token can use the cluster; srun hands the environment on to the other nodes.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-
-fail() {
-    echo "error: $*; see $logs-*.log" >&2
-    exit 1
-}
+export COLUMNS=120 # the log has no terminal whose width it could ask for
 
 steps=() # the srun of the first node, and that of the others
 run=
@@ -35,7 +37,8 @@ trap 'kill "${steps[@]}" $run 2>/dev/null || true' EXIT
 start_ray() {
     local count=$1 which=$2
     shift 2
-    srun --nodes="$count" --ntasks="$count" "$which" --cpu-bind=none --kill-on-bad-exit=1 --output="$logs-%N.log" \
+    srun --quiet --nodes="$count" --ntasks="$count" "$which" \
+        --cpu-bind=none --kill-on-bad-exit=1 --output="$logs-%N.log" \
         ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" "$@" &
     steps+=($!)
 }
@@ -44,14 +47,14 @@ start_ray() {
 check_ray() {
     local step
     for step in "${steps[@]}"; do
-        kill -0 "$step" 2>/dev/null || fail "Ray ended on a node"
+        kill -0 "$step" 2>/dev/null || fail "Ray ended on a node; see $logs-*.log"
     done
 }
 
 start_ray 1 --nodelist="$SLURMD_NODENAME" --head --port="$port" --include-dashboard=false
 until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do
     check_ray
-    ((SECONDS < start_timeout_s)) || fail "Ray did not start on $head within $start_timeout_s s"
+    ((SECONDS < start_timeout_s)) || fail "Ray did not start on $head within $start_timeout_s s; see $logs-*.log"
     sleep 1
 done
 if ((SLURM_JOB_NUM_NODES > 1)); then

@@ -50,8 +50,8 @@ def submit(
     address = address if "://" in address else f"http://{address}"
     client = _connect(address)
     job = _send(client, Path(config), arguments, address)
-    print(f"job {job} at {address}; results in {_absolute(settings.run_dir)}", flush=True)
     try:
+        print(f"job {job} at {address}; results in {_absolute(settings.run_dir)}", flush=True)
         code = _follow(client, job, address)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the job goes on. {_how_to_go_on(job, address)}", file=sys.stderr)

@@ -1,12 +1,14 @@
-"""The commands. Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted."""
+"""The commands. Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted, 143 terminated."""
 
 import json
+import signal
 import sys
 from typing import Annotated
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from rbm_dist import __version__
 from rbm_dist.config import Config, load
@@ -42,7 +44,11 @@ def _run_until(stage: str, config_path: str, overrides: list[str] | None, addres
     from rbm_dist.report.table import results_table
     from rbm_dist.stages.pipeline import run_stages
 
-    results = run_stages(config, console, stage, address, overwrite)
+    try:
+        results = run_stages(config, console, stage, address, overwrite)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
     if results is not None:
         console.print(results_table(results))
 
@@ -110,17 +116,14 @@ def version(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def main() -> None:
     """Run a command; errors are one message on standard error and a true exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except (InputError, RunError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again to go on")
-        sys.exit(130)
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _terminate(*_: object) -> None:
+    # An exception, so that a local Ray is stopped on the way out.
+    raise SystemExit(128 + signal.SIGTERM)

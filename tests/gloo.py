@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # Ranks are forked from a server that has imported the slow packages once.
 mp.set_forkserver_preload(["rbm_dist.stages.student"])
 

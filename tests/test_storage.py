@@ -4,6 +4,8 @@ import errno
 import gc
 import hashlib
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -72,6 +74,7 @@ def test_an_abandoned_upload_costs_nothing(s3_url: str, size: int) -> None:
     boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
     with pytest.raises(RuntimeError):
         write_half(f"{s3_url}/large.bin", bytes(size), RuntimeError())
+    storage.filesystem(s3_url)[0].transaction.files.clear()  # where fsspec keeps files until they are committed
     gc.collect()
     assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="bucket")
     assert names(s3_url) == []
@@ -273,6 +276,23 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
             except InputError:
                 refused += 1
     assert refused > size
+
+
+class Trap:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.mkdir, (self.folder,)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(InputError, match=r"a\.npy: not a whole \.npy array"):
+        storage.open_array(f"{tmp_path}/a.npy")
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_pickles_and_archives_are_no_arrays(tmp_path: Path) -> None:

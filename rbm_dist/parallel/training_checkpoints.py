@@ -1,6 +1,7 @@
 """What every training loop needs to be killed and go on: its last state, its best state, and where it was."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,8 @@ class TrainingCheckpoints:
         self._model, self._optimizer, self._num_experts = model, optimizer, num_experts
         self._extra, self._restore_extra = extra, restore_extra
         self._best = self._copy_of_model()
-        self._best_facts: dict[str, Any] = {}
         self._best_score = _NO_SCORE
+        self.history: list[dict[str, Any]] = []  # a row per epoch: its number, the time, its figures
 
     def resume(self) -> int:
         """Load the newest checkpoint, if there is one. Gives the number of epochs that are done."""
@@ -42,25 +43,21 @@ class TrainingCheckpoints:
         checkpoint.load(folder, self._state(extra), self._mesh)
         if self._restore_extra:
             self._restore_extra(extra)
-        self._best_facts = facts["best"]
-        self._best_score = facts["best_score"] if self._best_facts else _NO_SCORE
-        return int(facts["epochs"])
+        self._best_score = facts["best_score"]
+        self.history = facts["history"]
+        return len(self.history)
 
-    def after_epoch(self, epoch: int, last: bool, score: float, facts: dict[str, Any]) -> None:
-        """Keep the state if its score is the best so far; save a checkpoint if one is due."""
+    def after_epoch(self, last: bool, score: float, figures: dict[str, float]) -> dict[str, Any]:
+        """Keep the state if its score is the best so far; save a checkpoint if one is due. Gives the epoch's row."""
+        row = {"epoch": len(self.history), "time": round(time.time(), 3), **figures}
+        self.history.append(row)
         if score > self._best_score:
-            self._best, self._best_score, self._best_facts = self._copy_of_model(), score, {"epoch": epoch, **facts}
-        if last or (epoch + 1) % self._every == 0:
+            self._best, self._best_score = self._copy_of_model(), score
+        if last or len(self.history) % self._every == 0:
             state = self._state(self._extra() if self._extra else {})
-            saved = {"epochs": epoch + 1, "best": self._best_facts}
-            if self._best_facts:
-                saved["best_score"] = self._best_score
-            checkpoint.save(self._url, epoch + 1, state, saved, self._mesh)
-
-    @property
-    def best_facts(self) -> dict[str, Any]:
-        """What `after_epoch` was told of the best epoch, and its number."""
-        return self._best_facts
+            facts = {"best_score": self._best_score, "history": self.history}
+            checkpoint.save(self._url, len(self.history), state, facts, self._mesh)
+        return row
 
     def load_best(self, model: nn.Module) -> None:
         """Load the best state of the newest checkpoint into a whole (unsharded) model. For one rank alone."""

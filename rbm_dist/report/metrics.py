@@ -3,7 +3,6 @@
 import json
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ Row = dict[str, Any]
 class MetricsWriter:
     """Appends rows to `<run>/metrics.jsonl` and scalars to `<run>/tensorboard/<loop>/`.
 
-    A loop that resumes drops the rows of the epochs that it runs again, so that each epoch stands there once.
-    On object storage the files are kept on local disk and copied up by `flush`.
+    A loop begins with the history that its checkpoint holds, and both files are made to agree with it: each epoch
+    stands there once, whenever the run was killed. On object storage the files are kept on local disk and copied up by
+    `flush`.
     """
 
     def __init__(self, run_url: str):
@@ -30,31 +30,32 @@ class MetricsWriter:
             fs.get_file(path, str(self._jsonl))
         self._boards: dict[str, Any] = {}
 
-    def begin(self, loop: str, epoch: int) -> None:
-        """A loop starts at `epoch`: rows it wrote from there on are dropped."""
+    def begin(self, loop: str, history: list[Row]) -> None:
+        """A loop starts, or goes on after the epochs of `history` (rows with `epoch`, `time` and figures)."""
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._jsonl.exists():
-            rows = [json.loads(line) for line in self._jsonl.read_text().splitlines() if line.endswith("}")]
-            kept = [row for row in rows if row["loop"] != loop or row["epoch"] < epoch]
-            with storage.atomic_writer(str(self._jsonl)) as stream:
-                stream.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+        lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
+        # A killed driver may have left half a line.
+        others = [line for line in lines if line.endswith("}") and json.loads(line)["loop"] != loop]
+        with storage.atomic_writer(str(self._jsonl)) as stream:
+            stream.write("".join(f"{line}\n" for line in others).encode())
         if loop in self._boards:
             self._boards[loop].close()
         folder = self._folder / "tensorboard" / loop
-        if epoch == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not self._local:
-                storage.remove(storage.join(self._run_url, "tensorboard", loop))
-        self._boards[loop] = SummaryWriter(str(folder), purge_step=epoch)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not self._local:
+            storage.remove(storage.join(self._run_url, "tensorboard", loop))
+        self._boards[loop] = SummaryWriter(str(folder))
+        for row in history:
+            self.write(loop, row)
 
-    def write(self, loop: str, epoch: int, metrics: dict[str, float]) -> None:
-        """One epoch's metrics."""
-        row = {"loop": loop, "epoch": epoch, "time": round(time.time(), 3), **metrics}
+    def write(self, loop: str, row: Row) -> None:
+        """One epoch's row."""
         with open(self._jsonl, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        for name, value in metrics.items():
-            self._boards[loop].add_scalar(name, value, epoch)
+            stream.write(json.dumps({"loop": loop, **row}) + "\n")
+        for name, value in row.items():
+            if name not in ("epoch", "time"):
+                self._boards[loop].add_scalar(name, value, row["epoch"], walltime=row["time"])
 
     def flush(self) -> None:
         """Bring everything to the run's storage."""

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,11 @@ from rbm_dist.errors import InputError
 
 # Only handles and small arrays enter the object store; features and embeddings never do.
 _OBJECT_STORE_BYTES = 128 * 2**20
+
+
+# "HOST:PORT" or "ray://HOST:PORT"; anything else ("auto", "local") is for Ray to resolve.
+_HOST_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/\s]+):(?P<port>\d+)")
+_CONNECT_S = 10.0
 
 
 @contextmanager
@@ -25,6 +32,7 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     # The driver prints its own progress; workers' errors reach it as exceptions.
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
+        _require_listener(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -40,3 +48,13 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself waits for minutes for an address where nobody listens."""
+    match = _HOST_PORT.fullmatch(address)
+    if match:
+        try:
+            socket.create_connection((match["host"], int(match["port"])), timeout=_CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {error}") from None

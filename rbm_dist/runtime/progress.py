@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from rbm_dist.report.metrics import MetricsWriter
+from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 
 _POLL_S = 0.25
@@ -18,9 +18,9 @@ class Reporter:
     def __init__(self, actor: Any):
         self._actor = actor
 
-    def begin(self, loop: str, epoch: int) -> None:
-        """A training loop starts, or goes on, at this epoch."""
-        self._actor.put.remote({"kind": "begin", "loop": loop, "epoch": epoch})
+    def begin(self, loop: str, history: list[Row]) -> None:
+        """A training loop starts, or goes on after these epochs."""
+        self._actor.put.remote({"kind": "begin", "loop": loop, "history": history})
 
     def progress(self, loop: str, done: int, total: int, unit: str, note: str = "") -> None:
         self._actor.put.remote({"kind": "progress", "loop": loop, "bar": (done, total, unit, note)})
@@ -29,8 +29,9 @@ class Reporter:
         """Some more units are done, of a total that several workers share."""
         self._actor.put.remote({"kind": "add", "loop": loop, "amount": amount, "total": total, "unit": unit})
 
-    def metrics(self, loop: str, epoch: int, metrics: dict[str, float]) -> None:
-        self._actor.put.remote({"kind": "metrics", "loop": loop, "epoch": epoch, "metrics": metrics})
+    def metrics(self, loop: str, row: Row) -> None:
+        """One epoch's figures."""
+        self._actor.put.remote({"kind": "metrics", "loop": loop, "row": row})
 
 
 class _Mailbox:
@@ -84,9 +85,9 @@ class ProgressRelay:
         for message in ray.get(self._actor.drain.remote(), timeout=60):
             loop = message["loop"]
             if message["kind"] == "begin":
-                self._metrics.begin(loop, message["epoch"])
+                self._metrics.begin(loop, message["history"])
             elif message["kind"] == "metrics":
-                self._metrics.write(loop, message["epoch"], message["metrics"])
+                self._metrics.write(loop, message["row"])
             else:
                 if message["kind"] == "add":
                     self._added[loop] = self._added.get(loop, 0) + message["amount"]

@@ -157,7 +157,7 @@ class _Training:
         )  # fmt: skip
         first = done = checkpoints.resume()
         if mesh.rank == 0:
-            self.reporter.begin(name, first)
+            self.reporter.begin(name, checkpoints.history)
         for epoch in range(first, epochs):
             figures = self._epoch(name, epoch, model, memory, optimizer)
             done = epoch + 1
@@ -167,9 +167,9 @@ class _Training:
             figures |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
             # By accuracy; among equals by loss, which is weighed too little to overrule one node.
             score = val_accuracy - 1e-9 * val_loss
-            checkpoints.after_epoch(epoch, done == epochs, score, figures)
+            row = checkpoints.after_epoch(done == epochs, score, figures)
             if mesh.rank == 0:
-                self.reporter.metrics(name, epoch, figures)
+                self.reporter.metrics(name, row)
                 note = f"loss {figures['loss']:.3f}, val accuracy {val_accuracy:.1%}"
                 self.reporter.progress(name, done, epochs, "epochs", note)
         return checkpoints

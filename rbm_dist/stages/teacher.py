@@ -72,7 +72,7 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
     parts = mesh.parts(store.num_parts)
     first = checkpoints.resume()
     if mesh.rank == 0:
-        reporter.begin("teacher", first)
+        reporter.begin("teacher", checkpoints.history)
     for epoch in range(first, settings.epochs):
         model.train()
         loss_sum = 0.0
@@ -91,9 +91,9 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
         val_loss, val_accuracy = _validate(model, store, val, parts, config, mesh)
         (loss_sum,) = sum_figures([loss_sum], mesh)
         figures = {"loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy}
-        checkpoints.after_epoch(epoch, epoch + 1 == settings.epochs, score=-val_loss, facts=figures)
+        row = checkpoints.after_epoch(epoch + 1 == settings.epochs, score=-val_loss, figures=figures)
         if mesh.rank == 0:
-            reporter.metrics("teacher", epoch, figures)
+            reporter.metrics("teacher", row)
             note = f"val loss {val_loss:.3f}, accuracy {val_accuracy:.1%}"
             reporter.progress("teacher", epoch + 1, settings.epochs, "epochs", note)
     if mesh.rank == 0:

@@ -202,6 +202,13 @@ def test_features_of_any_number_type(tmp_path: Path, dtype: str, normalize: str)
     np.testing.assert_allclose(features(graph), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "bool"])
+def test_links_of_any_number_type(tmp_path: Path, dtype: str) -> None:
+    arrays = npz_arrays()
+    graph = read_npz(tmp_path, arrays | {"adj_data": arrays["adj_data"].astype(dtype)})
+    assert graph.csc.num_edges == 2 * NODES
+
+
 def test_rows_are_normalised_by_magnitude_and_empty_ones_stay_zero(tmp_path: Path) -> None:
     dense = np.array([[-3, 1, 0], [0, 0, 0], [3e38, 3e38, -3e38], *[[1, 1, 2]] * 5])
     attr = sp.csr_array(dense)

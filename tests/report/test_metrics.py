@@ -15,69 +15,66 @@ def rows(url: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in fs.cat_file(path).decode().splitlines()]
 
 
-def epochs(url: str, loop: str) -> list[int]:
-    return [row["epoch"] for row in rows(url) if row["loop"] == loop]
-
-
-def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """What TensorBoard itself reads."""
+def scalars(folder: Path, name: str) -> list[tuple[int, float, float]]:
+    """Step, value and time, as TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
+    return [(event.step, event.value, event.wall_time) for event in events.Scalars(name)]
+
+
+def history(end: int, first: int = 0) -> list[dict[str, Any]]:
+    """The rows of some epochs."""
+    return [{"epoch": epoch, "time": 1000.0 + epoch, "loss": epoch / 4} for epoch in range(first, end)]
 
 
 def train(url: str, loop: str, first: int, end: int) -> None:
-    """A run that trains one loop from one epoch up to another."""
+    """A driver under which one loop goes on from one epoch up to another."""
     writer = MetricsWriter(url)
-    writer.begin(loop, first)
-    for epoch in range(first, end):
-        writer.write(loop, epoch, {"loss": epoch / 4})
+    writer.begin(loop, history(first))
+    for row in history(end, first):
+        writer.write(loop, row)
     writer.close()
 
 
 def test_rows_and_scalars(url: str, tmp_path: Path) -> None:
     train(url, "teacher", 0, 3)
-    assert [{key: row[key] for key in ("loop", "epoch", "loss")} for row in rows(url)] == [
-        {"loop": "teacher", "epoch": epoch, "loss": epoch / 4} for epoch in range(3)
-    ]
+    assert rows(url) == [{"loop": "teacher", **row} for row in history(3)]
     fs, path = storage.filesystem(f"{url}/tensorboard/teacher")
     fs.get(path, str(tmp_path / "fetched"), recursive=True)
-    assert scalars(tmp_path / "fetched", "loss") == [(0, 0.0), (1, 0.25), (2, 0.5)]
+    assert scalars(tmp_path / "fetched", "loss") == [(0, 0.0, 1000.0), (1, 0.25, 1001.0), (2, 0.5, 1002.0)]
 
 
-def test_a_loop_that_goes_on_drops_the_epochs_it_runs_again(url: str) -> None:
-    train(url, "teacher", 0, 5)
-    train(url, "mlp", 0, 2)
-    train(url, "mlp", 1, 4)
-    assert epochs(url, "teacher") == [0, 1, 2, 3, 4]
-    assert epochs(url, "mlp") == [0, 1, 2, 3]
+@pytest.mark.parametrize("first", [0, 1, 3, 5])
+def test_a_loop_that_goes_on_stands_there_once(url: str, first: int) -> None:
+    train(url, "teacher", 0, 3)
+    train(url, "mlp", 0, 3)  # killed after its third epoch, with a checkpoint of an earlier (or an unseen later) one
+    train(url, "mlp", first, 6)
+    assert [row for row in rows(url) if row["loop"] == "mlp"] == [{"loop": "mlp", **row} for row in history(6)]
+    assert [row for row in rows(url) if row["loop"] == "teacher"] == [{"loop": "teacher", **row} for row in history(3)]
 
 
-def test_a_loop_that_starts_anew_leaves_nothing_of_the_old_one(url: str) -> None:
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_loop_that_goes_on_leaves_no_old_event_files(url: str, tmp_path: Path, first: int) -> None:
     train(url, "teacher", 0, 3)
     train(url, "mlp", 0, 3)
     before = set(storage.listdir(f"{url}/tensorboard/teacher"))
     other = storage.listdir(f"{url}/tensorboard/mlp")
-    train(url, "teacher", 0, 1)
-    assert epochs(url, "teacher") == [0]
+    train(url, "teacher", first, 4)
     assert not before & set(storage.listdir(f"{url}/tensorboard/teacher"))
     assert storage.listdir(f"{url}/tensorboard/mlp") == other
-
-
-def test_tensorboard_shows_each_epoch_once(tmp_path: Path) -> None:
-    train(str(tmp_path), "teacher", 0, 4)
-    train(str(tmp_path), "teacher", 2, 5)
-    assert [step for step, _ in scalars(tmp_path / "tensorboard" / "teacher", "loss")] == [0, 1, 2, 3, 4]
+    fs, path = storage.filesystem(f"{url}/tensorboard/teacher")
+    fs.get(path, str(tmp_path / "fetched"), recursive=True)
+    assert [step for step, _, _ in scalars(tmp_path / "fetched", "loss")] == [0, 1, 2, 3]
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     train(str(tmp_path), "teacher", 0, 3)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-9])
-    train(str(tmp_path), "teacher", 2, 3)
-    assert epochs(str(tmp_path), "teacher") == [0, 1, 2]
+    train(str(tmp_path), "teacher", 2, 4)
+    assert rows(str(tmp_path)) == [{"loop": "teacher", **row} for row in history(4)]
 
 
 @pytest.mark.parametrize("kind", ["s3", "memory"])
@@ -86,11 +83,11 @@ def test_remote_metrics_are_there_when_they_are_flushed(
 ) -> None:
     url = request.getfixturevalue(f"{kind}_url")
     writer = MetricsWriter(url)
-    writer.begin("teacher", 0)
-    writer.write("teacher", 0, {"loss": 1.0})
+    writer.begin("teacher", [])
+    writer.write("teacher", history(1)[0])
     writer.flush()
-    assert epochs(url, "teacher") == [0]
-    writer.write("teacher", 1, {"loss": 1.0})
+    assert len(rows(url)) == 1
+    writer.write("teacher", history(2)[1])
     writer.close()
-    assert epochs(url, "teacher") == [0, 1]
+    assert len(rows(url)) == 2
     assert list(local_cache.iterdir()) == []

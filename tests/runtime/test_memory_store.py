@@ -1,27 +1,17 @@
 """The memory-store actor on a real Ray cluster."""
 
-from collections.abc import Iterator
-
 import pytest
 import ray
 import torch
 
-from rbm_dist.config import ClusterConfig
 from rbm_dist.errors import RunError
 from rbm_dist.moe.memory import RoutingMemory
 from rbm_dist.moe.routing import MemoryStatistics, memory_statistics, route
 from rbm_dist.parallel.mesh import Mesh
-from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.memory_store import ActorMemoryStore, _MemoryActor, _pack
 
 SETTINGS = {"decay": 0.9, "self_similarity": 0.1, "lr": 0.01}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_cluster(ClusterConfig(), None):
-        yield
 
 
 def initial() -> list[torch.Tensor]:

@@ -1,0 +1,53 @@
+"""What every benchmark has in common: `--quick`, `--json FILE`, median times, and a table of ratios against targets."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """`ratio`: how many times better than the peer, or the share of the floor that is reached; met at `target`."""
+
+    name: str
+    value: float
+    unit: str
+    ratio: float
+    target: float
+
+
+def seconds(call: Callable[[], object], budget_s: float) -> float:
+    """Median CPU seconds of a call on this thread, after one warm-up, within a time budget."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.thread_time()
+        call()
+        times.append(time.thread_time() - start)
+    return float(np.median(times))
+
+
+def main(title: str, measure: Callable[[bool], list[Row]]) -> None:
+    """Run a benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--quick", action="store_true", help="smaller, under a minute")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    arguments = parser.parse_args()
+    rows = measure(arguments.quick)
+    table = Table(title=title)
+    for column in ("", "value", "unit", "ratio", "target", ""):
+        table.add_column(column, justify="left" if column in ("", "unit") else "right")
+    for row in rows:
+        met = "met" if row.ratio >= row.target else "missed"
+        table.add_row(row.name, f"{row.value:,.2f}", row.unit, f"{row.ratio:.2f}", f"{row.target:.2f}", met)
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

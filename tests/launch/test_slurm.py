@@ -1,0 +1,77 @@
+"""The Slurm script with stand-ins for srun, ray and rbm-dist: what it starts, what it waits for, how it ends."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# srun runs one process per task here; ray listens, as its head does, and rbm-dist says what it was given.
+SRUN = """
+while [[ $1 != ray ]]; do
+    [[ $1 == --ntasks=* ]] && tasks=${1#*=}
+    shift
+done
+for ((i = 0; i < tasks; i++)); do "$@" & done
+trap 'kill $(jobs -p)' TERM
+wait
+"""
+RAY = f"""
+echo "$*" >>started
+[[ $* == *--head* ]] || exec sleep 100
+for option; do [[ $option == --port=* ]] && port=${{option#*=}}; done
+exec {sys.executable} -c "import socket, time; s = socket.create_server(('', $port)); time.sleep(100)"
+"""
+
+
+def run(folder: Path, *, ray: str = RAY, rbm_dist: str, nodes: int = 3) -> subprocess.CompletedProcess[str]:
+    for name, body in {"srun": SRUN, "ray": ray, "rbm-dist": rbm_dist}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_CPUS_ON_NODE": "2",
+        "SLURMD_NODENAME": "n1",
+    }
+    command = ["bash", str(ROOT / "launch" / "slurm.sh"), "a.yaml", "seed=1", "run_dir=a b"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("code", [0, 2, 137])
+def test_the_exit_code_is_that_of_the_run(tmp_path: Path, code: int) -> None:
+    wait_for_all = "until (($(wc -l <started) == 3)); do sleep 0.1; done"
+    show = 'printf "%s|" "$@"; echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"'
+    done = run(tmp_path, rbm_dist=f"{wait_for_all}; {show}; exit {code}")
+    assert done.returncode == code, done.stderr
+    arguments = done.stdout.split("|")
+    assert arguments[:5] == ["run", "a.yaml", "seed=1", "run_dir=a b", "--address"]
+    assert arguments[6] == "token 64\n"
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len([line for line in started if "--head" in line]) == 1
+    assert len([line for line in started if f"--address={arguments[5]}" in line]) == 2
+
+
+@pytest.mark.timeout(90)
+def test_without_ray_nothing_is_run(tmp_path: Path) -> None:
+    done = run(tmp_path, ray="exit 1", rbm_dist="touch ran")
+    assert done.returncode == 1
+    assert "error: Ray ended on a node; see rbm-dist-" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.timeout(90)
+def test_a_run_does_not_wait_for_a_ray_node_that_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = run(tmp_path, ray=RAY.replace("sleep 100", "sleep 2"), rbm_dist="exec sleep 50", nodes=2)
+    assert done.returncode == 1
+    assert "error: Ray ended on a node" in done.stderr
+    assert time.monotonic() - began < 40

@@ -1,0 +1,258 @@
+"""Runs submitted as jobs to a real Ray cluster: exit codes, the log, and what survives a bad connection."""
+
+import http.server
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOWHERE = "http://127.0.0.1:1"
+SHORT = [
+    "partition.num_parts=2", "teacher.epochs=1", "student.epochs=1", "student.models=[mlp]",
+    "cluster.train_workers=1", "cluster.inference_workers=1",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A Ray cluster of one node with a token of its own; all its processes are gone at the end."""
+    ports = [free_port() for _ in range(3)]
+    address = f"http://127.0.0.1:{ports[0]}"
+    programs = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    # Not pytest's folder: Ray's sockets lie below it, and the path of a socket is 107 characters long at most.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    command = [
+        f"{programs}/ray", "start", "--head", "--block", "--port=0", f"--dashboard-port={ports[0]}",
+        f"--dashboard-agent-listen-port={ports[1]}", f"--ray-client-server-port={ports[2]}", "--num-cpus=4",
+        "--include-dashboard=true", f"--temp-dir={folder}", "--object-store-memory=100000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    with open(folder / "out", "w") as out:
+        head = subprocess.Popen(command, env=environment, cwd=folder, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 90
+        while not answers(address):
+            assert head.poll() is None, (folder / "out").read_text()
+            assert time.monotonic() < deadline, (folder / "out").read_text()
+            time.sleep(0.5)
+        yield Cluster(address, environment)
+    finally:
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
+        head.wait()
+        psutil.wait_procs(processes, timeout=10)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    # Above the range that Ray keeps for its workers.
+    for port in range(20_000 + secrets.randbelow(10_000), 32_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no free port")
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=5)
+    except urllib.error.HTTPError as error:
+        return error.code == 401  # it asks for the token
+    except OSError:
+        return False
+    return True
+
+
+class Submitted:
+    """`launch/submit.sh` in a process of its own; what it prints is kept."""
+
+    def __init__(self, *arguments: str, address: str, folder: Path, environment: dict[str, str] | None = None):
+        environment = (environment or dict(os.environ)) | {"PYTHON": sys.executable, "RAY_API_SERVER_ADDRESS": address}
+        self.process = subprocess.Popen(
+            [ROOT / "launch" / "submit.sh", *arguments],
+            cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def wait(self, timeout: float = 60) -> tuple[int, str, str]:
+        """Exit code, output, errors."""
+        try:
+            out, errors = self.process.communicate(timeout=timeout)
+        finally:
+            self.process.kill()
+        return self.process.returncode, out, errors
+
+    def wait_for_line(self, text: str) -> None:
+        """Read the output up to a line that has this text; the test's own timeout is the deadline."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(self.wait())
+
+
+@pytest.fixture
+def bad_input(tmp_path: Path) -> Path:
+    """A configuration outside the repository that is good; the file it names is not there."""
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: out\nsource: {kind: npz, path: 'no such: #file.npz'}\n")
+    return path
+
+
+def test_a_bad_key_is_refused_without_a_cluster(tmp_path: Path) -> None:
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "student.experts=8"]
+    code, out, errors = Submitted(*arguments, address=NOWHERE, folder=tmp_path).wait()
+    assert (code, out) == (2, "")
+    assert "student.experts: unknown key" in errors
+
+
+def test_no_cluster_is_one_message(bad_input: Path, tmp_path: Path) -> None:
+    code, out, errors = Submitted(str(bad_input), address=NOWHERE, folder=tmp_path).wait(timeout=30)
+    assert (code, out) == (1, "")
+    assert errors.startswith(f"error: no Ray job server answers at {NOWHERE}")
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_server_that_says_nothing_has_a_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        script = (
+            "from launch import submit; submit._REQUEST_TIMEOUT_S = (1, 1)\n"
+            f"try: submit._connect('http://127.0.0.1:{mute.getsockname()[1]}')\n"
+            "except submit.RunError as error: print(error)"
+        )
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    assert "timed out" in done.stdout
+
+
+@pytest.mark.timeout(240)
+def test_a_run_shows_its_progress_and_writes_its_results(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out", *SHORT]
+    submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
+    code, out, errors = submitted.wait(timeout=200)
+    assert code == 0, out + errors
+    assert f"results in {tmp_path}/out\n" in out
+    for stage in ["source", "partition", "teacher", "soft_labels", "student", "evaluate"]:
+        assert out.count(f"✓ {stage}: ") == 1
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
+class Unreliable(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to the job server, but hangs up on two of five questions about a job."""
+
+    server: "UnreliableServer"
+
+    def _hand_on(self) -> None:
+        self.server.asked += "/api/jobs/raysubmit" in self.path
+        # Status and log are asked for in turn: each of them is refused now and then.
+        if "/api/jobs/raysubmit" in self.path and self.server.asked % 5 in (1, 3):
+            return  # no answer at all: the connection is closed
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        request = urllib.request.Request(
+            self.server.behind + self.path, data=body or None, headers=headers, method=self.command
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                status, content = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, content = error.code, error.read()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = _hand_on
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class UnreliableServer(http.server.ThreadingHTTPServer):
+    behind = ""
+    asked = 0
+
+
+@pytest.mark.timeout(120)
+def test_bad_input_exits_2_and_lost_connections_lose_nothing(cluster: Cluster, bad_input: Path, tmp_path: Path) -> None:
+    with UnreliableServer(("127.0.0.1", 0), Unreliable) as server:
+        server.behind = cluster.address
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        submitted = Submitted(str(bad_input), address=address, folder=tmp_path, environment=cluster.environment)
+        code, out, errors = submitted.wait(timeout=90)
+        server.shutdown()
+    assert code == 2, out + errors
+    assert out.count(f"error: {tmp_path}/no such: #file.npz: no such file") == 1
+    assert out.count("Running entrypoint") == 1
+    assert server.asked > 5
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_run_exits_as_a_killed_process_does(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out"]
+    submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
+    submitted.wait_for_line("rbm-dist quickstart.yaml")
+    (driver,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [])[1:3] == ["-m", "rbm_dist"] and str(tmp_path) in process.info["cmdline"][-1]
+    ]
+    driver.kill()
+    code, out, errors = submitted.wait()
+    assert code == 128 + signal.SIGKILL, out + errors
+
+
+@pytest.mark.timeout(120)
+def test_after_an_interrupt_the_job_goes_on_and_can_be_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out"]
+    submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
+    submitted.wait_for_line("results in")
+    submitted.process.send_signal(signal.SIGINT)
+    code, _, errors = submitted.wait()
+    assert code == 130
+    assert "the job goes on" in errors
+    stop = re.search(r"Stop it:\n +(ray job stop .*)", errors)
+    assert stop
+    done = subprocess.run(
+        shlex.split(stop[1]), env=cluster.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "was stopped" in done.stdout + done.stderr
+
+
+def test_a_wrong_token_is_one_message(cluster: Cluster, bad_input: Path, tmp_path: Path) -> None:
+    environment = cluster.environment | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    submitted = Submitted(str(bad_input), address=cluster.address, folder=tmp_path, environment=environment)
+    code, out, errors = submitted.wait()
+    assert (code, out) == (1, "")
+    assert "RAY_AUTH_TOKEN" in errors
+    assert len(errors.splitlines()) == 1
