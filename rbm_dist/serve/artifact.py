@@ -47,7 +47,10 @@ def load_student(url: str) -> Student:
     facts = storage.read_json(storage.join(url, "model.json"))
     if facts.pop("version", None) != _VERSION:
         raise InputError(f"{url}/model.json: not a model of version {_VERSION}")
-    student = empty_student(**facts)
+    try:
+        student = empty_student(**facts)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{url}/model.json: does not describe a student; it was changed") from None
     load_weights(storage.join(url, "model.safetensors"), student)
     return student.eval()
 

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from rbm_dist import storage
@@ -111,7 +112,12 @@ def open_finished(url: str) -> Config:
     path = storage.join(url, "config.json")
     if not storage.exists(path):
         raise InputError(f"{url}: not a run directory (no config.json)")
-    config = Config.model_validate(storage.read_json(path))
+    try:
+        config = Config.model_validate(storage.read_json(path))
+    except ValidationError:
+        raise InputError(
+            f"{path}: not the configuration of a run; it was changed, or written by another version"
+        ) from None
     if _skip_done(STAGES[:-1], url, Console(quiet=True)):
         raise InputError(f"{url}: the run has not finished its students; run the same `rbm-dist run` again first")
     return config

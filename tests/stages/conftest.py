@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
-    "partition.num_parts=4", "teacher.epochs=6", "student.epochs=10", "student.pretrain_epochs=4",
+    "partition.num_parts=4", "teacher.epochs=6", "student.epochs=30", "student.pretrain_epochs=4",
     "cluster.checkpoint_every=1",
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.stages.conftest import ROOT, SHORT, command, rbm_dist
 
 QUICKSTART = "configs/quickstart.yaml"
+ROUTED = 26  # epochs of routed training in a short run
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -63,21 +64,23 @@ def rows_of(run: Path, loop: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["loop"] == loop]
 
 
-# In each stage, at a sign that it is at work.
-MOMENTS = [
-    "graph/part-00000/indptr.npy", "teacher/checkpoints/step-00000003/checkpoint.json", "graph/part-00000/soft.npy",
-    "student/rbm/checkpoints/step-00000002/checkpoint.json",
-]  # fmt: skip
+def newest(folder: Path) -> int:
+    """The epochs that a loop's newest checkpoint holds; 0 without one."""
+    return max((int(path.parent.name[5:]) for path in folder.glob("step-*/checkpoint.json")), default=0)
 
 
 @pytest.mark.timeout(600)
 def test_killed_in_every_stage_the_result_is_the_same(finished_run: Path, tmp_path: Path) -> None:
     """Then, in the last attempt, a training worker is killed too: it is replaced within the run."""
     run = tmp_path / "run"
-    for moment in MOMENTS:
-        kill_when((run / moment).exists, run)
-    process = start(run)
-    wait_for((run / "student/rbm/checkpoints/step-00000004/checkpoint.json").exists, process)
+    kill_when((run / "graph" / "part-00000" / "indptr.npy").exists, run)
+    kill_when(lambda: newest(run / "teacher" / "checkpoints") >= 3, run)
+    kill_when((run / "graph" / "part-00000" / "soft.npy").exists, run)
+    routed = run / "student" / "rbm" / "checkpoints"
+    kill_when(lambda: newest(routed) >= 2, run)
+    process, before = start(run), newest(routed)
+    assert before < ROUTED - 4
+    wait_for(lambda: newest(routed) > before + 1, process)
     below = psutil.Process(process.pid).children(recursive=True)
     workers = [each for each in below if "RayTrainWorker" in " ".join(each.cmdline())]
     assert len(workers) == 2
@@ -99,7 +102,7 @@ def test_the_student_goes_on_with_another_number_of_workers(finished_run: Path, 
     (run / "student" / "manifest.json").unlink()
     for path in (run / "student" / "rbm").glob("model.*"):
         path.unlink()
-    shutil.rmtree(run / "student" / "rbm" / "checkpoints" / "step-00000006")
+    shutil.rmtree(run / "student" / "rbm" / "checkpoints" / f"step-{ROUTED:08d}")
     done = rbm_dist("student", QUICKSTART, f"run_dir={run}", *SHORT, f"cluster.train_workers={workers}")
     assert done.returncode == 0, done.stderr
     assert "went on from where it was" in done.stdout

@@ -88,7 +88,7 @@ def test_metrics(finished_run: Path) -> None:
     rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     epochs = {loop: [row["epoch"] for row in rows if row["loop"] == loop] for loop in {row["loop"] for row in rows}}
     assert epochs == {
-        "teacher": list(range(6)), "mlp": list(range(10)), "rbm/pretrain": list(range(4)), "rbm": list(range(6))
+        "teacher": list(range(6)), "mlp": list(range(30)), "rbm/pretrain": list(range(4)), "rbm": list(range(26))
     }  # fmt: skip
     assert {"loss", "kd", "commitment", "load_balance", "self_similarity", "val_accuracy"} <= set(rows[-1])
     board = EventAccumulator(str(finished_run / "tensorboard" / "rbm")).Reload()
