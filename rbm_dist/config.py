@@ -74,6 +74,9 @@ class TeacherConfig(Section):
     """GraphSAGE, one layer per entry of `fanout`."""
 
     hidden: Positive = 128
+    sampler: Literal["numba", "pyg_lib", "torch_sparse"] = Field(
+        "numba", description="the sampling kernel of all stages"
+    )
     fanout: Fanout = (10, 10)
     dropout: Fraction = 0.5
     lr: Rate = 0.01
@@ -138,7 +141,6 @@ class ClusterConfig(Section):
     checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
     max_failures: Count = Field(3, description="times that lost workers are replaced")
     timeout_s: Rate = Field(300.0, description="longest wait for another worker, in seconds")
-    sampler: Literal["numba", "pyg_lib", "torch_sparse"] = "numba"
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -189,7 +189,7 @@ def test_a_bad_override_says_that_it_came_from_the_command_line(path: Path) -> N
         ("student: {models: [gcn]}", "student.models.0", "'mlp' or 'rbm', found 'gcn'"),
         ("student: {label_weight: 1.1}", "student.label_weight", "less than or equal to 1"),
         ("cluster: {use_gpu: maybe}", "cluster.use_gpu", "valid boolean.*found 'maybe'"),
-        ("cluster: {sampler: dgl}", "cluster.sampler", "found 'dgl'"),
+        ("teacher: {sampler: dgl}", "teacher.sampler", "found 'dgl'"),
         ("cluster: {max_failures: -1}", "cluster.max_failures", "found -1"),
         ("cluster: {timeout_s: 0}", "cluster.timeout_s", "greater than 0"),
         ("3: x", "3", "Keys should be strings"),

@@ -20,7 +20,7 @@ def make_sampler(name: str, parts: list[Csc], offsets: np.ndarray) -> Sampler:
         return backend(parts)
     except ImportError as error:
         package = name.replace("_", "-")
-        raise InputError(f"cluster.sampler: {name}: {package} is not installed ({error}); see docs/start.md") from None
+        raise InputError(f"teacher.sampler: {name}: {package} is not installed ({error}); see docs/start.md") from None
 
 
 class PygLibSampler:

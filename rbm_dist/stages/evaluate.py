@@ -34,7 +34,7 @@ def run_evaluate(run: Run) -> Files:
 
 def _evaluate(config: Config, url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    store = GraphStore.open(storage.join(url, "graph"), config.cluster.sampler)
+    store = GraphStore.open(storage.join(url, "graph"), config.teacher.sampler)
     students = {kind: load_student(storage.join(url, "student", kind)) for kind in config.student.models}
     figures: dict[str, Any] = {
         "teacher": _accuracy(store, [store.array("soft", part) for part in range(store.num_parts)])

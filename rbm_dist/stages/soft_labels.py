@@ -80,7 +80,7 @@ def _make_worker(
 ) -> Callable[[int], storage.FileInfo]:
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
-    store = GraphStore.open(graph_url, config.cluster.sampler)
+    store = GraphStore.open(graph_url, config.teacher.sampler)
     model = build_teacher(config, store)
     load_weights(storage.join(teacher_url, "model.safetensors"), model)
     model.eval().to("cuda" if config.cluster.use_gpu else "cpu")

@@ -58,7 +58,7 @@ def sample_logits(
 def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str) -> None:
     """Train on this rank's parts, together with the other ranks. Goes on from the last checkpoint below `url`."""
     settings = config.teacher
-    store = GraphStore.open(graph_url, config.cluster.sampler)
+    store = GraphStore.open(graph_url, config.teacher.sampler)
     model = build_teacher(config, store).to(mesh.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     checkpoints = TrainingCheckpoints(

@@ -79,5 +79,5 @@ def test_neighbours_are_equally_likely(backend: str, request: pytest.FixtureRequ
 def test_a_kernel_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     whole = Csc(np.zeros(2, np.int64), np.empty(0, np.int32))
-    with pytest.raises(InputError, match=rf"cluster\.sampler: {name}: .* is not installed"):
+    with pytest.raises(InputError, match=rf"teacher\.sampler: {name}: .* is not installed"):
         make_sampler(name, [whole], np.array([0, 1]))
