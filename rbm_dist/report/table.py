@@ -6,14 +6,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-NAMES = {"teacher": "GraphSAGE (teacher)", "mlp": "MLP (GLNN)", "rbm": "RbM"}
+NAMES = {"teacher": "teacher (GraphSAGE)", "mlp": "MLP (GLNN)", "rbm": "RbM"}
 
 
 def results_table(results: dict[str, Any]) -> Group:
     """Accuracy and latency of every model, expert load, and the time each stage took."""
-    table = Table(title="Accuracy of the epoch chosen on validation; microseconds per node, one thread")
+    table = Table(title="Accuracy (epoch chosen on val) and µs per node by batch size (one thread)")
     table.add_column("model")
-    for column in ("validation", "test", "µs, batch 1", "µs, batch 1,024", "needs the graph"):
+    for column in ("val", "test", "µs @ 1", "µs @ 1,024", "graph-free"):
         table.add_column(column, justify="right")
     models = {"teacher": results["teacher"], **results["students"]}
     for name, figures in models.items():
@@ -23,7 +23,7 @@ def results_table(results: dict[str, Any]) -> Group:
             _percent(figures["val"]),
             _percent(figures["test"]),
             *(f"{latency[batch]:,.1f}" for batch in ("1", "1024")),
-            "yes" if name == "teacher" else "no",
+            "no" if name == "teacher" else "yes",
             style="bold" if name == "rbm" else None,
         )
     lines: list[Any] = [table]
