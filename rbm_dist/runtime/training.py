@@ -1,10 +1,11 @@
-"""Training groups: Ray Train starts the workers, joins them in a process group and replaces them when one is lost.
+"""Training groups: Ray Train starts the workers and joins them in a process group; a group that breaks starts again.
 
 A loop knows nothing of Ray: it gets its `Mesh`, a reporter and its own arguments, and keeps its own checkpoints, so
 that a group that starts again (here or in the next run) goes on where the last checkpoint was.
 """
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -15,47 +16,63 @@ import torch.distributed as dist
 
 from rbm_dist import storage
 from rbm_dist.config import ClusterConfig
+from rbm_dist.errors import InputError
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.progress import Reporter
 
 Loop = Callable[..., None]
+_log = logging.getLogger(__name__)
 
 
 def run_training(
     stage: str, loop: Loop, arguments: dict[str, Any], config: ClusterConfig, reporter: Reporter, scratch_url: str
 ) -> None:
-    """Run `loop(mesh=…, reporter=…, **arguments)` on every worker. Raises `InputError` or `RunError`."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    """Run `loop(mesh=…, reporter=…, **arguments)` on every worker, again from its checkpoints when a worker is lost.
 
+    Raises `InputError` at once, and `RunError` when workers were lost more than `max_failures` times.
+    """
     # Read by Ray Train when a group starts: see a lost worker at once, and give up on resources that never come.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.timeout_s))
-    trainer = TorchTrainer(
+    loop_config = {
+        "loop": loop,
+        "arguments": arguments,
+        "reporter": reporter,
+        "expert_parallel": config.expert_parallel or config.train_workers,
+    }
+    try:
+        for failures in range(config.max_failures + 1):
+            try:
+                _fit(loop_config, config, scratch_url)
+                break
+            except RAY_FAILURES as error:
+                failure = explain(error, stage)
+                # What the user must change fails again; so Ray Train's own retries, which cannot tell, stay off.
+                if isinstance(failure, InputError) or failures == config.max_failures:
+                    raise failure from None
+                _log.warning("%s (done now, %d of at most %d times)", failure, failures + 1, config.max_failures)
+    finally:
+        with contextlib.suppress(OSError):
+            storage.remove(scratch_url)
+
+
+def _fit(loop_config: dict[str, Any], config: ClusterConfig, scratch_url: str) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    TorchTrainer(
         _worker,
-        train_loop_config={
-            "loop": loop,
-            "arguments": arguments,
-            "reporter": reporter,
-            "expert_parallel": config.expert_parallel or config.train_workers,
-        },
+        train_loop_config=loop_config,
         scaling_config=ScalingConfig(num_workers=config.train_workers, use_gpu=config.use_gpu),
         torch_config=TorchConfig(timeout_s=int(config.timeout_s)),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=storage.filesystem(scratch_url)[1],
             storage_filesystem=_arrow_filesystem(scratch_url),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
-    )
-    try:
-        trainer.fit()
-    except RAY_FAILURES as error:
-        raise explain(error, stage) from None
-    finally:
-        with contextlib.suppress(OSError):
-            storage.remove(scratch_url)
+    ).fit()
 
 
 def _worker(config: dict[str, Any]) -> None:
