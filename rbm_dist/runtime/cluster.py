@@ -39,8 +39,9 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {reason}") from None
     else:
-        # Logical CPUs: a laptop may run more workers than it has cores.
-        cpus = max(os.cpu_count() or 1, config.train_workers, config.inference_workers)
+        # Logical CPUs: a laptop may run more workers than it has cores. One is spare: where all are taken, Ray lets half
+        # a minute pass before it starts a lost actor again.
+        cpus = max(os.cpu_count() or 1, config.train_workers, config.inference_workers) + 1
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
         )
