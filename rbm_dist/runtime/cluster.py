@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The driver prints its own progress; workers' errors reach it as exceptions.
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     if address:
         _require_listener(address)
         try:
@@ -39,12 +41,15 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {reason}") from None
     else:
-        # Logical CPUs: a laptop may run more workers than it has cores. One is spare: where all are taken, Ray lets half
-        # a minute pass before it starts a lost actor again.
+        # Logical CPUs: a laptop may run more workers than it has cores. One is spare: where all are taken, Ray lets
+        # half a minute pass before it starts a lost actor again.
         cpus = max(os.cpu_count() or 1, config.train_workers, config.inference_workers) + 1
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
         )
+    # Ray puts a handler of its own in its place, which prints a stack and ends the process at once.
+    if on_terminate is not None:
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
     finally:

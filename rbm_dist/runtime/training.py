@@ -7,8 +7,10 @@ that a group that starts again (here or in the next run) goes on where the last 
 import contextlib
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def _fit(loop_config: dict[str, Any], config: ClusterConfig, scratch_url: str) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    TorchTrainer(
+    trainer = TorchTrainer(
         _worker,
         train_loop_config=loop_config,
         scaling_config=ScalingConfig(num_workers=config.train_workers, use_gpu=config.use_gpu),
@@ -72,7 +74,19 @@ def _fit(loop_config: dict[str, Any], config: ClusterConfig, scratch_url: str) -
             storage_filesystem=_arrow_filesystem(scratch_url),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
-    ).fit()
+    )
+    # Not in the main thread, where Ray Train answers an interrupt by ending the process without a word. A daemon,
+    # because it waits for ever once the cluster is gone.
+    outcome: Future[object] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="training", daemon=True).start()
+    outcome.result()
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -112,3 +113,19 @@ def test_the_student_goes_on_with_another_number_of_workers(finished_run: Path, 
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
     losses, expected_losses = ([row["loss"] for row in rows_of(each, "rbm")] for each in (run, finished_run))
     assert losses == pytest.approx(expected_losses, rel=1e-4), "the same curve"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_run_and_its_cluster(finished_run: Path, tmp_path: Path, sent: int, code: int) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    shutil.rmtree(run / "student")
+    process = start(run)
+    wait_for(lambda: newest(run / "student" / "mlp" / "checkpoints") >= 1, process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in stderr
+    assert (b"run the same command again to go on" in stderr) == (sent == signal.SIGINT)
+    _, alive = psutil.wait_procs([each for each in below if "Agent" not in name_of(each)], timeout=30)
+    assert not alive
