@@ -32,7 +32,7 @@ Overwrite = Annotated[bool, typer.Option(help="Compute again what was made with 
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, address: Address = None, overwrite: Overwrite = False) -> None:
-    """Run all stages: source, partition, teacher, soft labels, student, evaluate. Run it again to go on."""
+    """Run all stages: source, partition, teacher, soft labels, encodings, student, evaluate. Run it again to go on."""
     _run_until("evaluate", config, overrides, address, overwrite)
 
 
@@ -65,6 +65,7 @@ _stage_command("source", "source", "Read and check the input graph.")
 _stage_command("partition", "partition", "Cut the graph into parts and write the shards.")
 _stage_command("teacher", "teacher", "Train the GNN teacher.")
 _stage_command("soft_labels", "soft-labels", "Write the teacher's class distribution for every node.")
+_stage_command("encodings", "encodings", "Compute the configured positional encodings and propagated labels.")
 _stage_command("student", "student", "Train the students on the soft labels.")
 _stage_command("evaluate", "evaluate", "Measure accuracy, latency and expert load.")
 
@@ -90,6 +91,67 @@ def predict(
     student = load_student(storage.join(storage.absolute(run), "student", model))
     rows = write_parquet(out, predict_nodes(student, store), store.num_classes)
     Console().print(f"{rows:,} predictions of {model} → {out}", highlight=False)
+
+
+@app.command()
+def inspect(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
+    out: Annotated[str | None, typer.Option(help="The folder to write; default: RUN/inspect.")] = None,
+) -> None:
+    """Show what the experts of the RbM do: tables, and as files all figures and a picture per layer."""
+    from rbm_dist import storage
+    from rbm_dist.graph.store import GraphStore
+    from rbm_dist.report.expert_pictures import layer_picture, png
+    from rbm_dist.report.expert_table import expert_tables
+    from rbm_dist.serve.artifact import load_student
+    from rbm_dist.serve.experts import expert_figures, input_maps
+    from rbm_dist.stages.pipeline import open_finished
+
+    config = open_finished(run)
+    if "rbm" not in config.student.models:
+        raise InputError(f"{run}: this run has no RbM (student.models: {', '.join(config.student.models)})")
+    url = storage.absolute(run)
+    store = GraphStore.open(storage.join(url, "graph"))
+    student = load_student(storage.join(url, "student", "rbm"))
+    figures = expert_figures(student, store, config.student.inputs)
+    maps = input_maps(student, store, config.student.inputs, config.seed)
+    pictures = [
+        png(layer_picture(index, layer, figures["class_share"], points))
+        for index, (layer, points) in enumerate(zip(figures["layers"], maps, strict=True))
+    ]
+    folder = out or storage.join(url, "inspect")
+    for index, picture in enumerate(pictures):
+        with storage.atomic_writer(storage.join(folder, f"layer-{index}.png")) as stream:
+            stream.write(picture)
+    storage.write_json(storage.join(folder, "inspect.json"), figures)
+    Console().print(expert_tables(figures))
+    Console().print(f"inspect.json and {len(pictures)} pictures → {folder}", highlight=False)
+
+
+@app.command()
+def experiment(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: as many as there are CPUs.")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Run nothing: write the tables of what is done.")] = False,
+) -> None:
+    """Run datasets × settings × students × objectives × seeds; write their tables. Run it again to go on."""
+    from rbm_dist.experiment_config import load_experiment
+
+    loaded, trials = load_experiment(config, overrides)
+    console = Console()
+    console.print(f"[bold]rbm-dist[/] {config} → {loaded.run_dir}: {len(trials):,} runs", highlight=False)
+    from rbm_dist.report.experiment import accuracy_tables
+    from rbm_dist.stages.experiment import run_experiment, write_tables
+
+    try:
+        rows = write_tables(loaded, trials) if tables else run_experiment(loaded, trials, console, address, jobs)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+    console.print(accuracy_tables(rows, len(loaded.seeds)))
+    console.print(f"results.md, .csv and .parquet: {len(rows):,} of {len(trials):,} runs → {loaded.run_dir}")
 
 
 @app.command(name="config")

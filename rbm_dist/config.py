@@ -44,6 +44,9 @@ class SourceSection(Section):
     train_per_class: Positive = 20
     val_per_class: Positive = 30
     normalize: Literal["row", "none"] = Field("row", description="row: each node's features sum to 1 in magnitude")
+    unseen_share: Fraction = Field(
+        0.0, description="inductive setting: share of the test nodes that training never sees, nor their edges"
+    )
 
 
 class DigitsConfig(SourceSection):
@@ -60,6 +63,21 @@ class NpzConfig(SourceSection):
     path: str = Field(description="the file; any fsspec URL")
     undirected: bool = Field(True, description="add the reverse of every edge")
     num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
+    largest_component: bool = Field(False, description="keep only the largest connected component")
+
+
+class RegionsConfig(SourceSection):
+    """A synthetic graph: feature space falls into regions, each with its own linear rule from features to class."""
+
+    kind: Literal["regions"] = "regions"
+    normalize: Literal["row", "none"] = "none"
+    num_nodes: Positive = 200_000
+    num_features: Positive = 32
+    num_classes: Positive = 8
+    num_regions: Positive = Field(16, description="clusters of the feature space, each with a rule of its own")
+    degree: Positive = Field(10, description="mean number of neighbours")
+    homophily: Share = Field(0.8, description="share of the edges that join nodes of one class and region")
+    noise: Weight = Field(0.3, le=100, description="standard deviation of the noise on a feature; the residual's is 1")
 
 
 class PartitionConfig(Section):
@@ -83,6 +101,9 @@ class TeacherConfig(Section):
     weight_decay: Weight = 5e-4
     epochs: Positive = 100
     batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
+    select: Literal["loss", "accuracy"] = Field("loss", description="what the kept epoch is best at, on validation")
+    patience: Positive | None = Field(None, description="stop after so many epochs without a better one")
+    calibrate: bool = Field(False, description="scale the logits by the temperature that fits validation best")
 
 
 class SoftLabelsConfig(Section):
@@ -91,10 +112,61 @@ class SoftLabelsConfig(Section):
     )
     fanout: Fanout | None = Field(None, description="default: the teacher's; only for sampled inference")
     batch_size: Positive = 1024
+    entropy_change: bool = Field(
+        False, description="also store how the teacher's entropy changes under feature noise; `student.objective: krd`"
+    )
+    hidden: bool = Field(False, description="also store the teacher's last hidden states; for `student.similarity`")
+
+
+class EncodingsConfig(Section):
+    """What a node's surroundings say, as further inputs of the student."""
+
+    positional: Literal["none", "fastrp", "deepwalk"] = Field(
+        "none", description="fastrp: propagated random projections, for any size; deepwalk: graphs that fit in memory"
+    )
+    positional_dim: Positive = 64
+    hops: Positive = Field(8, description="fastrp: powers of the transition matrix")
+    label_propagation: bool = Field(False, description="propagated training labels, a node's own left out (CoHOp)")
+    damping: Fraction = Field(0.9, description="label propagation: what a step keeps of the neighbours")
+    iterations: Positive = Field(10, description="steps of label propagation")
+    folds: Annotated[int, Field(ge=2), _NUMBER] = Field(
+        5, description="training labels are left out in so many groups, each for its own nodes"
+    )
+
+
+class KrdConfig(Section):
+    """Reliable sampling (Wu et al., 2023): a neighbour j teaches with probability `1 − δ_j^q`."""
+
+    fanout: Annotated[int, Field(ge=-1), _NUMBER] = Field(
+        -1, description="in-neighbours that can teach a node; -1: all"
+    )
+    initial_power: Rate = Field(1.0, description="q before it is fitted")
+    momentum: Fraction = Field(0.9, description="what a fit keeps of the power before")
+    min_update_epoch: Count = Field(10, description="the first epoch after which q is fitted")
+    bins: Positive = Field(50, description="of the histogram of δ that q is fitted to")
+
+
+class AdversarialConfig(Section):
+    """Feature noise that raises the loss most (PGD), as further training rows (NOSMOG)."""
+
+    weight: Weight = Field(0.0, description="of the loss on the noisy rows; 0: none")
+    epsilon: Rate = Field(0.01, description="largest change of a feature")
+    steps: Positive = 5
 
 
 class StudentConfig(Section):
-    models: tuple[Literal["mlp", "rbm"], ...] = Field(("mlp", "rbm"), min_length=1)
+    models: tuple[Literal["mlp", "mlp_x2", "mlp_x4", "mlp_x8", "ensemble", "moe", "rbm"], ...] = Field(
+        ("mlp", "rbm"), min_length=1
+    )
+    inputs: tuple[Literal["feat", "pos", "prop"], ...] = Field(
+        ("feat",), min_length=1, description="arrays of a node that are joined to its input"
+    )
+    objective: Literal["kd", "krd"] = Field(
+        "kd", description="kd: a node's own soft labels; krd: reliable neighbours' too"
+    )
+    krd: KrdConfig = KrdConfig()
+    similarity: Weight = Field(0.0, description="weight of the similarity between hidden states and the teacher's")
+    adversarial: AdversarialConfig = AdversarialConfig()
     hidden: Positive = 128
     num_layers: Positive = 2
     norm: Literal["layer", "batch", "none"] = "layer"
@@ -102,11 +174,19 @@ class StudentConfig(Section):
     lr: Rate = 0.005
     weight_decay: Weight = 1e-4
     epochs: Positive = Field(120, description="passes over the nodes, pre-training included")
+    patience: Positive | None = Field(None, description="stop a phase after so many epochs without a better one")
     batch_size: Positive = Field(512, description="nodes per optimiser step, over all workers")
+    average: Fraction = Field(
+        0.0, description="decay of a moving average of the weights, used in place of them; 0: none"
+    )
     temperature: Rate = Field(1.0, description="softens teacher and student alike")
     label_weight: Share = Field(0.0, description="share of the true labels in the loss")
+    ensemble_size: Positive = Field(3, description="members of the ensemble of MLPs")
     num_experts: Positive = 8
     top_k: Positive = 3
+    routing_temperature: Rate = Field(1.0, description="divides the cosines before the softmax over the k chosen")
+    input_attention: bool = Field(False, description="a learned scale of the input per expert")
+    reseed_after: Positive | None = Field(None, description="steps without a row after which an expert starts anew")
     pretrain_epochs: Positive = Field(30, description="epochs in which the RbM is still one plain network")
     kmeans_rows: Positive = Field(100_000, description="rows that the memories are initialised from, at most")
     ema_decay: Fraction = 0.9
@@ -120,6 +200,8 @@ class StudentConfig(Section):
             raise ValueError(f"student.top_k: {self.top_k} > num_experts: {self.num_experts}")
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"student.models: {', '.join(self.models)} names a model twice")
+        if len(set(self.inputs)) < len(self.inputs):
+            raise ValueError(f"student.inputs: {', '.join(self.inputs)} names an array twice")
         if "rbm" in self.models and self.pretrain_epochs >= self.epochs:
             raise ValueError(f"student.pretrain_epochs: {self.pretrain_epochs} >= epochs: {self.epochs}")
         return self
@@ -156,10 +238,11 @@ class Config(Section):
 
     run_dir: str = Field(min_length=1, description="where everything is written; any fsspec URL")
     seed: Annotated[int, Field(ge=0, lt=2**31), _NUMBER] = 0
-    source: Annotated[DigitsConfig | NpzConfig, Field(discriminator="kind")] = DigitsConfig()
+    source: Annotated[DigitsConfig | NpzConfig | RegionsConfig, Field(discriminator="kind")] = DigitsConfig()
     partition: PartitionConfig = PartitionConfig()
     teacher: TeacherConfig = TeacherConfig()
     soft_labels: SoftLabelsConfig = SoftLabelsConfig()
+    encodings: EncodingsConfig = EncodingsConfig()
     student: StudentConfig = StudentConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -172,6 +255,17 @@ class Config(Section):
             )
         if self.soft_labels.inference == "exact" and fanout is not None:
             raise ValueError("soft_labels.fanout: exact inference takes every neighbour; remove it or use 'sampled'")
+        if self.student.objective == "krd" and not self.soft_labels.entropy_change:
+            raise ValueError("student.objective: krd needs soft_labels.entropy_change: true")
+        if self.student.similarity > 0 and not self.soft_labels.hidden:
+            raise ValueError("student.similarity: needs soft_labels.hidden: true")
+        if self.soft_labels.hidden and len(self.teacher.fanout) < 2:
+            raise ValueError("soft_labels.hidden: a teacher of one layer (teacher.fanout) has no hidden states")
+        made = {"feat": True, "pos": self.encodings.positional != "none", "prop": self.encodings.label_propagation}
+        for name in self.student.inputs:
+            if not made[name]:
+                key = {"pos": "positional", "prop": "label_propagation"}[name]
+                raise ValueError(f"student.inputs: '{name}' needs encodings.{key}")
         return self
 
 
@@ -180,10 +274,23 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises `InputError` naming the file, the key and the reason.
     """
+    tree, overridden = read_tree(path, overrides)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(refusals(error, str(path), overridden))) from None
+
+
+def read_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """A YAML file's mapping with `key.subkey=value` overrides applied, and the keys that these set.
+
+    Raises `InputError` naming the file and the reason.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the configuration: {_reason(error)}") from None
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path}: cannot read the configuration: {reason}") from None
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date of month 13
@@ -191,11 +298,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a configuration is a mapping of keys to values, found {type(tree).__name__}")
-    overridden = [_apply(tree, item) for item in overrides or []]
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise InputError("\n".join(_messages(error, str(path), overridden))) from None
+    return tree, [_apply(tree, item) for item in overrides or []]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -227,8 +330,13 @@ def _apply(tree: dict[str, Any], item: str) -> str:
     return ".".join(names)
 
 
-def _messages(error: ValidationError, path: str, overridden: list[str]) -> list[str]:
-    kinds = {"digits", "npz"}  # pydantic puts the discriminator's value into the location; a user never wrote it
+def refusals(error: ValidationError, path: str, overridden: list[str]) -> list[str]:
+    """A message per wrong key: the file, the key, the reason. `overridden`: keys set on the command line."""
+    kinds = {
+        "digits",
+        "npz",
+        "regions",
+    }  # pydantic puts the discriminator's value into the location; a user never wrote it
     messages = []
     items = error.errors(include_url=False)
     # Of `models: [gcn]` pydantic also says that no model is left.
@@ -245,8 +353,8 @@ def _messages(error: ValidationError, path: str, overridden: list[str]) -> list[
         reasons = {
             "extra_forbidden": "unknown key",
             "missing": "missing; set it in the file or on the command line",
-            "union_tag_not_found": "kind is missing; it is one of digits, npz",
-            "union_tag_invalid": f"kind is {item.get('ctx', {}).get('tag')!r}; it is one of digits, npz",
+            "union_tag_not_found": "kind is missing; it is one of digits, npz, regions",
+            "union_tag_invalid": f"kind is {item.get('ctx', {}).get('tag')!r}; it is one of digits, npz, regions",
         }
         if item["type"] == "value_error":  # a rule over several keys, which it names itself
             messages.append(f"{origin}: {item['msg'].removeprefix('Value error, ')}")
@@ -254,7 +362,3 @@ def _messages(error: ValidationError, path: str, overridden: list[str]) -> list[
             reason = reasons.get(item["type"], f"{item['msg']}, found {item['input']!r}")
             messages.append(f"{origin}: {key}: {reason}")
     return messages
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,6 +1,9 @@
 """A small random graph on disk, with soft labels, for tests that need a whole store."""
 
+from dataclasses import replace
+
 import numpy as np
+import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.graph import csc
@@ -30,6 +33,17 @@ def small_graph(num_nodes: int = 240, num_features: int = 12, num_classes: int =
     )
 
 
+def with_sparse_features(graph: SourceGraph, num_features: int = 40, density: float = 0.1) -> SourceGraph:
+    """The same graph with features of mostly zeros, in two chunks; some nodes have none but zeros."""
+    rng = np.random.default_rng(3)
+    feat = rng.normal(size=(graph.csc.num_nodes, num_features))
+    feat *= rng.random(feat.shape) < density
+    rows, half = sp.csr_array(feat.astype(np.float32)), graph.csc.num_nodes // 2
+    return replace(
+        graph, num_features=num_features, feat_chunks=lambda: iter([rows[:half], rows[half:]]), sparse_feat=True
+    )
+
+
 def write_graph(url: str, graph: SourceGraph, part_N: np.ndarray) -> GraphStore:
     """Write a graph's shards for a given assignment of nodes to parts."""
     num_parts = int(part_N.max()) + 1
@@ -43,18 +57,21 @@ def write_graph(url: str, graph: SourceGraph, part_N: np.ndarray) -> GraphStore:
 
 
 def small_store(url: str, num_parts: int = 4) -> GraphStore:
-    """The small graph in uneven parts, with the array `soft`: a noisy view of the labels."""
+    """The small graph in uneven parts, with what the stage `soft_labels` adds: `soft` is a noisy view of the labels."""
     graph = small_graph()
     rng = np.random.default_rng(1)
     store = write_graph(url, graph, rng.choice(num_parts, graph.csc.num_nodes, p=_uneven(num_parts)).astype(np.int32))
-    files = []
+    files: dict[str, list[storage.FileInfo]] = {"soft": [], "entropy_change": [], "hidden": []}
     for part in range(num_parts):
         label = store.array("label", part)
         logits = rng.normal(size=(len(label), graph.num_classes))
         logits[np.arange(len(label)), label] += 2
         soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        files.append(store.write_part("soft", part, np.dtype(np.float32), (graph.num_classes,), [soft]))
-    store.publish("soft", files)
+        arrays = {"soft": soft, "entropy_change": rng.random(len(label)) ** 2, "hidden": rng.random((len(label), 7))}
+        for name, array in arrays.items():
+            files[name].append(store.write_part(name, part, np.dtype(np.float32), array.shape[1:], [array]))
+    for name, infos in files.items():
+        store.publish(name, infos)
     assert storage.exists(f"{url}/graph/soft.json")
     return store
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rbm_dist.config import Config, DigitsConfig, NpzConfig, Section
+from rbm_dist.config import Config, DigitsConfig, NpzConfig, RegionsConfig, Section
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,9 @@ def keys(model: type[Section], prefix: str = "") -> list[str]:
 def test_every_key_is_documented_with_its_default() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     documented = re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE)
-    expected = keys(Config) + keys(DigitsConfig, "source.") + keys(NpzConfig, "source.")
+    expected = (
+        keys(Config) + keys(DigitsConfig, "source.") + keys(NpzConfig, "source.") + keys(RegionsConfig, "source.")
+    )
     assert sorted(documented) == sorted(expected)
     for section, model in Config.model_fields.items():
         if isinstance(model.annotation, type) and issubclass(model.annotation, Section):

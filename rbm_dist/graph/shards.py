@@ -5,22 +5,22 @@
                indices.npy     ids of the sources
                feat.npy label.npy split.npy orig_id.npy
 
+Sparse features are four arrays in place of `feat`: feat_indptr, feat_indices, feat_values, feat_shape, a CSR matrix.
 Laid end to end, the parts are the whole graph's CSC. Plain `.npy`, see docs/on-disk-format.md.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.graph.csc import Csc, id_dtype
 from rbm_dist.graph.source import SourceGraph
 
-VERSION = 1
+VERSION = 2
 _ROWS = 65_536
-# The arrays of a staged source, in the source's own node order.
-SOURCE_ARRAYS = ("indptr", "indices", "feat", "label", "split")
+SPARSE_FEAT = ("feat_indptr", "feat_indices", "feat_values", "feat_shape")
 
 
 def part_name(part: int) -> str:
@@ -30,13 +30,33 @@ def part_name(part: int) -> str:
 def write_source(url: str, graph: SourceGraph) -> dict[str, storage.FileInfo]:
     """Stage a source's arrays in its own node order, for the partitioner and the shards to read."""
     num_nodes = graph.csc.num_nodes
-    whole = {"indptr": graph.csc.indptr, "indices": graph.csc.indices, "label": graph.label, "split": graph.split}
+    orig_id = np.arange(num_nodes) if graph.orig_id is None else graph.orig_id
+    whole = {
+        "indptr": graph.csc.indptr, "indices": graph.csc.indices, "label": graph.label, "split": graph.split,
+        "orig_id": orig_id.astype(np.int64),
+    }  # fmt: skip
+    if graph.sparse_feat:
+        whole |= sparse_arrays(sp.vstack(list(graph.feat_chunks()), format="csr"))
     files = {
         f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), array) for name, array in whole.items()
     }
-    shape = (num_nodes, graph.num_features)
-    files["feat.npy"] = storage.write_chunks(storage.join(url, "feat.npy"), np.float32, shape, graph.feat_chunks())
+    if not graph.sparse_feat:
+        shape = (num_nodes, graph.num_features)
+        files["feat.npy"] = storage.write_chunks(storage.join(url, "feat.npy"), np.float32, shape, graph.feat_chunks())
     return files
+
+
+def sparse_arrays(feat: sp.csr_array) -> dict[str, np.ndarray]:
+    """The arrays of sparse features. Both index arrays have one dtype, so that scipy maps them without a copy."""
+    dtype = id_dtype(max(feat.nnz, *feat.shape))
+    indptr, indices = feat.indptr.astype(dtype), feat.indices.astype(dtype)
+    arrays = (indptr, indices, feat.data.astype(np.float32), np.array(feat.shape, np.int64))
+    return dict(zip(SPARSE_FEAT, arrays, strict=True))
+
+
+def sparse_matrix(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: np.ndarray) -> sp.csr_array:
+    """The CSR matrix `[rows, features]` over such arrays, memory-mapped if they are."""
+    return sp.csr_array((values, indices, indptr), shape=tuple(shape.tolist()), copy=False)
 
 
 @dataclass(frozen=True)
@@ -44,16 +64,19 @@ class StagedSource:
     """A staged source, memory-mapped."""
 
     csc: Csc
-    feat: np.ndarray  # [N, F] float32
+    feat: np.ndarray | sp.csr_array  # [N, F] float32
     label: np.ndarray  # [N] int64
     split: np.ndarray  # [N] int8
+    orig_id: np.ndarray  # [N] int64
 
     @classmethod
     def open(cls, url: str, files: dict[str, storage.FileInfo]) -> "StagedSource":
-        arrays = {
-            name: storage.open_array(storage.join(url, f"{name}.npy"), files[f"{name}.npy"]) for name in SOURCE_ARRAYS
-        }
-        return cls(Csc(arrays["indptr"], arrays["indices"]), arrays["feat"], arrays["label"], arrays["split"])
+        def array(name: str) -> np.ndarray:
+            return storage.open_array(storage.join(url, f"{name}.npy"), files[f"{name}.npy"])
+
+        sparse = f"{SPARSE_FEAT[0]}.npy" in files
+        feat = sparse_matrix(*map(array, SPARSE_FEAT)) if sparse else array("feat")
+        return cls(Csc(array("indptr"), array("indices")), feat, array("label"), array("split"), array("orig_id"))
 
 
 @dataclass(frozen=True)
@@ -80,22 +103,25 @@ def write_part(url: str, part: int, source: StagedSource, numbering: Numbering) 
     indptr, indices = _in_edges(source.csc, nodes, numbering.new_id)
     files = {}
 
-    def write(
-        name: str, dtype: np.dtype, row: tuple[int, ...], chunks: Iterator[np.ndarray] | list[np.ndarray]
-    ) -> None:
+    def write(name: str, array: np.ndarray) -> None:
         path = f"{part_name(part)}/{name}.npy"
-        rows = len(indptr) if name == "indptr" else len(indices) if name == "indices" else len(nodes)
-        files[path] = storage.write_chunks(storage.join(url, path), dtype, (rows, *row), chunks)
+        files[path] = storage.write_array(storage.join(url, path), array)
 
-    def rows_of(array: np.ndarray) -> Iterator[np.ndarray]:
-        return (array[nodes[start : start + _ROWS]] for start in range(0, len(nodes), _ROWS))
+    def write_rows(name: str, array: np.ndarray) -> None:
+        path = f"{part_name(part)}/{name}.npy"
+        chunks = (array[nodes[start : start + _ROWS]] for start in range(0, len(nodes), _ROWS))
+        shape = (len(nodes), *array.shape[1:])
+        files[path] = storage.write_chunks(storage.join(url, path), array.dtype, shape, chunks)
 
-    write("indptr", indptr.dtype, (), [indptr])
-    write("indices", indices.dtype, (), [indices])
-    write("feat", source.feat.dtype, source.feat.shape[1:], rows_of(source.feat))
-    write("label", source.label.dtype, (), rows_of(source.label))
-    write("split", source.split.dtype, (), rows_of(source.split))
-    write("orig_id", np.dtype(np.int64), (), [nodes.astype(np.int64)])
+    write("indptr", indptr)
+    write("indices", indices)
+    if isinstance(source.feat, np.ndarray):
+        write_rows("feat", source.feat)
+    else:
+        for name, array in sparse_arrays(source.feat[nodes]).items():
+            write(name, array)
+    for name, array in (("label", source.label), ("split", source.split), ("orig_id", source.orig_id)):
+        write_rows(name, array)
     return files
 
 
@@ -108,7 +134,9 @@ def write_index(
     edge_cut: int,
 ) -> None:
     """Write `graph.json`: from here on the graph is there."""
-    arrays = {"feat": source.feat, "label": source.label, "split": source.split}
+    sparse = not isinstance(source.feat, np.ndarray)
+    arrays = sparse_arrays(source.feat) if sparse else {"feat": source.feat}
+    arrays |= {"label": source.label, "split": source.split}
     storage.write_json(
         storage.join(url, "graph.json"),
         {
@@ -116,6 +144,7 @@ def write_index(
             "num_nodes": source.csc.num_nodes,
             "num_edges": source.csc.num_edges,
             "num_features": source.feat.shape[1],
+            "sparse_features": sparse,
             "num_classes": num_classes,
             "offsets": numbering.offsets.tolist(),
             "edge_cut": edge_cut,

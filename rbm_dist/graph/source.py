@@ -5,22 +5,28 @@ Self-loops and duplicate edges are dropped (and counted), isolated nodes are kep
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
 
 from rbm_dist import storage
-from rbm_dist.config import DigitsConfig, NpzConfig
+from rbm_dist.config import DigitsConfig, NpzConfig, RegionsConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
+from rbm_dist.graph import regions
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.random_bits import generator
 
-TRAIN, VAL, TEST, NO_SPLIT = 0, 1, 2, -1
-SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test"}
+TRAIN, VAL, TEST, UNSEEN, NO_SPLIT = 0, 1, 2, 3, -1
+SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test", UNSEEN: "unseen"}
+_MASKS = {TRAIN: "train_mask", VAL: "val_mask", TEST: "test_mask"}
 _FEATURE_ROWS = 8192
+# Features of which fewer are non-zero are kept as a sparse matrix, on disk and in the first layer of every model.
+_SPARSE = 0.2
+_UNSEEN_DRAW = 0x0_5EE
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,23 @@ class SourceGraph:
     num_features: int
     num_classes: int
     label: np.ndarray  # [N] int64, -1 where there is none
-    split: np.ndarray  # [N] int8: TRAIN, VAL, TEST or NO_SPLIT
-    feat_chunks: Callable[[], Iterator[np.ndarray]]  # [n, F] float32 each, rows in order
+    split: np.ndarray  # [N] int8: TRAIN, VAL, TEST, UNSEEN or NO_SPLIT
+    feat_chunks: Callable[[], Iterator[np.ndarray | sp.csr_array]]  # [n, F] float32 each, rows in order, of one kind
     dropped_self_loops: int
     dropped_duplicates: int
+    sparse_feat: bool = False  # whether the chunks are sparse
+    orig_id: np.ndarray | None = None  # [N] int64, the input's row numbers; None: all rows are there
 
 
-def read(config: DigitsConfig | NpzConfig, seed: int) -> SourceGraph:
+def read(config: DigitsConfig | NpzConfig | RegionsConfig, seed: int) -> SourceGraph:
     """Read and check the configured source."""
-    graph = _read_digits(config, seed) if isinstance(config, DigitsConfig) else _read_npz(config, seed)
+    match config:
+        case DigitsConfig():
+            graph = _read_digits(config, seed)
+        case NpzConfig():
+            graph = _read_npz(config, seed)
+        case RegionsConfig():
+            graph = _read_regions(config, seed)
     name = config.path if isinstance(config, NpzConfig) else config.kind
     for code in (TRAIN, VAL):
         if not np.any(graph.split == code):
@@ -47,7 +61,7 @@ def read(config: DigitsConfig | NpzConfig, seed: int) -> SourceGraph:
                 f"{name}: the {SPLIT_NAMES[code]} split is empty ({graph.csc.num_nodes:,} nodes, "
                 f"{int(np.sum(graph.label >= 0)):,} of them labelled); at least one labelled node is needed"
             )
-    return graph
+    return hide_unseen(graph, config.unseen_share, seed) if config.unseen_share else graph
 
 
 def split_per_class(label: np.ndarray, train: int, val: int, seed: int) -> np.ndarray:
@@ -69,6 +83,22 @@ def split_per_class(label: np.ndarray, train: int, val: int, seed: int) -> np.nd
     return split
 
 
+def hide_unseen(graph: SourceGraph, share: float, seed: int) -> SourceGraph:
+    """The inductive setting: a seeded share of the test nodes becomes UNSEEN, and no edge leads from them to others.
+
+    An unseen node keeps its own in-edges, as a node that arrives later has them; nothing can reach training from it.
+    """
+    test = np.flatnonzero(graph.split == TEST)
+    hidden = generator(seed, _UNSEEN_DRAW).choice(test, round(share * len(test)), replace=False)
+    split = graph.split.copy()
+    split[hidden] = UNSEEN
+    unseen = split == UNSEEN
+    dst_M = csc_.destinations(graph.csc)
+    keep_M = unseen[dst_M] | ~unseen[graph.csc.indices]
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst_M[keep_M], minlength=len(split)))])
+    return replace(graph, split=split, csc=Csc(indptr, graph.csc.indices[keep_M]))
+
+
 def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
     from sklearn.datasets import load_digits
     from sklearn.neighbors import kneighbors_graph
@@ -83,6 +113,20 @@ def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
         sp.csr_array(digits.data), label, int(label.max()) + 1,
         split_per_class(label, config.train_per_class, config.val_per_class, seed), config.normalize,
     )  # fmt: skip
+
+
+def _read_regions(config: RegionsConfig, seed: int) -> SourceGraph:
+    drawn = regions.generate(config, seed)
+    return SourceGraph(
+        csc=drawn.csc,
+        num_features=config.num_features,
+        num_classes=config.num_classes,
+        label=drawn.label,
+        split=split_per_class(drawn.label, config.train_per_class, config.val_per_class, seed),
+        feat_chunks=drawn.feat_chunks,
+        dropped_self_loops=0,
+        dropped_duplicates=0,
+    )
 
 
 def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
@@ -110,12 +154,24 @@ def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
         )
     label, num_classes = _labels(arrays, num_nodes, config)
     split = _masks(arrays, label, path)
+    orig_id = None
+    if config.largest_component:
+        orig_id = _largest_component(adj)
+        adj, attr, label = adj[orig_id][:, orig_id], attr[orig_id], label[orig_id]
+        split = None if split is None else split[orig_id]
     if split is None:
         split = split_per_class(label, config.train_per_class, config.val_per_class, seed)
     links = adj.tocoo()
-    return _assemble(
-        links.row, links.col, num_nodes, config.undirected, attr, label, num_classes, split, config.normalize
+    graph = _assemble(
+        links.row, links.col, len(label), config.undirected, attr, label, num_classes, split, config.normalize
     )
+    return replace(graph, orig_id=orig_id)
+
+
+def _largest_component(adj: sp.csr_array) -> np.ndarray:
+    """The nodes of the largest weakly connected component, ascending."""
+    _, component = connected_components(adj, directed=False)
+    return np.flatnonzero(component == np.bincount(component).argmax())
 
 
 def _assemble(
@@ -133,13 +189,17 @@ def _assemble(
     loops = int(np.sum(src == dst))
     distinct = len(np.unique(src.astype(np.int64)[src != dst] * num_nodes + dst[src != dst]))
 
-    def feat_chunks() -> Iterator[np.ndarray]:
+    attr = attr.astype(np.float64)  # adds up duplicates; no sum of float32 numbers overflows
+    if normalize == "row":
+        sums_N = abs(attr).sum(axis=1)
+        attr.data /= np.repeat(np.where(sums_N > 0, sums_N, 1), np.diff(attr.indptr))
+    attr = attr.astype(np.float32)
+    sparse = attr.nnz < _SPARSE * num_nodes * attr.shape[1]
+
+    def feat_chunks() -> Iterator[np.ndarray | sp.csr_array]:
         for start in range(0, num_nodes, _FEATURE_ROWS):
-            rows = attr[start : start + _FEATURE_ROWS].toarray().astype(np.float32)
-            if normalize == "row":
-                sums = np.abs(rows).sum(axis=1, dtype=np.float64, keepdims=True)
-                rows /= np.maximum(sums, np.finfo(np.float32).tiny)
-            yield rows
+            rows = attr[start : start + _FEATURE_ROWS]
+            yield rows if sparse else rows.toarray()
 
     return SourceGraph(
         csc=csc,
@@ -150,6 +210,7 @@ def _assemble(
         feat_chunks=feat_chunks,
         dropped_self_loops=loops,
         dropped_duplicates=len(src) - loops - distinct,
+        sparse_feat=sparse,
     )
 
 
@@ -172,7 +233,7 @@ def _load_npz(path: str) -> dict[str, np.ndarray]:
     missing = [name for name in required if name not in archive.files]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
-    masks = [f"{name}_mask" for name in SPLIT_NAMES.values() if f"{name}_mask" in archive.files]
+    masks = [name for name in _MASKS.values() if name in archive.files]
     return {name: _member(archive, name, path) for name in [*required, *masks]}
 
 
@@ -233,7 +294,7 @@ def _labels(arrays: dict[str, np.ndarray], num_nodes: int, config: NpzConfig) ->
 
 
 def _masks(arrays: dict[str, np.ndarray], label: np.ndarray, path: str) -> np.ndarray | None:
-    names = {code: f"{name}_mask" for code, name in SPLIT_NAMES.items()}
+    names = _MASKS
     present = [name for name in names.values() if name in arrays]
     if not present:
         return None

@@ -8,6 +8,7 @@ file `<name>.json` written when the array is complete in all parts.
 from collections.abc import Iterable
 
 import numpy as np
+import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
@@ -15,7 +16,10 @@ from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.sampler import Sample, Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
-from rbm_dist.graph.shards import VERSION, part_name
+from rbm_dist.graph.shards import SPARSE_FEAT, VERSION, part_name, sparse_matrix
+
+# Checked when they are used: arrays that have not one row per node.
+_NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
 
 
 class GraphStore:
@@ -29,6 +33,8 @@ class GraphStore:
         self.num_features: int = index["num_features"]
         self.num_classes: int = index["num_classes"]
         self.num_parts = len(self.offsets) - 1
+        self.sparse_features: bool = index["sparse_features"]
+        self._sparse: dict[int, sp.csr_array] = {}
         self._files: dict[str, storage.FileInfo] = index["files"]
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
         self._sampler_name = sampler
@@ -62,8 +68,8 @@ class GraphStore:
                 self._files |= self._added(name)
             url = storage.join(self.url, file)
             array = storage.open_array(url, self._files.get(file))
-            rows = int(self.offsets[part + 1] - self.offsets[part]) + (name == "indptr")
-            if name != "indices" and len(array) != rows:
+            rows = int(self.offsets[part + 1] - self.offsets[part])
+            if name not in _NOT_BY_NODE and len(array) != rows:
                 raise InputError(f"{url}: {len(array):,} rows, part {part} has {rows:,}")
             self._arrays[name, part] = array
         return self._arrays[name, part]
@@ -73,8 +79,9 @@ class GraphStore:
 
         Raises `ValueError` if an id is out of range.
         """
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_nodes):
-            raise ValueError(f"ids must lie in [0, {self.num_nodes})")
+        if name == "feat" and self.sparse_features:
+            return self._gather_sparse(ids).toarray()
+        self._check(ids)
         first = self.array(name, 0)
         if self.num_parts == 1:
             return first[ids]
@@ -84,6 +91,18 @@ class GraphStore:
             at = np.flatnonzero(owner == part)
             rows[at] = self.array(name, part)[ids[at] - self.offsets[part]]
         return rows
+
+    def inputs(self, ids: np.ndarray, names: tuple[str, ...] = ("feat",)) -> np.ndarray | sp.csr_array:
+        """The rows of some arrays side by side, `[len(ids), Σ widths]`; sparse if sparse features are among them."""
+        if "feat" in names and self.sparse_features:
+            arrays = [self._gather_sparse(ids) if name == "feat" else self.gather(name, ids) for name in names]
+            return arrays[0] if len(names) == 1 else sp.hstack(arrays, format="csr")
+        rows = [self.gather(name, ids) for name in names]
+        return rows[0] if len(names) == 1 else np.concatenate(rows, axis=1)
+
+    def width(self, names: tuple[str, ...]) -> int:
+        """The number of columns of `inputs`."""
+        return sum(self.num_features if name == "feat" else self.array(name, 0).shape[1] for name in names)
 
     def sample(self, seeds: np.ndarray, fanout: tuple[int, ...], key: int) -> Sample:
         """Sample the neighbourhood of some nodes over all parts; see `Sampler.sample`."""
@@ -109,6 +128,38 @@ class GraphStore:
         """Unmap an array whose files changed."""
         self._arrays = {key: value for key, value in self._arrays.items() if key[0] != name}
         self._files = {file: info for file, info in self._files.items() if not file.endswith(f"/{name}.npy")}
+
+    def _check(self, ids: np.ndarray) -> None:
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_nodes):
+            raise ValueError(f"ids must lie in [0, {self.num_nodes})")
+
+    def _gather_sparse(self, ids: np.ndarray) -> sp.csr_array:
+        self._check(ids)
+        if self.num_parts == 1:
+            return self._sparse_part(0)[ids]
+        owner = np.searchsorted(self.offsets, ids, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        parts = [self._sparse_part(part)[ids[owner == part] - self.offsets[part]] for part in np.unique(owner)]
+        rows = sp.vstack(parts, format="csr") if parts else self._sparse_part(0)[ids]
+        if np.array_equal(order, np.arange(len(ids))):  # batches come part by part
+            return rows
+        back = np.empty_like(order)
+        back[order] = np.arange(len(ids))
+        return rows[back]
+
+    def _sparse_part(self, part: int) -> sp.csr_array:
+        if part not in self._sparse:
+            indptr, indices, values, shape = (self.array(name, part) for name in SPARSE_FEAT)
+            expected = (len(self.ids(part)), self.num_features)
+            wrong = csc_.problem(indptr, indices, *expected)
+            if not wrong and (values.shape != indices.shape or tuple(shape.tolist()) != expected):
+                wrong = (
+                    f"{len(values):,} values of a matrix {shape.tolist()}, expected {len(indices):,} of {[*expected]}"
+                )
+            if wrong:
+                raise InputError(f"{self.url}/{part_name(part)}: feat: {wrong}")
+            self._sparse[part] = sparse_matrix(indptr, indices, values, shape)
+        return self._sparse[part]
 
     def _added(self, name: str) -> dict[str, storage.FileInfo]:
         url = storage.join(self.url, f"{name}.json")

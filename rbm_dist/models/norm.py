@@ -1,5 +1,8 @@
 """Normalisation between a student's layers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,7 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
         self.eps, self.momentum = eps, momentum
         self.group: Group = None
+        self.updates_statistics = True  # whether training forwards count for the running statistics
 
     def forward(self, x_BD: Tensor) -> Tensor:
         if not self.training:
@@ -30,10 +34,24 @@ class GlobalBatchNorm(nn.Module):
             rows = all_reduce_sum(x_BD.new_tensor(float(len(x_BD))), self.group).clamp_min(1)
             mean = all_reduce_sum(x_BD.sum(0), self.group) / rows
             var = all_reduce_sum((x_BD - mean).square().sum(0), self.group) / rows
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * rows / (rows - 1).clamp_min(1), self.momentum)
+            if self.updates_statistics:
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean, self.momentum)
+                    self.running_var.lerp_(var * rows / (rows - 1).clamp_min(1), self.momentum)
         return (x_BD - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
+@contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """Training forwards in this block leave the running statistics as they are."""
+    norms = [module for module in model.modules() if isinstance(module, GlobalBatchNorm)]
+    for norm in norms:
+        norm.updates_statistics = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.updates_statistics = True
 
 
 def make_norm(name: str, width: int) -> nn.Module:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
+from rbm_dist.moe.sparse_rows import Rows, matmul
 
 
 @dataclass(frozen=True)
@@ -30,28 +32,51 @@ class Sage(nn.Module):
         widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
         self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in pairwise(widths))
         self.dropout = dropout
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()))  # of the logits; set by calibration
 
     @property
     def num_layers(self) -> int:
         return len(self.convs)
 
-    def forward(self, feat_nF: Tensor, neighbourhood: Neighbourhood, key: int | None = None) -> Tensor:
+    def forward(self, feat_nF: Rows, neighbourhood: Neighbourhood, key: int | None = None) -> Tensor:
         """Logits of the seeds, `[seeds, classes]`. `key` draws the dropout; None is evaluation."""
-        x = feat_nF
+        return self.forward_hidden(feat_nF, neighbourhood, key)[0]
+
+    def forward_hidden(
+        self, feat_nF: Rows, neighbourhood: Neighbourhood, key: int | None = None
+    ) -> tuple[Tensor, Rows]:
+        """As `forward`, and the seeds' states before the last layer `[seeds, H]`."""
+        x: Rows = feat_nF
+        hidden: Rows = feat_nF
         keys = None if key is None else derive_keys(key, neighbourhood.node_n)
         for layer in range(self.num_layers):
             hops = self.num_layers - layer
             num_dst, num_edges = sum(neighbourhood.nodes_per_hop[:hops]), sum(neighbourhood.edges_per_hop[:hops])
             layer_keys = None if keys is None else derive_keys(keys[: len(x)], layer)
+            hidden = x
             x = self.layer(layer, x, num_dst, neighbourhood.edge_2m[:, :num_edges], layer_keys)
-        return x
+        assert isinstance(x, Tensor)
+        return x, hidden[: neighbourhood.nodes_per_hop[0]]
 
-    def layer(self, layer: int, x_sD: Tensor, num_dst: int, edge_2m: Tensor, key_s: Tensor | None = None) -> Tensor:
+    def layer(self, layer: int, x_sD: Rows, num_dst: int, edge_2m: Tensor, key_s: Tensor | None = None) -> Tensor:
         """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them."""
         if layer > 0:
             x_sD = keyed_dropout(x_sD, key_s, self.dropout)
-        out = self.convs[layer]((x_sD, x_sD[:num_dst]), edge_2m)
-        return out if layer == self.num_layers - 1 else out.relu()
+        out = _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m)
+        if layer == self.num_layers - 1:
+            return out / self.temperature
+        return out.relu()
+
+
+def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:
+    """`W_l · mean of in-neighbours + W_r · self + b`. A mean and a linear map commute: where it narrows, map first."""
+    weight_OD = conv.lin_l.weight
+    if isinstance(x_sD, Tensor) and weight_OD.shape[0] >= weight_OD.shape[1]:
+        return conv((x_sD, x_sD[:num_dst]), edge_2m)
+    mapped_sO = matmul(x_sD, weight_OD.T.contiguous())
+    mean_nO = conv.aggr_module(mapped_sO[edge_2m[0]], edge_2m[1], dim_size=num_dst)
+    return mean_nO + conv.lin_l.bias + matmul(x_sD[:num_dst], conv.lin_r.weight.T.contiguous())
 
 
 def init_sage(num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int) -> Sage:

@@ -1,7 +1,8 @@
-"""The students: a stack of layers with norm and ReLU between them, each layer dense (MLP) or routed (RbM).
+"""The students: a stack of layers with norm and ReLU between them, each layer dense, routed by memory, or gated.
 
-An RbM begins as an MLP. `mlp_to_rbm` turns the one into the other without changing what it computes: every expert
-starts as a copy of the dense layer, the weights of a row's experts sum to one, and the output scale exp(t) starts at 1.
+All dense: an MLP (GLNN); several of them: an ensemble. Gated by a learned gate: the vanilla mixture of experts. An RbM
+begins as an MLP. `mlp_to_rbm` turns the one into the other without changing what it computes: every expert starts as a
+copy of the dense layer, the weights of a row's experts sum to one, and the output scale exp(t) starts at 1.
 """
 
 import math
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.dispatch import Dispatcher, LocalDispatcher
-from rbm_dist.moe.experts import StackedExperts
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
+from rbm_dist.moe.experts import MAX_LOG_SCALE, StackedExperts
+from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout, keyed_normal
 from rbm_dist.moe.routing import Routing, route
+from rbm_dist.moe.sparse_rows import Rows, SparseRows, dense, matmul
 
-_MAX_LOG_SCALE = math.log(100)
+_GATE_WIDTH = 128
+_GATE_TEMPERATURE = 0.5  # of the vanilla mixture's cosine gate before training
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a routed layer saw: the inputs of its auxiliary losses and of its memory's moving average."""
+    """What a layer of experts saw: the inputs of its auxiliary losses and of its memory's moving average."""
 
-    x_BD: Tensor
+    x_BD: Rows
     routing: Routing
 
 
@@ -37,13 +40,32 @@ class DenseLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.dropout = dropout
 
-    def forward(self, x_BD: Tensor, key_B: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, x_BD: Rows, key_B: Tensor | None) -> tuple[Tensor, None]:
         # Keyed like expert 0 of a routed layer.
         key_B = None if key_B is None else derive_keys(key_B, 0)
-        return self.linear(keyed_dropout(x_BD, key_B, self.dropout)), None
+        x_BD = keyed_dropout(x_BD, key_B, self.dropout)
+        if isinstance(x_BD, SparseRows):
+            return x_BD.matmul(self.linear.weight.T.contiguous()) + self.linear.bias, None
+        return self.linear(x_BD), None
 
 
-class RoutedLayer(nn.Module):
+class ExpertsLayer(nn.Module):
+    """Linear experts behind a dispatcher: what all mixtures share."""
+
+    def __init__(self, experts: StackedExperts, top_k: int, dropout: float, dispatcher: Dispatcher):
+        super().__init__()
+        self.experts = experts
+        self.top_k, self.dropout, self.dispatcher = top_k, dropout, dispatcher
+
+    def mix(self, x_BD: Rows, routing: Routing, key_B: Tensor | None) -> Tensor:
+        """`Σ_j a_j · Linear_{e_j}(dropout(x))`, dropout drawn per (row, expert)."""
+        routed = self.dispatcher.dispatch(x_BD, routing.experts_Bk, routing.weights_Bk, key_B)
+        key_R = None if routed.key_R is None else derive_keys(routed.key_R, routed.expert_R)
+        outputs_RO = self.experts(keyed_dropout(routed.rows_RD, key_R, self.dropout), routed.counts_L)
+        return self.dispatcher.combine(outputs_RO, routed.meta)
+
+
+class RoutedLayer(ExpertsLayer):
     """A mixture of linear experts, routed by a memory: `exp(t) · Σ_j stopgrad(a_j) · Linear_{e_j}(dropout(x))`."""
 
     def __init__(
@@ -53,53 +75,91 @@ class RoutedLayer(nn.Module):
         top_k: int,
         dropout: float,
         dispatcher: Dispatcher | None = None,
+        temperature: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(experts, top_k, dropout, dispatcher or LocalDispatcher(len(memory_ED)))
         self.memory_ED: Tensor
         self.register_buffer("memory_ED", memory_ED)
-        self.experts = experts
         self.log_scale = nn.Parameter(memory_ED.new_zeros(()))
-        self.top_k, self.dropout = top_k, dropout
-        self.dispatcher = dispatcher or LocalDispatcher(len(memory_ED))
+        self.temperature = temperature
 
-    def forward(self, x_BD: Tensor, key_B: Tensor | None) -> tuple[Tensor, Trace]:
-        routing = route(x_BD, self.memory_ED, self.top_k)
-        routed = self.dispatcher.dispatch(x_BD, routing.experts_Bk, routing.weights_Bk.detach(), key_B)
-        key_R = None if routed.key_R is None else derive_keys(routed.key_R, routed.expert_R)
-        outputs_RO = self.experts(keyed_dropout(routed.rows_RD, key_R, self.dropout), routed.counts_L)
-        return self.scale * self.dispatcher.combine(outputs_RO, routed.meta), Trace(x_BD, routing)
+    def forward(self, x_BD: Rows, key_B: Tensor | None) -> tuple[Tensor, Trace]:
+        routing = route(x_BD, self.memory_ED, self.top_k, self.temperature)
+        weighed = Routing(routing.experts_Bk, routing.weights_Bk.detach(), routing.cosines_Bk)
+        return self.scale * self.mix(x_BD, weighed, key_B), Trace(x_BD, routing)
 
     @property
     def scale(self) -> Tensor:
         """The output scale, `exp(min(t, log 100))`."""
-        return self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
+        return self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+
+
+class GatedLayer(ExpertsLayer):
+    """The vanilla mixture: a cosine gate on a learned projection, with noise; softmax over all experts, top-k of it.
+
+    `y = Σ_{j in top-k} softmax(cos(x·P, G)/τ + noise/E)_j · Linear_j(dropout(x))`, τ learned (Shazeer et al., 2017;
+    Chi et al., 2022).
+    """
+
+    def __init__(
+        self,
+        projection_DP: Tensor,
+        gate_EP: Tensor,
+        experts: StackedExperts,
+        top_k: int,
+        dropout: float,
+        dispatcher: Dispatcher | None = None,
+    ):
+        super().__init__(experts, top_k, dropout, dispatcher or LocalDispatcher(len(gate_EP)))
+        self.projection_DP, self.gate_EP = nn.Parameter(projection_DP), nn.Parameter(gate_EP)
+        self.log_inverse_temperature = nn.Parameter(projection_DP.new_tensor(1 / _GATE_TEMPERATURE).log())
+
+    def forward(self, x_BD: Rows, key_B: Tensor | None) -> tuple[Tensor, Trace]:
+        projected_BP = F.normalize(matmul(x_BD, self.projection_DP), dim=1)
+        scale = self.log_inverse_temperature.clamp(max=MAX_LOG_SCALE).exp()
+        scores_BE = projected_BP @ F.normalize(self.gate_EP, dim=1).T * scale
+        num_experts = scores_BE.shape[1]
+        if key_B is not None:
+            noise_BE = keyed_normal(derive_keys(key_B, num_experts), num_experts, scores_BE.dtype)
+            scores_BE = scores_BE + noise_BE / num_experts
+        scores_Bk, experts_Bk = scores_BE.topk(self.top_k, dim=1)
+        weights_Bk = scores_BE.softmax(1).gather(1, experts_Bk)
+        routing = Routing(experts_Bk, weights_Bk, scores_Bk)
+        return self.mix(x_BD, routing, key_B), Trace(x_BD, routing)
 
 
 class Student(nn.Module):
-    """Layers, with norm and ReLU between them."""
+    """Layers, with norm and ReLU between them. `inputs` are the arrays of a node that make its input row."""
 
-    def __init__(self, layers: list[nn.Module], norms: list[nn.Module]):
+    def __init__(self, layers: list[nn.Module], norms: list[nn.Module], inputs: tuple[str, ...] = ("feat",)):
         super().__init__()
+        self.inputs = inputs
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(norms)
 
-    def forward(self, x_BD: Tensor, key_B: Tensor | None = None) -> tuple[Tensor, list[Trace]]:
-        """Logits `[B, C]`, and a trace per routed layer. `key_B` draws the dropout; None is evaluation."""
+    def forward(self, x_BD: Rows, key_B: Tensor | None = None) -> tuple[Tensor, list[Trace]]:
+        """Logits `[B, C]`, and a trace per layer of experts. `key_B` draws the dropout; None is evaluation."""
+        logits_BC, _, traces = self.forward_hidden(x_BD, key_B)
+        return logits_BC, traces
+
+    def forward_hidden(self, x_BD: Rows, key_B: Tensor | None = None) -> tuple[Tensor, Rows, list[Trace]]:
+        """As `forward`, and the input of the last layer `[B, H]`."""
         traces = []
+        before_BD, out_BO = x_BD, dense(x_BD[:0])
         for index, layer in enumerate(self.layers):
             if index:
-                x_BD = F.relu(self.norms[index - 1](x_BD))
-            x_BD, trace = layer(x_BD, None if key_B is None else derive_keys(key_B, index))
+                before_BD = F.relu(self.norms[index - 1](out_BO))
+            out_BO, trace = layer(before_BD, None if key_B is None else derive_keys(key_B, index))
             if trace is not None:
                 traces.append(trace)
-        return x_BD, traces
+        return out_BO, before_BD, traces
 
     @property
     def routed_layers(self) -> list[RoutedLayer]:
         return [layer for layer in self.layers if isinstance(layer, RoutedLayer)]
 
     @torch.no_grad()
-    def layer_inputs(self, x_BD: Tensor) -> list[Tensor]:
+    def layer_inputs(self, x_BD: Rows) -> list[Rows]:
         """The input of each layer, in evaluation."""
         inputs = []
         for index, layer in enumerate(self.layers):
@@ -113,6 +173,18 @@ class Student(nn.Module):
         """Route with these memories from now on."""
         for layer, memory in zip(self.routed_layers, memories, strict=True):
             layer.memory_ED = memory
+
+
+class Ensemble(Student):
+    """Several students; its logits are the logarithm of their mean probabilities."""
+
+    def __init__(self, members: list[Student]):
+        super().__init__([], [])
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x_BD: Rows, key_B: Tensor | None = None) -> tuple[Tensor, list[Trace]]:
+        logits_MBC = torch.stack([member(x_BD, key_B)[0] for member in self.members])
+        return logits_MBC.log_softmax(2).logsumexp(0) - math.log(len(self.members)), []
 
 
 def make_mlp(
@@ -132,18 +204,56 @@ def mlp_to_rbm(
     top_k: int,
     dispatchers: list[Dispatcher] | None = None,
     num_local: int | None = None,
+    temperature: float = 1.0,
+    input_attention: bool = False,
 ) -> Student:
     """An RbM that computes, without dropout, what the MLP computes.
 
     `memories`: one `[E, D]` per layer. When experts are sharded, `num_local` of them are here, behind `dispatchers`.
     """  # fmt: skip
     layers: list[nn.Module] = []
-    for index, (dense, memory_ED) in enumerate(zip(mlp.layers, memories, strict=True)):
-        assert isinstance(dense, DenseLayer)
+    for index, (layer, memory_ED) in enumerate(zip(mlp.layers, memories, strict=True)):
+        assert isinstance(layer, DenseLayer)
         local = len(memory_ED) if num_local is None else num_local
-        weight_DO, bias_O = dense.linear.weight.detach().T, dense.linear.bias.detach()
-        experts = StackedExperts(weight_DO.repeat(local, 1, 1), bias_O.repeat(local, 1))
-        layers.append(
-            RoutedLayer(memory_ED, experts, top_k, dense.dropout, dispatchers[index] if dispatchers else None)
-        )
+        weight_DO, bias_O = layer.linear.weight.detach().T, layer.linear.bias.detach()
+        experts = StackedExperts(weight_DO.repeat(local, 1, 1), bias_O.repeat(local, 1), input_attention)
+        dispatcher = dispatchers[index] if dispatchers else None
+        layers.append(RoutedLayer(memory_ED, experts, top_k, layer.dropout, dispatcher, temperature))
+    return Student(layers, list(mlp.norms))
+
+
+def make_moe(
+    mlp: Student,
+    num_experts: int,
+    top_k: int,
+    seed: int,
+    dispatchers: list[Dispatcher] | None = None,
+    local: range | None = None,
+) -> Student:
+    """A vanilla mixture of experts of the MLP's shape, with seeded weights of its own; the norms are the MLP's.
+
+    When experts are sharded, those numbered `local` are here, behind `dispatchers`.
+    """
+    layers: list[nn.Module] = []
+    here = slice(0, num_experts) if local is None else slice(local.start, local.stop)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for index, layer in enumerate(mlp.layers):
+            assert isinstance(layer, DenseLayer)
+            width, outputs = layer.linear.in_features, layer.linear.out_features
+            drawn = [nn.Linear(width, outputs) for _ in range(num_experts)]
+            weight_EDO = torch.stack([each.weight.detach().T for each in drawn])
+            bias_EO = torch.stack([each.bias.detach() for each in drawn])
+            projection_DP = nn.Linear(width, min(width, _GATE_WIDTH)).weight.detach().T.contiguous()
+            gate_EP = torch.randn(num_experts, projection_DP.shape[1])
+            layers.append(
+                GatedLayer(
+                    projection_DP,
+                    gate_EP,
+                    StackedExperts(weight_EDO[here], bias_EO[here]),
+                    top_k,
+                    layer.dropout,
+                    dispatchers[index] if dispatchers else None,
+                )
+            )
     return Student(layers, list(mlp.norms))

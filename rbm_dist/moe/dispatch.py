@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rbm_dist.moe.collectives import all_to_all_rows
+from rbm_dist.moe.sparse_rows import Rows, dense
 
 
 @dataclass(frozen=True)
 class Dispatched:
     """Rows grouped by local expert."""
 
-    rows_RD: Tensor
+    rows_RD: Rows
     counts_L: Tensor  # int64, rows of each local expert
     expert_R: Tensor  # int64, the expert of each row, numbered over all ranks
     key_R: Tensor | None  # int64, the dropout key of each row
@@ -26,7 +27,7 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, rows_BD: Tensor, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
+    def dispatch(self, rows_BD: Rows, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
         """Group rows by expert. `weights_Bk` weigh the experts' outputs in `combine`."""
         ...
 
@@ -48,7 +49,7 @@ class LocalDispatcher:
     def __init__(self, num_local: int, first: int = 0):
         self.num_local, self.first = num_local, first
 
-    def dispatch(self, rows_BD: Tensor, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
+    def dispatch(self, rows_BD: Rows, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
         row_R, slot_R = (experts_Bk >= 0).nonzero(as_tuple=True)
         expert_R = experts_Bk[row_R, slot_R]
         order = expert_R.argsort(stable=True)
@@ -85,7 +86,8 @@ class AllToAllDispatcher:
         first = min(rank * self.per_rank, num_experts)
         self.local = LocalDispatcher(min(first + self.per_rank, num_experts) - first, first)
 
-    def dispatch(self, rows_BD: Tensor, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
+    def dispatch(self, rows_BD: Rows, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
+        rows_BD = dense(rows_BD)  # one message of one shape
         rank_Bk = experts_Bk.div(self.per_rank, rounding_mode="floor")
         goes_BW = torch.zeros(len(rows_BD), self.world, dtype=torch.bool, device=rows_BD.device)
         goes_BW.scatter_(1, rank_Bk, True)

@@ -1,25 +1,41 @@
 """Stacked experts: many linear layers of one shape as two tensors, applied to rows grouped by expert."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rbm_dist.moe.sparse_rows import Rows, SparseRows
+
+MAX_LOG_SCALE = math.log(100)
+
 
 class StackedExperts(nn.Module):
-    """L linear experts: `weight_LDO`, `bias_LO`."""
+    """L linear experts: `weight_LDO`, `bias_LO`; with `input_attention` each scales its input by exp(c) first."""
 
-    def __init__(self, weight_LDO: Tensor, bias_LO: Tensor):
+    def __init__(self, weight_LDO: Tensor, bias_LO: Tensor, input_attention: bool = False):
         super().__init__()
         self.weight_LDO = nn.Parameter(weight_LDO)
         self.bias_LO = nn.Parameter(bias_LO)
+        self.log_attention_LD = nn.Parameter(weight_LDO.new_zeros(weight_LDO.shape[:2])) if input_attention else None
 
-    def forward(self, rows_RD: Tensor, counts_L: Tensor) -> Tensor:
+    @property
+    def scaled_weight(self) -> Tensor:
+        """What the rows are multiplied with: `exp(min(c, log 100)) ⊙ W`."""
+        if self.log_attention_LD is None:
+            return self.weight_LDO
+        return self.weight_LDO * self.log_attention_LD.clamp(max=MAX_LOG_SCALE).exp()[:, :, None]
+
+    def forward(self, rows_RD: Rows, counts_L: Tensor) -> Tensor:
         """Apply expert l to its `counts_L[l]` consecutive rows; gives `[R, O]`."""
-        weight, bias = self.weight_LDO, self.bias_LO
-        if not len(rows_RD):
+        weight, bias = self.scaled_weight, self.bias_LO
+        if isinstance(rows_RD, Tensor) and not len(rows_RD):
             # Stay connected to every input, so that all ranks run the same collectives backward.
             return rows_RD.new_zeros(0, weight.shape[2]) + (rows_RD.sum() + weight.sum() + bias.sum()) * 0
         bias_RO = bias.repeat_interleave(counts_L, dim=0, output_size=len(rows_RD))
+        if isinstance(rows_RD, SparseRows):
+            return rows_RD.grouped_matmul(weight, counts_L) + bias_RO
         if rows_RD.dtype == torch.float64:  # grouped_mm refuses it
             groups = rows_RD.split(counts_L.tolist())
             return torch.cat([rows @ w for rows, w in zip(groups, weight, strict=True)]) + bias_RO

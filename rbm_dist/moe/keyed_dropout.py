@@ -1,10 +1,16 @@
-"""Dropout whose mask belongs to a row, not to a rank: the same row gets the same mask wherever it is computed.
+"""Dropout and noise that belong to a row, not to a rank: the same row gets the same wherever it is computed.
 
 A mask bit is a hash of (row key, column). Row keys are 64-bit hashes of (seed, epoch, step, layer, node, expert).
 """
 
+import math
+
+import numpy as np
 import torch
+from numba import int32, int64, vectorize
 from torch import Tensor
+
+from rbm_dist.moe.sparse_rows import Rows, SparseRows
 
 _MASK32 = 0xFFFFFFFF
 
@@ -18,24 +24,56 @@ def derive_keys(key: int | Tensor, word: int | Tensor) -> Tensor:
     return z ^ _shift(z, 31)
 
 
-def keyed_dropout(x_BD: Tensor, key_B: Tensor | None, p: float) -> Tensor:
+def keyed_dropout(x_BD: Rows, key_B: Tensor | None, p: float) -> Rows:
     """Zero each entry with probability `p` and scale the rest by 1 / (1 − p); no key (evaluation) changes nothing."""
     if key_B is None or p == 0:
         return x_BD
-    bits = _bits32(key_B, x_BD.shape[1])
-    keep = bits >= int(p * 2**32) - 2**31  # bits are uniform over the signed 32-bit integers
+    threshold = int(p * 2**32) - 2**31  # bits are uniform over the signed 32-bit integers
+    if isinstance(x_BD, SparseRows):
+        keep_n = _bits32(key_B[x_BD.row_n], x_BD.column_n) >= threshold
+        return x_BD.with_values(x_BD.value_n * keep_n * (1 / (1 - p)))
+    keep = _bits32(key_B[:, None], torch.arange(x_BD.shape[1], device=key_B.device)) >= threshold
     return x_BD * keep * (1 / (1 - p))
 
 
-def _bits32(key_B: Tensor, width: int) -> Tensor:
-    """Uniform int32, `[B, width]`: the 32-bit murmur3 finaliser of (key, column)."""
-    column = torch.arange(width, device=key_B.device, dtype=torch.int32) * _signed32(0x9E3779B1)
-    high, low = (_shift(key_B, 32)).to(torch.int32), (key_B & _MASK32).to(torch.int32)
-    h = high[:, None] ^ column
+def keyed_normal(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Standard normal noise `[B, width]` (Box & Muller, 1958)."""
+    radius, angle = (keyed_uniform(derive_keys(key_B, word), width, dtype) for word in (1, 2))
+    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+
+
+def keyed_uniform(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Uniform noise `[B, width]`, above 0 and up to 1."""
+    column = torch.arange(width, device=key_B.device)
+    return (_bits32(key_B[:, None], column).to(dtype) + 2**31 + 1) / 2**32
+
+
+def _bits32(key: Tensor, column: Tensor) -> Tensor:
+    """Uniform int32: the 32-bit murmur3 finaliser of (key, column), broadcast over each other."""
+    if key.device.type == "cpu":  # one pass over memory instead of a dozen
+        key, column = torch.broadcast_tensors(key, column)
+        return torch.from_numpy(_bits32_numba(key.numpy(), column.numpy()))
+    return _bits32_torch(key, column)
+
+
+def _bits32_torch(key: Tensor, column: Tensor) -> Tensor:
+    high, low = (_shift(key, 32)).to(torch.int32), (key & _MASK32).to(torch.int32)
+    h = high ^ (column.to(torch.int32) * _signed32(0x9E3779B1))
     for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
         h = h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))
-        h = (h + low[:, None]) * _signed32(multiplier)
+        h = (h + low) * _signed32(multiplier)
     return h ^ ((h >> 16) & 0xFFFF)
+
+
+@vectorize([int32(int64, int64)], cache=True)
+def _bits32_numba(key, column):  # type: ignore[no-untyped-def]
+    high, low = np.uint32(np.uint64(key) >> np.uint64(32)), np.uint32(key)
+    h = high ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B1))
+    h = h ^ (h >> np.uint32(16))
+    h = np.uint32(np.uint32(h + low) * np.uint32(0x85EBCA6B))
+    h = h ^ (h >> np.uint32(13))
+    h = np.uint32(np.uint32(h + low) * np.uint32(0xC2B2AE35))
+    return np.int32(h ^ (h >> np.uint32(16)))
 
 
 def _shift(z: Tensor, by: int) -> Tensor:

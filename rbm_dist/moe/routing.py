@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm_dist.moe.collectives import Group, all_reduce_sum
+from rbm_dist.moe.sparse_rows import Rows, SparseRows, matmul, unit
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,25 @@ class MemoryStatistics:
         return cls(sum(part.sum_ED for part in parts), sum(part.mass_E for part in parts))  # type: ignore[arg-type]
 
 
-def route(x_BD: Tensor, memory_ED: Tensor, k: int) -> Routing:
-    """The k memories nearest to each row by cosine, with softmax weights over those k."""
-    cosines_BE = F.normalize(x_BD, dim=1) @ F.normalize(memory_ED.detach(), dim=1).T
+def route(x_BD: Rows, memory_ED: Tensor, k: int, temperature: float = 1.0) -> Routing:
+    """The k memories nearest to each row by cosine, with weights `softmax(cosine / temperature)` over those k."""
+    cosines_BE = matmul(unit(x_BD), F.normalize(memory_ED.detach(), dim=1).T.contiguous())
     cosines_Bk, experts_Bk = cosines_BE.topk(k, dim=1)
-    return Routing(experts_Bk, cosines_Bk.softmax(dim=1), cosines_Bk)
+    return Routing(experts_Bk, (cosines_Bk / temperature).softmax(dim=1), cosines_Bk)
 
 
 @torch.no_grad()
-def memory_statistics(x_BD: Tensor, routing: Routing, num_experts: int) -> MemoryStatistics:
+def memory_statistics(x_BD: Rows, routing: Routing, num_experts: int) -> MemoryStatistics:
     """This rank's share of the moving average: weights are a softmax over *all* rows of the step that chose an expert.
 
     a ≤ 1, so no maximum needs subtracting, and ranks can simply be added.
     """
     exp_Bk = routing.weights_Bk.exp()
-    exp_BE = x_BD.new_zeros(len(x_BD), num_experts).scatter_(1, routing.experts_Bk, exp_Bk)
-    return MemoryStatistics(exp_BE.T @ F.normalize(x_BD, dim=1), exp_BE.sum(0))
+    exp_BE = exp_Bk.new_zeros(len(exp_Bk), num_experts).scatter_(1, routing.experts_Bk, exp_Bk)
+    unit_BD = unit(x_BD)
+    if isinstance(unit_BD, SparseRows):
+        return MemoryStatistics(unit_BD.transposed().matmul(exp_BE).T.contiguous(), exp_BE.sum(0))
+    return MemoryStatistics(exp_BE.T @ unit_BD, exp_BE.sum(0))
 
 
 @torch.no_grad()

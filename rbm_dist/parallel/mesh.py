@@ -65,11 +65,11 @@ class Mesh:
         """The parts of the graph that this rank carries."""
         return list(range(self.rank, num_parts, self.world_size))
 
-    def num_local_experts(self, num_experts: int) -> int:
-        """How many experts live on this rank: equal consecutive shards, the last ranks may hold fewer or none."""
+    def local_experts(self, num_experts: int) -> range:
+        """The experts that live on this rank: equal consecutive shards, the last ranks may hold fewer or none."""
         per_rank = -(-num_experts // self.expert_parallel)
         first = min(self.rank % self.expert_parallel * per_rank, num_experts)
-        return min(first + per_rank, num_experts) - first
+        return range(first, min(first + per_rank, num_experts))
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
         """Local if all experts are here, else all-to-all."""

@@ -25,22 +25,25 @@ _GRACE_S = 30.0  # the actor's own deadline comes first: its message names the m
 
 
 def make_memory_store(
-    kind: str, mesh: Mesh, decay: float, self_similarity: float, lr: float, timeout_s: float
+    kind: str, mesh: Mesh, timeout_s: float, decay: float, self_similarity: float, lr: float, reseed_after: int | None
 ) -> MemoryStore:
     """`actor` or `in_process`. Every rank must call it."""
     if kind == "in_process":
-        return InProcessMemoryStore(mesh.world_group, decay, self_similarity, lr)
-    return ActorMemoryStore(mesh, decay, self_similarity, lr, timeout_s)
+        return InProcessMemoryStore(mesh.world_group, decay, self_similarity, lr, reseed_after)
+    return ActorMemoryStore(mesh, timeout_s, decay, self_similarity, lr, reseed_after)
 
 
 class ActorMemoryStore:
     """A rank's end of the actor."""
 
-    def __init__(self, mesh: Mesh, decay: float, self_similarity: float, lr: float, timeout_s: float):
+    def __init__(
+        self, mesh: Mesh, timeout_s: float, decay: float, self_similarity: float, lr: float,
+        reseed_after: int | None = None,
+    ):  # fmt: skip
         self._mesh, self._timeout_s = mesh, timeout_s
         name = [f"routing-memory-{uuid.uuid4().hex}"]
         if mesh.rank == 0:
-            settings = {"decay": decay, "self_similarity": self_similarity, "lr": lr}
+            settings = {"decay": decay, "self_similarity": self_similarity, "lr": lr, "reseed_after": reseed_after}
             actor = ray.remote(num_cpus=0)(_MemoryActor).options(name=name[0])
             self._actor = actor.remote(mesh.world_size, settings, timeout_s)
             ray.get(self._actor.ready.remote(), timeout=timeout_s)
@@ -89,7 +92,7 @@ class ActorMemoryStore:
 
 
 class _MemoryActor:
-    def __init__(self, world_size: int, settings: dict[str, float], timeout_s: float):
+    def __init__(self, world_size: int, settings: dict[str, Any], timeout_s: float):
         torch.set_num_threads(1)
         self._world_size, self._settings, self._timeout_s = world_size, settings, timeout_s
         self._pushed: dict[int, list[MemoryStatistics]] = {}

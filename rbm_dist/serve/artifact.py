@@ -10,9 +10,9 @@ from torch import nn
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
-from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
+from rbm_dist.models.student import Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_weights(url: str, model: nn.Module) -> storage.FileInfo:
@@ -49,6 +49,7 @@ def load_student(url: str) -> Student:
         raise InputError(f"{url}/model.json: not a model of version {_VERSION}")
     try:
         student = empty_student(**facts)
+        student.inputs = tuple(facts["inputs"])
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{url}/model.json: does not describe a student; it was changed") from None
     load_weights(storage.join(url, "model.safetensors"), student)
@@ -57,6 +58,7 @@ def load_student(url: str) -> Student:
 
 def empty_student(
     kind: str,
+    inputs: list[str],
     num_features: int,
     hidden: int,
     num_classes: int,
@@ -64,10 +66,23 @@ def empty_student(
     norm: str,
     num_experts: int,
     top_k: int,
+    routing_temperature: float,
+    input_attention: bool,
+    ensemble_size: int,
 ) -> Student:
-    """A student of the right shape, to load weights into. `kind` is `mlp` or `rbm`."""
-    mlp = make_mlp(num_features, hidden, num_classes, num_layers, norm, dropout=0.0, seed=0)
-    if kind == "mlp":
-        return mlp
-    widths = [num_features, *[hidden] * (num_layers - 1)]
-    return mlp_to_rbm(mlp, [torch.zeros(num_experts, width) for width in widths], top_k)
+    """A student of the right shape, to load weights into. `kind` is `mlp`, `ensemble`, `moe` or `rbm`.
+
+    `inputs` are the arrays that make its input, `num_features` their width.
+    """
+
+    def mlp() -> Student:
+        return make_mlp(num_features, hidden, num_classes, num_layers, norm, dropout=0.0, seed=0)
+
+    if kind == "ensemble":
+        return Ensemble([mlp() for _ in range(ensemble_size)])
+    if kind == "moe":
+        return make_moe(mlp(), num_experts, top_k, seed=0)
+    if kind == "rbm":
+        memories = [torch.zeros(num_experts, width) for width in (num_features, *[hidden] * (num_layers - 1))]
+        return mlp_to_rbm(mlp(), memories, top_k, temperature=routing_temperature, input_attention=input_attention)
+    return mlp()

@@ -12,9 +12,11 @@ from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
+from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve.frozen import freeze
 
 _ROWS = 65_536
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
     """Predictions for all nodes, in chunks, part by part."""
     student = freeze(student)
     for part in range(store.num_parts):
-        feat, orig_id = store.array("feat", part), store.array("orig_id", part)
-        for start in range(0, len(feat), _ROWS):
+        ids, orig_id = store.ids(part), store.array("orig_id", part)
+        for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
             with torch.inference_mode():
-                logits, _ = student(torch.from_numpy(np.array(feat[rows])))
+                logits, _ = student(to_rows(store.inputs(ids[rows], student.inputs), _CPU, torch.float32))
             probability = logits.softmax(1).numpy()
             yield Predictions(np.array(orig_id[rows]), probability.argmax(1), probability)
 

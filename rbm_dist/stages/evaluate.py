@@ -1,7 +1,7 @@
 """Stage `evaluate`: accuracy, latency and expert load of teacher and students, in one Ray task."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.graph.random_bits import generator, key
-from rbm_dist.graph.source import TEST, VAL
+from rbm_dist.graph.source import SPLIT_NAMES, TEST, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
+from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.artifact import load_student, load_weights
 from rbm_dist.serve.frozen import freeze
@@ -22,6 +23,8 @@ from rbm_dist.stages.teacher import build_teacher, sample_logits
 
 _LATENCY = 7  # word of the random keys
 _BATCHES = (1, 1024)
+_EVALUATED = (VAL, TEST, UNSEEN)
+_CPU = torch.device("cpu")
 _TIMED_S = 0.5
 _ROWS = 65_536
 
@@ -36,10 +39,8 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     store = GraphStore.open(storage.join(url, "graph"), config.teacher.sampler)
     students = {kind: load_student(storage.join(url, "student", kind)) for kind in config.student.models}
-    figures: dict[str, Any] = {
-        "teacher": _accuracy(store, [store.array("soft", part) for part in range(store.num_parts)])
-    }
-    figures["students"] = {kind: _student_accuracy(student, store) for kind, student in students.items()}
+    figures: dict[str, Any] = {"teacher": teacher_accuracy(store)}
+    figures["students"] = {kind: student_accuracy(student, store) for kind, student in students.items()}
     if "rbm" in students:
         per_layer = expert_load(students["rbm"], store)
         figures["students"]["rbm"]["expert_load"] = np.mean(per_layer, axis=0).tolist()
@@ -52,36 +53,40 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
 def expert_load(student: Student, store: GraphStore) -> list[list[float]]:
     """Per layer the share of (row, expert) pairs that each expert gets, over all nodes; each layer sums to 1."""
     counts = [torch.zeros(len(layer.memory_ED)) for layer in student.routed_layers]
-    for part in range(store.num_parts):
-        feat = store.array("feat", part)
-        for start in range(0, len(feat), _ROWS):
-            with torch.inference_mode():
-                _, traces = student(torch.from_numpy(np.array(feat[start : start + _ROWS])))
-            for count, trace in zip(counts, traces, strict=True):
-                count += torch.bincount(trace.routing.experts_Bk.flatten(), minlength=len(count))
+    for start in range(0, store.num_nodes, _ROWS):
+        ids = np.arange(start, min(start + _ROWS, store.num_nodes))
+        with torch.inference_mode():
+            _, traces = student(to_rows(store.inputs(ids, student.inputs), _CPU, torch.float32))
+        for count, trace in zip(counts, traces, strict=True):
+            count += torch.bincount(trace.routing.experts_Bk.flatten(), minlength=len(count))
     return [(count / count.sum()).tolist() for count in counts]
 
 
-def _student_accuracy(student: Student, store: GraphStore) -> dict[str, float | None]:
-    by_part: list[list[np.ndarray]] = [[] for _ in range(store.num_parts)]
-    starts = np.cumsum([0] + [len(store.array("feat", part)) for part in range(store.num_parts)])
-    seen = 0
-    for chunk in predict(student, store):
-        by_part[int(np.searchsorted(starts, seen, side="right")) - 1].append(chunk.probability)
-        seen += len(chunk.orig_id)
-    return _accuracy(store, [np.concatenate(chunks or [np.empty((0, store.num_classes))]) for chunks in by_part])
+def student_accuracy(student: Student, store: GraphStore) -> dict[str, float | None]:
+    """`accuracy` of a student's own predictions."""
+    return accuracy(store, (chunk.probability for chunk in predict(student, store)))
 
 
-def _accuracy(store: GraphStore, probability: list[np.ndarray]) -> dict[str, float | None]:
-    """Share of right classes on the validation and test nodes; None for a split without nodes."""
-    right, rows = dict.fromkeys((VAL, TEST), 0), dict.fromkeys((VAL, TEST), 0)
-    for part, probability_nC in enumerate(probability):
-        hit = probability_nC.argmax(1) == store.array("label", part)
+def teacher_accuracy(store: GraphStore) -> dict[str, float | None]:
+    """`accuracy` of the soft labels."""
+    return accuracy(store, (store.array("soft", part) for part in range(store.num_parts)))
+
+
+def accuracy(store: GraphStore, probabilities: Iterable[np.ndarray]) -> dict[str, float | None]:
+    """Share of right classes on validation, test and unseen nodes; None for a split without nodes.
+
+    `probabilities`: `[n, C]` each, together one row per node in order.
+    """
+    right, rows = dict.fromkeys(_EVALUATED, 0), dict.fromkeys(_EVALUATED, 0)
+    start = 0
+    for probability_nC in probabilities:
+        ids = np.arange(start, start + len(probability_nC))
+        hit, split = probability_nC.argmax(1) == store.gather("label", ids), store.gather("split", ids)
         for code in right:
-            chosen = store.array("split", part) == code
-            right[code] += int(np.sum(hit & chosen))
-            rows[code] += int(np.sum(chosen))
-    return {name: right[code] / rows[code] if rows[code] else None for name, code in (("val", VAL), ("test", TEST))}
+            right[code] += int(np.sum(hit & (split == code)))
+            rows[code] += int(np.sum(split == code))
+        start += len(ids)
+    return {SPLIT_NAMES[code]: right[code] / rows[code] if rows[code] else None for code in right}
 
 
 Call = Callable[[np.ndarray], Callable[[], object]]
@@ -100,8 +105,10 @@ def _student_call(student: Student, store: GraphStore) -> Call:
     student = freeze(student)
 
     def prepare(ids: np.ndarray) -> Callable[[], object]:
-        feat = torch.from_numpy(store.gather("feat", ids))
-        return lambda: student(feat)[0].softmax(1)
+        # Dense, as a caller of the served model has it.
+        rows = store.inputs(ids, student.inputs)
+        rows_BF = torch.from_numpy(rows if isinstance(rows, np.ndarray) else rows.toarray())
+        return lambda: student(rows_BF)[0].softmax(1)
 
     return prepare
 

@@ -9,11 +9,13 @@ from rich.console import Console
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.errors import InputError, disk_full
+from rbm_dist.graph import encodings
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.progress import ProgressRelay
 from rbm_dist.stages import run as run_
+from rbm_dist.stages.encodings import reset_encodings, run_encodings
 from rbm_dist.stages.evaluate import run_evaluate
 from rbm_dist.stages.partition import run_partition, run_source
 from rbm_dist.stages.run import Run, Stage
@@ -26,7 +28,9 @@ STAGES = [
     Stage("partition", "graph", ("partition",), run_partition),
     Stage("teacher", "teacher", ("teacher",), run_teacher),
     Stage("soft_labels", "soft_labels", ("soft_labels",), run_soft_labels, reset_soft_labels),
-    Stage("student", "student", ("student",), run_student),
+    Stage("encodings", "encodings", ("encodings",), run_encodings, reset_encodings),
+    # With `encodings`: a run without that stage would otherwise not notice that they are wanted now.
+    Stage("student", "student", ("encodings", "student"), run_student),
     Stage("evaluate", "evaluate", (), run_evaluate),
 ]
 
@@ -39,7 +43,8 @@ def run_stages(
     Raises `InputError` or `RunError`.
     """
     url = storage.absolute(config.run_dir)
-    wanted = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    last = [stage.name for stage in STAGES].index(until)
+    wanted = [stage for stage in stages_of(config) if STAGES.index(stage) <= last]
     with run_.locked(url):
         if overwrite:
             run_.discard_other_configuration(STAGES, config, url)
@@ -55,6 +60,11 @@ def run_stages(
             raise disk_full(error, str(error.filename or url)) or error from None
 
 
+def stages_of(config: Config) -> list[Stage]:
+    """The stages that have something to do in a run."""
+    return [stage for stage in STAGES if stage.name != "encodings" or encodings.arrays(config.encodings)]
+
+
 def _skip_done(stages: list[Stage], url: str, console: Console) -> list[Stage]:
     """The stages that still have work, after a line for each that has none."""
     upstream = None
@@ -67,8 +77,9 @@ def _skip_done(stages: list[Stage], url: str, console: Console) -> list[Stage]:
 
 
 def _work(stages: list[Stage], config: Config, url: str, console: Console, address: str | None) -> None:
-    before = STAGES.index(stages[0])
-    upstream = run_.digest(STAGES[before - 1], url) if before else None
+    every = stages_of(config)
+    before = every.index(stages[0])
+    upstream = run_.digest(every[before - 1], url) if before else None
     metrics = MetricsWriter(url)
     try:
         with ray_cluster(config.cluster, address), ProgressBars(console) as bars:
@@ -118,6 +129,6 @@ def open_finished(url: str) -> Config:
         raise InputError(
             f"{path}: not the configuration of a run; it was changed, or written by another version"
         ) from None
-    if _skip_done(STAGES[:-1], url, Console(quiet=True)):
+    if _skip_done(stages_of(config)[:-1], url, Console(quiet=True)):
         raise InputError(f"{url}: the run has not finished its students; run the same `rbm-dist run` again first")
     return config

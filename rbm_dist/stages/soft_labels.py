@@ -5,6 +5,7 @@ an array of the store, so memory is bounded by a batch and its neighbours whatev
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,31 +17,57 @@ from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
+from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
 from rbm_dist.runtime.progress import Reporter
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.run import Files, Run
-from rbm_dist.stages.teacher import build_teacher, sample_logits
+from rbm_dist.stages.teacher import add_noise, build_teacher, sample_states
 
-SOFT = "soft"
-_DRAW = 3  # word of the random keys
+SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
+_DRAW, _NOISE = 3, 8  # words of the random keys
+
+
+MakeWorker = Callable[[], Callable[[int], storage.FileInfo]]
+OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
+"""Calls a worker on each of some parts; results in their order."""
 
 
 def run_soft_labels(run: Run) -> Files:
-    """Write the array `soft` (`[N, C]` float32 probabilities) of every part."""
-    config, store = run.config, GraphStore.open(run.graph_url)
-    layers = len(config.teacher.fanout) if config.soft_labels.inference == "exact" else 1
-    states = [f"h{layer + 1}" for layer in range(layers - 1)]
-    if not storage.exists(run.path("graph", f"{SOFT}.json")):
-        if config.soft_labels.inference == "sampled":
-            _over_parts(run, store, SOFT, _sampled)
+    """Write the float32 arrays `soft` `[N, C]` and, if configured, `entropy_change` `[N]` and `hidden` `[N, H]`."""
+    return write_soft_labels(run, _by_actors)
+
+
+def write_soft_labels(run: Run, over_parts: OverParts) -> Files:
+    """The stage's work, wherever `over_parts` carries it out."""
+    settings, layers = run.config.soft_labels, len(run.config.teacher.fanout)
+    store = GraphStore.open(run.graph_url)
+    wanted = [SOFT, *[HIDDEN] * settings.hidden, *[ENTROPY_CHANGE] * settings.entropy_change]
+    clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
+
+    def fill(name: str, compute: Compute) -> None:
+        _fill(run, store, name, compute, over_parts)
+
+    def layer_by_layer(states: list[str], last: str, noise: bool) -> None:
+        for layer, (before, name) in enumerate(zip(["feat", *states], [*states, last], strict=True)):
+            fill(name, functools.partial(_exact_layer, layer=layer, before=before, noise=noise and layer == 0))
+
+    if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
+        exact = settings.inference == "exact"
+        if exact:
+            layer_by_layer(clean, SOFT, noise=False)
         else:
-            for layer, (before, name) in enumerate(zip(["feat", *states], [*states, SOFT], strict=True)):
-                _over_parts(run, store, name, functools.partial(_exact_layer, layer=layer, before=before))
-    for name in states:
+            fill(SOFT, _sampled)
+        if settings.hidden:
+            fill(HIDDEN, functools.partial(_copy, name=clean[-1]) if exact else _sampled_hidden)
+        if settings.entropy_change:
+            if exact:
+                layer_by_layer(noisy, NOISY_SOFT, noise=True)
+            fill(ENTROPY_CHANGE, functools.partial(_entropy_change, noisy=NOISY_SOFT if exact else None))
+    for name in [*clean, *noisy, NOISY_SOFT]:
         _remove(run.url, store, name)
-    index = storage.read_json(run.path("graph", f"{SOFT}.json"))
-    return {f"graph/{name}": info for name, info in index["files"].items()}
+    indexes = [storage.read_json(run.path("graph", f"{name}.json")) for name in wanted]
+    return {f"graph/{name}": info for index in indexes for name, info in index["files"].items()}
 
 
 def reset_soft_labels(url: str) -> None:
@@ -50,29 +77,28 @@ def reset_soft_labels(url: str) -> None:
         store = GraphStore.open(graph)
         for name in storage.listdir(storage.join(graph, part_name(0))):
             stem = name.removesuffix(".npy")
-            if stem == SOFT or (stem[0] == "h" and stem[1:].isdecimal()):
+            if stem in (SOFT, HIDDEN, ENTROPY_CHANGE) or re.fullmatch(r"h\d+|noisy\w+", stem):
                 _remove(url, store, stem)
 
 
 Compute = Callable[[Config, Sage, GraphStore, np.ndarray], torch.Tensor]
 
 
-def _over_parts(run: Run, store: GraphStore, name: str, compute: Compute) -> None:
+def _fill(run: Run, store: GraphStore, name: str, compute: Compute, over_parts: OverParts) -> None:
     """Fill a new array in all parts; parts that a cut-off run finished are kept."""
     if storage.exists(run.path("graph", f"{name}.json")):
         return
-    config, reporter = run.config, run.reporter
-    make_worker = functools.partial(_make_worker, config, run.graph_url, run.path("teacher"), name, compute, reporter)
-    cluster = config.cluster
-    files = run_on_parts(
-        "soft_labels",
-        make_worker,
-        list(range(store.num_parts)),
-        cluster.inference_workers,
-        cluster.use_gpu,
-        run.timeout_s,
+    make_worker = functools.partial(
+        _make_worker, run.config, run.graph_url, run.path("teacher"), name, compute, run.reporter
     )
-    store.publish(name, files)
+    store.publish(name, over_parts(run, make_worker, list(range(store.num_parts))))
+
+
+def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+    cluster = run.config.cluster
+    return run_on_parts(
+        "soft_labels", make_worker, parts, cluster.inference_workers, cluster.use_gpu, run.timeout_s
+    )  # fmt: skip
 
 
 def _make_worker(
@@ -97,23 +123,54 @@ def _make_worker(
         url = storage.join(graph_url, part_name(part), f"{name}.npy")
         if storage.exists(url):  # files appear whole, and only this stage with this configuration writes them
             return storage.file_info(url)
-        width = store.num_classes if name == SOFT else config.teacher.hidden
-        return store.write_part(name, part, np.dtype(np.float32), (width,), chunks(part))
+        shapes = {SOFT: (store.num_classes,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: ()}
+        return store.write_part(
+            name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), chunks(part)
+        )
 
     return fill
 
 
 def _sampled(config: Config, model: Sage, store: GraphStore, ids: np.ndarray) -> torch.Tensor:
+    return _sampled_states(config, model, store, ids)[0].softmax(1)
+
+
+def _sampled_hidden(config: Config, model: Sage, store: GraphStore, ids: np.ndarray) -> torch.Tensor:
+    return dense(_sampled_states(config, model, store, ids)[1])
+
+
+def _sampled_states(
+    config: Config, model: Sage, store: GraphStore, ids: np.ndarray, noise_key: int | None = None
+) -> tuple[torch.Tensor, Rows]:
     fanout = config.soft_labels.fanout or config.teacher.fanout
-    return sample_logits(model, store, ids, fanout, key(config.seed, _DRAW), training=False).softmax(1)
+    return sample_states(model, store, ids, fanout, key(config.seed, _DRAW), noise_key=noise_key)
+
+
+def _entropy_change(config: Config, model: Sage, store: GraphStore, ids: np.ndarray, noisy: str | None) -> torch.Tensor:
+    """How far unit Gaussian noise on all features moves the entropy of a node's soft labels (Wu et al., 2023)."""
+    if noisy is not None:
+        noisy_nC = torch.from_numpy(store.gather(noisy, ids))
+    else:
+        noisy_nC = _sampled_states(config, model, store, ids, key(config.seed, _NOISE))[0].softmax(1).cpu()
+    return (_entropy(noisy_nC) - _entropy(torch.from_numpy(store.gather(SOFT, ids)))).abs()
+
+
+def _entropy(probability_nC: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(probability_nC.double()).sum(1).float()
+
+
+def _copy(config: Config, model: Sage, store: GraphStore, ids: np.ndarray, name: str) -> torch.Tensor:
+    return torch.from_numpy(store.gather(name, ids))
 
 
 def _exact_layer(
-    config: Config, model: Sage, store: GraphStore, ids: np.ndarray, layer: int, before: str
+    config: Config, model: Sage, store: GraphStore, ids: np.ndarray, layer: int, before: str, noise: bool
 ) -> torch.Tensor:
     device = next(model.parameters()).device
     sample = store.sample(ids, (-1,), key(0))
-    states_nD = torch.from_numpy(store.gather(before, sample.nodes)).to(device)
+    states_nD = to_rows(store.inputs(sample.nodes, (before,)), device, torch.float32)
+    if noise:
+        states_nD = add_noise(states_nD, sample.nodes, key(config.seed, _NOISE))
     edges_2m = torch.from_numpy(np.stack([sample.src, sample.dst])).to(device)
     out = model.layer(layer, states_nD, len(ids), edges_2m)
     return out.softmax(1) if layer == model.num_layers - 1 else out

@@ -2,10 +2,11 @@
 
 A student is a row network: it never sees the graph. The RbM is first one plain network (`pretrain`); then k-means over
 the inputs of each layer gives the memories, every expert starts as a copy of the plain layer, and routed training
-begins. The MLP student is the first phase alone.
+begins. The MLP student is the first phase alone; its rivals (wider MLPs, an ensemble, the vanilla mixture of experts)
+share the loop.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from torch import Tensor
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.distill.batches import PartBatches
-from rbm_dist.distill.kd import kd_loss
+from rbm_dist.distill.krd import ReliableSampling
+from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.graph.random_bits import generator, key
-from rbm_dist.graph.source import TRAIN, VAL
+from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
+from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.keyed_dropout import derive_keys
+from rbm_dist.moe.kmeans import kmeans_centres
 from rbm_dist.moe.memory import MemoryStore
-from rbm_dist.moe.routing import commitment_loss, load_balance_loss, memory_statistics, self_similarity_loss
+from rbm_dist.moe.routing import memory_statistics, self_similarity_loss
+from rbm_dist.moe.sparse_rows import Rows, to_rows, to_scipy, unit
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
@@ -34,8 +38,7 @@ from rbm_dist.runtime.training import run_training
 from rbm_dist.serve.artifact import empty_student, save_student
 from rbm_dist.stages.run import Files, Run
 
-_KMEANS, _DROPOUT = 5, 6  # words of the random keys
-_KMEANS_STARTS = 10
+_KMEANS, _DROPOUT, _PAIRS = 5, 6, 9  # words of the random keys
 
 
 def run_student(run: Run) -> Files:
@@ -50,133 +53,181 @@ def run_student(run: Run) -> Files:
     return {name: storage.file_info(run.path(name)) for name in names}
 
 
-def train_students(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str) -> None:
-    """Train the students one after the other; those that a cut-off run finished are kept."""
-    store = GraphStore.open(graph_url)
+def train_students(
+    mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, track_test: bool = False
+) -> None:
+    """Train the students one after the other; those that a cut-off run finished are kept.
+
+    `track_test` adds each epoch's accuracy on the reported nodes to the metrics; nothing is chosen by it.
+    """
+    store = GraphStore.open(graph_url, config.teacher.sampler)
     for kind in config.student.models:
         if not storage.exists(f"{url}/{kind}/model.json"):
-            _Training(mesh, reporter, config, store, f"{url}/{kind}", kind).run()
+            _Training(mesh, reporter, config, store, f"{url}/{kind}", kind, track_test).run()
         mesh.barrier()
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The rows that this rank's parts give to one step, and counts over all ranks."""
-
-    x_BF: Tensor
-    soft_BC: Tensor
-    label_B: Tensor  # -1 where the node is not a training node
-    key_B: Tensor
-    global_rows: int
-    global_labelled: int
 
 
 class _Training:
     """One student's training, on one rank."""
 
-    def __init__(self, mesh: Mesh, reporter: Reporter, config: Config, store: GraphStore, url: str, kind: str):
+    def __init__(
+        self, mesh: Mesh, reporter: Reporter, config: Config, store: GraphStore, url: str, kind: str, track_test: bool
+    ):
         self.mesh, self.reporter, self.config, self.store, self.url = mesh, reporter, config, store, url
         self.kind, self.settings = kind, config.student
         self.parts = mesh.parts(store.num_parts)
         splits = [store.array("split", part) for part in range(store.num_parts)]
-        every = [store.ids(part) for part in range(store.num_parts)]
-        val = [ids[split == VAL] for ids, split in zip(every, splits, strict=True)]
-        self.batches = PartBatches(every, self.settings.batch_size)
-        self.val_batches = PartBatches(val, self.settings.batch_size)
+
+        def batches_of(wanted: Callable[[np.ndarray], np.ndarray]) -> PartBatches:
+            nodes = [store.ids(part)[wanted(split)] for part, split in enumerate(splits)]
+            return PartBatches(nodes, self.settings.batch_size)
+
+        self.batches = batches_of(lambda split: split != UNSEEN)
+        self.eval_batches = {"val": batches_of(lambda split: split == VAL)}
+        if track_test:
+            name, code = ("unseen", UNSEEN) if config.source.unseen_share else ("test", TEST)
+            self.eval_batches[name] = batches_of(lambda split: split == code)
         # Stored at least in float32; a float64 default dtype (exactness tests) carries through everything.
         self.dtype = torch.get_default_dtype()
+        self.width = store.width(self.settings.inputs)
+        self.hidden = self.settings.hidden * (int(kind.removeprefix("mlp_x")) if kind.startswith("mlp_x") else 1)
 
     def run(self) -> None:
-        settings, store, mesh = self.settings, self.store, self.mesh
-        mlp = make_mlp(
-            store.num_features, settings.hidden, store.num_classes, settings.num_layers, settings.norm,
-            settings.dropout, self.config.seed,
-        ).to(mesh.device)  # fmt: skip
-        mesh.join_batch_norms(mlp)
-        if self.kind == "mlp":
-            checkpoints = self._phase("mlp", mlp, None, settings.epochs)
+        settings, mesh = self.settings, self.mesh
+        if self.kind == "ensemble":
+            members = [
+                (f"ensemble/{member}", self._mlp(key(self.config.seed, member) % 2**31))
+                for member in range(settings.ensemble_size)
+            ]
+            checkpoints = [self._phase(name, mlp, None, settings.epochs) for name, mlp in members]
         else:
-            self._phase("rbm/pretrain", mlp, None, settings.pretrain_epochs)
-            rbm, memory = self._to_rbm(mlp)
-            checkpoints = self._phase("rbm", rbm, memory, settings.epochs - settings.pretrain_epochs)
+            mlp = self._mlp(self.config.seed)
+            if self.kind == "moe":
+                checkpoints = [self._phase(self.kind, self._to_moe(mlp), None, settings.epochs)]
+            elif self.kind == "rbm":
+                plain = self._optimizer(mlp)
+                self._phase("rbm/pretrain", mlp, None, settings.pretrain_epochs, plain).restore_best()
+                rbm, memory = self._to_rbm(mlp)
+                routed = self._optimizer(rbm)
+                carry_over(mlp, plain, rbm, routed)
+                checkpoints = [self._phase("rbm", rbm, memory, settings.epochs - settings.pretrain_epochs, routed)]
+            else:
+                checkpoints = [self._phase(self.kind, mlp, None, settings.epochs)]
         if mesh.rank == 0:
             facts: dict[str, Any] = {
-                "kind": self.kind, "num_features": store.num_features, "num_classes": store.num_classes,
-                "hidden": settings.hidden, "num_layers": settings.num_layers, "norm": settings.norm,
+                "kind": "mlp" if self.kind.startswith("mlp") else self.kind, "inputs": list(settings.inputs),
+                "num_features": self.width, "num_classes": self.store.num_classes,
+                "hidden": self.hidden, "num_layers": settings.num_layers, "norm": settings.norm,
                 "num_experts": settings.num_experts, "top_k": settings.top_k,
+                "routing_temperature": settings.routing_temperature, "input_attention": settings.input_attention,
+                "ensemble_size": settings.ensemble_size,
             }  # fmt: skip
             best = empty_student(**facts)
-            checkpoints.load_best(best)
+            for each, student in zip(checkpoints, best.members if isinstance(best, Ensemble) else [best], strict=True):
+                each.load_best(student)
             save_student(self.url, best, facts)
+
+    def _mlp(self, seed: int) -> Student:
+        settings, store = self.settings, self.store
+        mlp = make_mlp(
+            self.width, self.hidden, store.num_classes, settings.num_layers, settings.norm, settings.dropout, seed
+        ).to(self.mesh.device)
+        self.mesh.join_batch_norms(mlp)
+        return mlp
+
+    def _to_moe(self, mlp: Student) -> Student:
+        """The vanilla mixture of the MLP's shape."""
+        settings, mesh = self.settings, self.mesh
+        dispatchers = [mesh.dispatcher(settings.num_experts) for _ in mlp.layers]
+        local = mesh.local_experts(settings.num_experts)
+        return make_moe(mlp, settings.num_experts, settings.top_k, self.config.seed, dispatchers, local).to(mesh.device)
 
     def _to_rbm(self, mlp: Student) -> tuple[Student, MemoryStore]:
         """The routed network that goes on from the plain one, and its memory."""
         settings, mesh = self.settings, self.mesh
         memories = self._initial_memories(mlp)
         dispatchers = [mesh.dispatcher(settings.num_experts) for _ in memories]
-        local = mesh.num_local_experts(settings.num_experts)
-        rbm = mlp_to_rbm(mlp, memories, settings.top_k, dispatchers, local).to(mesh.device)
+        rbm = mlp_to_rbm(
+            mlp, memories, settings.top_k, dispatchers, len(mesh.local_experts(settings.num_experts)),
+            settings.routing_temperature, settings.input_attention,
+        ).to(mesh.device)  # fmt: skip
         store = make_memory_store(
-            self.config.cluster.memory_store, mesh, settings.ema_decay, settings.self_similarity, settings.lr,
-            self.config.cluster.timeout_s,
+            self.config.cluster.memory_store, mesh, self.config.cluster.timeout_s, settings.ema_decay,
+            settings.self_similarity, settings.lr, settings.reseed_after,
         )  # fmt: skip
         store.init(memories, None)
         return rbm, store
 
     def _initial_memories(self, mlp: Student) -> list[Tensor]:
         """Per layer the centres of k-means over its normalised inputs, from a seeded sample of rows; on rank 0."""
-        settings, store, mesh = self.settings, self.store, self.mesh
+        settings, mesh = self.settings, self.mesh
         mlp.eval()
-        widths = [store.num_features, *[settings.hidden] * (settings.num_layers - 1)]
+        widths = [self.width, *[self.hidden] * (settings.num_layers - 1)]
         memories = [torch.zeros(settings.num_experts, width, device=mesh.device) for width in widths]
         if mesh.rank == 0:
-            rows = np.arange(store.num_nodes)
+            rows = np.concatenate(self.batches.nodes)
             if len(rows) > settings.kmeans_rows:
                 draw = generator(self.config.seed, _KMEANS)
-                rows = np.sort(draw.choice(store.num_nodes, settings.kmeans_rows, replace=False))
-            inputs = mlp.layer_inputs(self._to(store.gather("feat", rows)))
+                rows = np.sort(draw.choice(rows, settings.kmeans_rows, replace=False))
+            inputs = mlp.layer_inputs(self._rows(rows))
             for memory_ED, x_BD in zip(memories, inputs, strict=True):
-                unit_BD = F.normalize(x_BD, dim=1).cpu().numpy()
-                centres = _centres(unit_BD, settings.num_experts, self.config.seed)
+                centres = kmeans_centres(to_scipy(unit(x_BD)), settings.num_experts, self.config.seed)
                 memory_ED.copy_(F.normalize(torch.from_numpy(centres), dim=1))
         if mesh.world_group is not None:
             for memory in memories:
                 dist.broadcast(memory, src=0, group=mesh.world_group)
         return memories
 
-    def _phase(self, name: str, model: Student, memory: MemoryStore | None, epochs: int) -> TrainingCheckpoints:
+    def _optimizer(self, model: Student) -> torch.optim.Adam:
+        return torch.optim.Adam(model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+
+    def _phase(
+        self, name: str, model: Student, memory: MemoryStore | None, epochs: int,
+        optimizer: torch.optim.Adam | None = None,
+    ) -> TrainingCheckpoints:  # fmt: skip
         """Train for some epochs; goes on from the phase's last checkpoint."""
         settings, mesh, steps = self.settings, self.mesh, self.batches.num_steps
-        optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = optimizer or self._optimizer(model)
+        folders = {"rbm/pretrain": "pretrain"} | {f"ensemble/{m}": f"member-{m}" for m in range(settings.ensemble_size)}
         done = 0
         checkpoints = TrainingCheckpoints(
-            f"{self.url}/{'pretrain' if name.endswith('pretrain') else 'checkpoints'}",
+            f"{self.url}/{folders.get(name, 'checkpoints')}",
             self.config.cluster.checkpoint_every, model, optimizer, settings.num_experts, mesh,
             extra=(lambda: memory.snapshot(done * steps)) if memory else None,
             restore_extra=(lambda state: memory.init(model_memories(model), state)) if memory else None,
+            patience=settings.patience, average=settings.average,
         )  # fmt: skip
         first = done = checkpoints.resume()
+        teaching = None
+        if settings.objective == "krd":
+            power = checkpoints.history[-1]["krd_power"] if checkpoints.history else None
+            teaching = ReliableSampling(settings.krd, self.store, power)
+        losses = Losses(self.config, self.store, mesh, teaching, self.dtype)
         if mesh.rank == 0:
             self.reporter.begin(name, checkpoints.history)
         for epoch in range(first, epochs):
-            figures = self._epoch(name, epoch, model, memory, optimizer)
+            if checkpoints.stopped:
+                break
+            figures = self._epoch(name, epoch, model, memory, optimizer, losses, checkpoints.after_step)
             done = epoch + 1
             if memory:
                 model.set_memories(memory.pull(done * steps))
-            val_loss, val_accuracy = self._validate(model)
-            figures |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
+            figures |= losses.after_epoch(epoch)
+            with checkpoints.averaged():
+                figures |= self._evaluate(model)
             # By accuracy; among equals by loss, which is weighed too little to overrule one node.
-            score = val_accuracy - 1e-9 * val_loss
+            score = figures["val_accuracy"] - 1e-9 * figures["val_loss"]
             row = checkpoints.after_epoch(done == epochs, score, figures)
             if mesh.rank == 0:
                 self.reporter.metrics(name, row)
-                note = f"loss {figures['loss']:.3f}, val accuracy {val_accuracy:.1%}"
+                note = f"loss {figures['loss']:.3f}, val accuracy {figures['val_accuracy']:.1%}"
                 self.reporter.progress(name, done, epochs, "epochs", note)
         return checkpoints
 
     def _epoch(
-        self, name: str, epoch: int, model: Student, memory: MemoryStore | None, optimizer: torch.optim.Adam
-    ) -> dict[str, float]:
+        self, name: str, epoch: int, model: Student, memory: MemoryStore | None, optimizer: torch.optim.Adam,
+        losses: Losses, after_step: Callable[[], None],
+    ) -> dict[str, float]:  # fmt: skip
         settings, mesh, steps = self.settings, self.mesh, self.batches.num_steps
         sums: dict[str, float] = {}
         model.train()
@@ -185,28 +236,17 @@ class _Training:
             batch = self._batch(shares, step, key(self.config.seed, _DROPOUT, *name.encode(), version))
             if memory:
                 model.set_memories(memory.pull(version))
-            logits_BC, traces = model(batch.x_BF, batch.key_B)
-            losses = {
-                "kd": kd_loss(
-                    logits_BC, batch.soft_BC, batch.label_B, batch.global_rows, batch.global_labelled,
-                    settings.temperature, settings.label_weight,
-                )
-            }  # fmt: skip
-            experts = settings.num_experts
-            for trace in traces:
-                balance = load_balance_loss(trace.routing, experts, mesh.world_group) / mesh.world_size
-                commitment = commitment_loss(trace.routing, batch.global_rows)
-                losses["commitment"] = losses.get("commitment", 0.0) + settings.commitment * commitment
-                losses["load_balance"] = losses.get("load_balance", 0.0) + settings.load_balance * balance
+            terms, traces = losses(model, batch, key(self.config.seed, _PAIRS, *name.encode(), version))
             if memory:
-                memory.push(version, [memory_statistics(trace.x_BD, trace.routing, experts) for trace in traces])
-            loss = torch.stack(list(losses.values())).sum()
+                statistics = [memory_statistics(trace.x_BD, trace.routing, settings.num_experts) for trace in traces]
+                memory.push(version, statistics)
             optimizer.zero_grad()
-            loss.backward()
+            torch.stack(list(terms.values())).sum().backward()
             sum_gradients(model, mesh)
             optimizer.step()
-            for loss_name, value in losses.items():
-                sums[loss_name] = sums.get(loss_name, 0.0) + value.item() / steps
+            after_step()
+            for term, value in terms.items():
+                sums[term] = sums.get(term, 0.0) + value.item() / steps
             if memory:
                 similarity = sum(self_similarity_loss(layer.memory_ED).item() for layer in model.routed_layers)
                 share = settings.self_similarity * similarity / steps / mesh.world_size
@@ -214,7 +254,7 @@ class _Training:
         means = dict(zip(sums, sum_figures(list(sums.values()), mesh), strict=True))
         return {"loss": sum(means.values()), **means}
 
-    def _batch(self, shares: list[np.ndarray], step: int, draw: int) -> _Batch:
+    def _batch(self, shares: list[np.ndarray], step: int, draw: int) -> Batch:
         ids = np.concatenate([*shares, np.empty(0, np.int64)]).astype(np.int64)
         store, device = self.store, self.mesh.device
         label, split = store.gather("label", ids), store.gather("split", ids)
@@ -222,9 +262,9 @@ class _Training:
         labelled = float((label_B >= 0).sum())
         if self.settings.label_weight > 0:
             (labelled,) = sum_figures([labelled], self.mesh)
-        return _Batch(
-            x_BF=self._to(store.gather("feat", ids)),
-            soft_BC=self._to(store.gather("soft", ids)),
+        return Batch(
+            ids=ids,
+            x_BF=self._rows(ids),
             label_B=label_B,
             key_B=derive_keys(draw, torch.from_numpy(ids)).to(device),
             global_rows=self.batches.global_rows(step),
@@ -232,34 +272,48 @@ class _Training:
         )
 
     @torch.no_grad()
-    def _validate(self, model: Student) -> tuple[float, float]:
+    def _evaluate(self, model: Student) -> dict[str, float]:
+        """Loss and accuracy on the validation nodes; accuracy alone on others."""
         model.eval()
-        loss, correct = 0.0, 0.0
-        # Every rank makes every step, with no rows if it has none: experts elsewhere wait for its message.
-        for shares in self.val_batches.epoch(self.parts, self.config.seed, None):
-            ids = np.concatenate([*shares, np.empty(0, np.int64)]).astype(np.int64)
-            logits_BC, _ = model(self._to(self.store.gather("feat", ids)))
-            label_B = torch.from_numpy(self.store.gather("label", ids)).to(self.mesh.device)
-            loss += F.cross_entropy(logits_BC, label_B, reduction="sum").item()
-            correct += (logits_BC.argmax(1) == label_B).sum().item()
-        loss, correct = sum_figures([loss, correct], self.mesh)
-        rows = sum(map(len, self.val_batches.nodes))
-        return loss / rows, correct / rows
+        figures = {}
+        for split, batches in self.eval_batches.items():
+            loss, correct = 0.0, 0.0
+            # Every rank makes every step, with no rows if it has none: experts elsewhere wait for its message.
+            for shares in batches.epoch(self.parts, self.config.seed, None):
+                ids = np.concatenate([*shares, np.empty(0, np.int64)]).astype(np.int64)
+                logits_BC, _ = model(self._rows(ids))
+                label_B = torch.from_numpy(self.store.gather("label", ids)).to(self.mesh.device)
+                loss += F.cross_entropy(logits_BC, label_B, reduction="sum").item()
+                correct += (logits_BC.argmax(1) == label_B).sum().item()
+            loss, correct = sum_figures([loss, correct], self.mesh)
+            rows = sum(map(len, batches.nodes))
+            if split == "val":
+                figures["val_loss"] = loss / rows
+            if rows:
+                figures[f"{split}_accuracy"] = correct / rows
+        return figures
 
-    def _to(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.mesh.device, self.dtype)
+    def _rows(self, ids: np.ndarray) -> Rows:
+        return to_rows(self.store.inputs(ids, self.settings.inputs), self.mesh.device, self.dtype)
+
+
+def carry_over(mlp: Student, plain: torch.optim.Adam, rbm: Student, routed: torch.optim.Adam) -> None:
+    """Give the experts the Adam moments of the layers that they are copies of.
+
+    A fresh Adam moves every weight by the learning rate in its first steps, which undoes what was learned before.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(mlp.norms.parameters(), rbm.norms.parameters(), strict=True))
+    for dense, layer in zip(mlp.layers, rbm.routed_layers, strict=True):
+        assert isinstance(dense, DenseLayer)
+        pairs += [(dense.linear.weight, layer.experts.weight_LDO), (dense.linear.bias, layer.experts.bias_LO)]
+    for before, after in pairs:
+        state = plain.state[before]
+        routed.state[after] = {"step": state["step"].clone()} | {
+            name: torch.empty_like(after).copy_(state[name].T if before.dim() == 2 else state[name])
+            for name in ("exp_avg", "exp_avg_sq")
+        }
 
 
 def model_memories(model: Student) -> list[Tensor]:
     """The memories that a model routes with."""
     return [layer.memory_ED for layer in model.routed_layers]
-
-
-def _centres(unit_BD: np.ndarray, num_experts: int, seed: int) -> np.ndarray:
-    """k-means centres, `[E, D]`. Fewer distinct rows than experts: the rows there are, again and again."""
-    from sklearn.cluster import KMeans  # takes seconds to import, and one rank needs it
-
-    distinct = np.unique(unit_BD, axis=0) if len(unit_BD) <= num_experts * 100 else unit_BD
-    if len(distinct) <= num_experts:
-        return distinct[np.arange(num_experts) % len(distinct)]
-    return KMeans(num_experts, n_init=_KMEANS_STARTS, random_state=seed).fit(unit_BD).cluster_centers_

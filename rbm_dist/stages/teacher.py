@@ -1,8 +1,11 @@
 """Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 
 from rbm_dist import storage
 from rbm_dist.config import Config
@@ -11,6 +14,8 @@ from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.source import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
+from rbm_dist.moe.keyed_dropout import derive_keys, keyed_normal
+from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
@@ -20,6 +25,7 @@ from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.run import Files, Run
 
 _TRAINING, _VALIDATION = 1, 2  # words of the random keys
+_LOG_TEMPERATURES = (math.log(0.05), math.log(20))
 
 
 def run_teacher(run: Run) -> Files:
@@ -43,16 +49,38 @@ def sample_logits(
     model: Sage, store: GraphStore, seeds: np.ndarray, fanout: tuple[int, ...], sample_key: int, training: bool
 ) -> torch.Tensor:
     """Logits of some nodes from their sampled neighbourhood, `[len(seeds), classes]`."""
+    return sample_states(model, store, seeds, fanout, sample_key, training)[0]
+
+
+def sample_states(
+    model: Sage,
+    store: GraphStore,
+    seeds: np.ndarray,
+    fanout: tuple[int, ...],
+    sample_key: int,
+    training: bool = False,
+    noise_key: int | None = None,
+) -> tuple[torch.Tensor, Rows]:
+    """As `sample_logits`, and the seeds' states before the last layer. `noise_key` adds noise to all features."""
     device = next(model.parameters()).device
     sample = store.sample(seeds, fanout, sample_key)
-    feat_nF = torch.from_numpy(store.gather("feat", sample.nodes)).to(device)
+    feat_nF = to_rows(store.inputs(sample.nodes), device, torch.float32)
+    if noise_key is not None:
+        feat_nF = add_noise(feat_nF, sample.nodes, noise_key)
     neighbourhood = Neighbourhood(
         torch.from_numpy(sample.nodes).to(device),
         torch.from_numpy(np.stack([sample.src, sample.dst])).to(device),
         sample.nodes_per_hop,
         sample.edges_per_hop,
     )
-    return model(feat_nF, neighbourhood, sample_key if training else None)
+    return model.forward_hidden(feat_nF, neighbourhood, sample_key if training else None)
+
+
+def add_noise(feat_nF: Rows, nodes: np.ndarray, noise_key: int) -> torch.Tensor:
+    """Features plus unit Gaussian noise that belongs to each node, whoever asks for it."""
+    feat_nF = dense(feat_nF)
+    keys = derive_keys(noise_key, torch.from_numpy(nodes).to(feat_nF.device))
+    return feat_nF + keyed_normal(keys, feat_nF.shape[1], feat_nF.dtype)
 
 
 def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str) -> None:
@@ -62,8 +90,9 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
     model = build_teacher(config, store).to(mesh.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     checkpoints = TrainingCheckpoints(
-        f"{url}/checkpoints", config.cluster.checkpoint_every, model, optimizer, num_experts=0, mesh=mesh
-    )
+        f"{url}/checkpoints", config.cluster.checkpoint_every, model, optimizer, num_experts=0, mesh=mesh,
+        patience=settings.patience,
+    )  # fmt: skip
     splits = [store.array("split", part) for part in range(store.num_parts)]
     train, val = (
         PartBatches([store.ids(part)[split == code] for part, split in enumerate(splits)], settings.batch_size)
@@ -74,6 +103,8 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
     if mesh.rank == 0:
         reporter.begin("teacher", checkpoints.history)
     for epoch in range(first, settings.epochs):
+        if checkpoints.stopped:
+            break
         model.train()
         loss_sum = 0.0
         for step, shares in enumerate(train.epoch(parts, config.seed, epoch)):
@@ -91,15 +122,44 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
         val_loss, val_accuracy = _validate(model, store, val, parts, config, mesh)
         (loss_sum,) = sum_figures([loss_sum], mesh)
         figures = {"loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy}
-        row = checkpoints.after_epoch(epoch + 1 == settings.epochs, score=-val_loss, figures=figures)
+        # By accuracy: among equals by loss, which is weighed too little to overrule one node.
+        score = -val_loss if settings.select == "loss" else val_accuracy - 1e-9 * val_loss
+        row = checkpoints.after_epoch(epoch + 1 == settings.epochs, score, figures)
         if mesh.rank == 0:
             reporter.metrics("teacher", row)
             note = f"val loss {val_loss:.3f}, accuracy {val_accuracy:.1%}"
             reporter.progress("teacher", epoch + 1, settings.epochs, "epochs", note)
+    checkpoints.load_best(model)
+    if settings.calibrate:
+        _calibrate(model, store, val, parts, config, mesh)
     if mesh.rank == 0:
-        checkpoints.load_best(model)
         save_weights(f"{url}/model.safetensors", model)
     mesh.barrier()
+
+
+@torch.no_grad()
+def _calibrate(model: Sage, store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh) -> None:
+    """Set the temperature of the logits that minimises the validation loss (Guo et al., 2017)."""
+    model.eval()
+    logits_and_labels = [
+        (
+            sample_logits(model, store, seeds, config.teacher.fanout, key(config.seed, _VALIDATION), training=False),
+            seeds,
+        )
+        for shares in val.epoch(parts, config.seed, None)
+        for seeds in shares
+        if len(seeds)
+    ]
+
+    def loss(log_temperature: float) -> float:
+        temperature = math.exp(log_temperature)
+        here = sum(
+            F.cross_entropy(logits / temperature, _labels(store, seeds, mesh), reduction="sum").item()
+            for logits, seeds in logits_and_labels
+        )
+        return sum_figures([here], mesh)[0]  # equal on all ranks, which therefore search alike
+
+    model.temperature.fill_(math.exp(minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -15,6 +16,7 @@ from rbm_dist.graph import shards
 from rbm_dist.graph.shards import Numbering, StagedSource
 from rbm_dist.graph.source import SourceGraph
 from tests.graph.reference import Graph, graphs
+from tests.small_graph import with_sparse_features
 
 
 def with_rows(graph: Graph, seed: int) -> tuple[SourceGraph, np.ndarray]:
@@ -96,7 +98,7 @@ def test_the_index_describes_every_file(tmp_path: Path) -> None:
         assert files[name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         assert str(np.load(path).dtype) == index["dtypes"][path.stem]
     facts = {name: index[name] for name in ("version", "num_nodes", "num_edges", "num_features", "num_classes")}
-    assert facts == {"version": 1, "num_nodes": 6, "num_edges": 4, "num_features": 3, "num_classes": 4}
+    assert facts == {"version": 2, "num_nodes": 6, "num_edges": 4, "num_features": 3, "num_classes": 4}
 
 
 def test_a_staged_source_keeps_the_sources_order(tmp_path: Path) -> None:
@@ -108,6 +110,20 @@ def test_a_staged_source_keeps_the_sources_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(staged.split, source.split)
     np.testing.assert_array_equal(staged.csc.indptr, source.csc.indptr)
     np.testing.assert_array_equal(staged.csc.indices, source.csc.indices)
+
+
+def test_a_staged_source_of_sparse_features(tmp_path: Path) -> None:
+    source, _ = with_rows(Graph(6, frozenset({(0, 1), (4, 2)})), seed=0)
+    source = replace(with_sparse_features(source), orig_id=np.array([2, 3, 5, 7, 11, 13]))
+    staged = StagedSource.open(str(tmp_path), shards.write_source(str(tmp_path), source))
+    assert isinstance(staged.feat, sp.csr_array)
+    assert not staged.feat.data.flags.writeable, "mapped, not copied"
+    np.testing.assert_array_equal(staged.feat.toarray(), sp.vstack(list(source.feat_chunks())).toarray())
+    numbering = Numbering.of(np.array([1, 0, 0, 1, 0, 1]), 2)
+    for part, ids in enumerate(([3, 5, 11], [2, 7, 13])):
+        shards.write_part(f"{tmp_path}/graph", part, staged, numbering)
+        found = np.load(tmp_path / "graph" / shards.part_name(part) / "orig_id.npy")
+        np.testing.assert_array_equal(found, ids, "ids stay the input's")
 
 
 def test_numbering_maps_both_ways() -> None:

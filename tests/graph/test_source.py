@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -12,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from rbm_dist.config import DigitsConfig, NpzConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import TEST, TRAIN, VAL, SourceGraph, read, split_per_class
+from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL, SourceGraph, hide_unseen, read, split_per_class
 from rbm_dist.storage import copy_in
 from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
 
@@ -35,6 +36,7 @@ def edges_of(graph: SourceGraph) -> set[tuple[int, int]]:
 def test_digits_link_each_image_to_its_nearest() -> None:
     graph, digits = read(DigitsConfig(neighbors=5), seed=0), load_digits()
     assert (graph.csc.num_nodes, graph.num_features, graph.num_classes) == (1797, 64, 10)
+    assert not graph.sparse_feat
     np.testing.assert_array_equal(graph.label, digits.target)
     np.testing.assert_allclose(features(graph), digits.data / digits.data.sum(1, keepdims=True), rtol=1e-6)
     squared = (digits.data**2).sum(1)
@@ -99,9 +101,11 @@ def test_real_graph(
     attr = sp.csr_array(
         (arrays["attr_data"], arrays["attr_indices"], arrays["attr_indptr"]), tuple(arrays["attr_shape"])
     )
-    for chunk in graph.feat_chunks():
+    assert graph.sparse_feat == (attr.nnz < 0.2 * attr.shape[0] * attr.shape[1])
+    for stored in graph.feat_chunks():
+        chunk = stored.toarray() if graph.sparse_feat else stored
         rows = attr[start : start + len(chunk)]
-        assert (chunk.dtype, np.count_nonzero(chunk)) == (np.float32, rows.count_nonzero())
+        assert (stored.dtype, np.count_nonzero(chunk)) == (np.float32, rows.count_nonzero())
         some = np.arange(0, len(chunk), 97)
         dense = rows[some].toarray()
         np.testing.assert_allclose(
@@ -216,6 +220,69 @@ def test_rows_are_normalised_by_magnitude_and_empty_ones_stay_zero(tmp_path: Pat
     rows = features(read_npz(tmp_path, npz_arrays() | arrays))
     third = 1 / 3
     np.testing.assert_allclose(rows[:4], [[-0.75, 0.25, 0], [0, 0, 0], [third, third, -third], [0.25, 0.25, 0.5]])
+
+
+def test_sparse_features_are_the_same_numbers(tmp_path: Path) -> None:
+    """Entries given in pieces count as their sum, whose magnitude is what rows are scaled by."""
+    indptr = np.array([0, 3, 4, 4, 5, 6, 7, 8, 9])
+    arrays = {
+        "attr_data": np.array([3, -2, -1, 5, 1, 1, 1, 1, 0.0]), "attr_indices": np.array([4, 4, 9, 7, 1, 2, 3, 4, 5]),
+        "attr_indptr": indptr, "attr_shape": np.array([NODES, 10]),
+    }  # fmt: skip
+    graph = read_npz(tmp_path, npz_arrays() | arrays)
+    assert graph.sparse_feat
+    (chunk,) = graph.feat_chunks()
+    assert chunk.dtype == np.float32
+    assert chunk.has_canonical_format, "one entry per place"
+    expected = np.zeros((NODES, 10))
+    expected[0, [4, 9]] = 0.5, -0.5
+    expected[[1, 3, 4, 5, 6], [7, 1, 2, 3, 4]] = 1
+    np.testing.assert_allclose(chunk.toarray(), expected)
+    dense = read_npz(tmp_path, npz_arrays() | arrays | {"attr_data": np.array([4, 0.0, 0, 0, 0, 0, 0, 0, 0])})
+    np.testing.assert_array_equal(next(dense.feat_chunks()).toarray()[0], np.eye(10)[4])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_unseen_nodes_cannot_be_reached(data_dir: Path, share: float) -> None:
+    settings = {"path": str(data_dir / "citeseer.npz"), "unseen_share": share}
+    graph, whole = (read(NpzConfig(**settings | changes), seed=4) for changes in ({}, {"unseen_share": 0}))
+    unseen = graph.split == UNSEEN
+    assert unseen.sum() == round(share * np.sum(whole.split == TEST))
+    assert np.all(whole.split[unseen] == TEST)
+    np.testing.assert_array_equal(graph.split[~unseen], whole.split[~unseen])
+    links, all_links = edges_of(graph), edges_of(whole)
+    assert links == {(src, dst) for src, dst in all_links if unseen[dst] or not unseen[src]}
+    assert len(links) < len(all_links)
+    np.testing.assert_array_equal(read(NpzConfig(**settings), seed=4).split, graph.split)
+    assert not np.array_equal(read(NpzConfig(**settings), seed=5).split, graph.split)
+
+
+def test_hiding_all_or_none(tmp_path: Path) -> None:
+    graph = read_npz(tmp_path, npz_arrays())
+    assert edges_of(hide_unseen(graph, 0.1, seed=0)) == edges_of(graph), "a tenth of three is no node"
+    hidden = hide_unseen(graph, 1.0, seed=0)
+    np.testing.assert_array_equal(hidden.split, [0, 0, 1, 1, UNSEEN, -1, UNSEEN, UNSEEN])
+    # On the ring: 4, 6 and 7 point at none but each other, and are still pointed at by all their neighbours.
+    assert edges_of(hidden) == {(u, v) for u, v in edges_of(graph) if u not in (4, 6, 7) or v in (4, 6, 7)}
+
+
+@pytest.mark.parametrize("name", ["citeseer", "amazon-photo"])
+def test_the_largest_component(data_dir: Path, name: str) -> None:
+    path = str(data_dir / f"{name}.npz")
+    graph, whole = (read(NpzConfig(path=path, largest_component=largest), seed=0) for largest in (True, False))
+    nodes = np.array(sorted(max(nx.connected_components(nx.Graph(edges_of(whole))), key=len)))
+    assert len(nodes) < whole.csc.num_nodes
+    assert whole.orig_id is None
+    np.testing.assert_array_equal(graph.orig_id, nodes)
+    np.testing.assert_array_equal(graph.label, whole.label[nodes])
+    kept = set(nodes.tolist())
+    links = {(int(nodes[u]), int(nodes[v])) for u, v in edges_of(graph)}
+    assert links == {(u, v) for u, v in edges_of(whole) if u in kept}
+    if name == "citeseer":  # its split is the input's, not drawn anew
+        np.testing.assert_array_equal(graph.split, whole.split[nodes])
+    rows = sp.vstack([sp.csr_array(chunk) for chunk in whole.feat_chunks()], format="csr")[nodes]
+    found = sp.vstack([sp.csr_array(chunk) for chunk in graph.feat_chunks()], format="csr")
+    assert abs(found - rows).max() < 1e-7
 
 
 def test_features_can_be_read_again(tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """The store against the arrays it was written from, on local disk, in memory and on S3; damage is named."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.sampler import NumbaSampler
-from rbm_dist.graph.shards import Numbering
+from rbm_dist.graph.shards import SPARSE_FEAT, Numbering
 from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.store import GraphStore
 from tests.graph.reference import Graph, check_sample
-from tests.small_graph import small_graph, write_graph
+from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 NUM_PARTS = 3
 
@@ -129,7 +131,7 @@ def test_no_store_where_none_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ['{"version": 99}', "[]", '"graph"'])
 def test_another_layout_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "graph.json").write_text(content)
-    with pytest.raises(InputError, match=r"graph\.json: not a graph of layout version 1"):
+    with pytest.raises(InputError, match=r"graph\.json: not a graph of layout version 2; partition the source again"):
         GraphStore.open(str(tmp_path))
 
 
@@ -188,3 +190,91 @@ def test_a_structure_that_points_outside_is_refused_before_it_is_sampled(store: 
     storage.write_array(f"{store.url}/part-00001/indices.npy", indices)
     with pytest.raises(InputError, match=r"part-00001: 1 indices are out of range, first 60"):
         GraphStore.open(store.url).sample(np.array([0]), (2,), key=0)
+
+
+@pytest.fixture
+def sparse_store(tmp_path: Path, graph: SourceGraph) -> GraphStore:
+    """The small graph with features of mostly zeros."""
+    return write_graph(str(tmp_path), with_sparse_features(graph), assignment(graph))
+
+
+@pytest.mark.parametrize("num_parts", [1, NUM_PARTS])
+def test_sparse_features_of_any_nodes(tmp_path: Path, graph: SourceGraph, num_parts: int) -> None:
+    graph, part_N = with_sparse_features(graph), assignment(graph) % num_parts
+    store, order = write_graph(str(tmp_path), graph, part_N), Numbering.of(part_N, num_parts).order
+    assert store.sparse_features
+    feat = sp.vstack(list(graph.feat_chunks()), format="csr").toarray()
+    rng = np.random.default_rng(1)
+    pos = rng.normal(size=(60, 3)).astype(np.float32)
+    files = [store.write_part("pos", part, pos.dtype, (3,), [pos[store.ids(part)]]) for part in range(num_parts)]
+    store.publish("pos", files)
+    assert (store.width(("feat",)), store.width(("pos", "feat"))) == (40, 43)
+    for ids in (
+        np.arange(60),
+        rng.integers(0, 60, 200),
+        rng.permutation(60)[:7],
+        np.array([59]),
+        np.empty(0, np.int64),
+    ):
+        rows = store.inputs(ids)
+        assert sp.issparse(rows)
+        assert (rows.dtype, rows.shape) == (np.float32, (len(ids), 40))
+        np.testing.assert_array_equal(rows.toarray(), feat[order[ids]])
+        np.testing.assert_array_equal(store.gather("feat", ids), feat[order[ids]])
+        joined = store.inputs(ids, ("pos", "feat"))
+        assert sp.issparse(joined)
+        np.testing.assert_array_equal(joined.toarray(), np.concatenate([pos[ids], feat[order[ids]]], axis=1))
+        np.testing.assert_array_equal(store.inputs(ids, ("pos",)), pos[ids])
+    for outside in ([-1], [3, 60]):
+        with pytest.raises(ValueError, match=r"ids must lie in \[0, 60\)"):
+            store.inputs(np.array(outside))
+
+
+def test_sparse_features_on_every_kind_of_storage(url: str, graph: SourceGraph) -> None:
+    store = write_graph(url, with_sparse_features(graph), assignment(graph))
+    files = storage.listdir(f"{store.url}/part-00000")
+    assert files == [
+        "feat_indices.npy", "feat_indptr.npy", "feat_shape.npy", "feat_values.npy",
+        "indices.npy", "indptr.npy", "label.npy", "orig_id.npy", "split.npy",
+    ]  # fmt: skip
+    dtypes = storage.read_json(f"{store.url}/graph.json")["dtypes"]
+    for file in files:
+        assert str(store.array(file.removesuffix(".npy"), 0).dtype) == dtypes[file.removesuffix(".npy")]
+    assert "feat" not in dtypes
+    order = Numbering.of(assignment(graph), NUM_PARTS).order
+    feat = sp.vstack(list(with_sparse_features(graph).feat_chunks()), format="csr").toarray()
+    reopened = GraphStore.open(store.url, verify=True)
+    np.testing.assert_array_equal(reopened.gather("feat", np.arange(60)), feat[order])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("feat_indices", lambda x: np.append(x[:-1], np.array(40, x.dtype)), "1 indices are out of range, first 40"),
+        ("feat_indices", lambda x: x[:-2], "indptr runs from 0 to"),
+        ("feat_indptr", lambda x: x[:-1], "rows need"),
+        ("feat_values", lambda x: x[:-2], r"values of a matrix \[\d+, 40\], expected"),
+        ("feat_shape", lambda x: x[::-1].copy(), r"values of a matrix \[40, \d+\], expected"),
+        ("feat_shape", lambda x: x[:1], r"values of a matrix \[\d+\], expected"),
+    ],
+)
+def test_damaged_sparse_features_are_refused(sparse_store: GraphStore, name: str, change: Any, reason: str) -> None:
+    array = np.array(sparse_store.array(name, 1))
+    storage.write_array(f"{sparse_store.url}/part-00001/{name}.npy", change(array))
+    with pytest.raises(InputError, match=rf"part-00001: feat: .*{reason}"):
+        GraphStore.open(sparse_store.url).inputs(np.arange(60))
+
+
+@pytest.mark.parametrize("name", SPARSE_FEAT)
+def test_a_truncated_or_missing_sparse_array_is_named(sparse_store: GraphStore, name: str) -> None:
+    path = Path(sparse_store.url) / "part-00002" / f"{name}.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4])
+    with pytest.raises(InputError, match=rf"part-00002/{name}\.npy: not a whole \.npy array"):
+        GraphStore.open(sparse_store.url).inputs(np.arange(60))
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=rf"part-00002/{name}\.npy: damaged"):
+        GraphStore.open(sparse_store.url, verify=True)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"part-00002/{name}\.npy: no such file"):
+        GraphStore.open(sparse_store.url).inputs(np.arange(60))

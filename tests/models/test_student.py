@@ -1,12 +1,13 @@
 """Students against their formulas; an RbM begins as the MLP it was."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rbm_dist.models.student import RoutedLayer, Student, make_mlp, mlp_to_rbm
+from rbm_dist.models.student import Ensemble, RoutedLayer, Student, make_mlp, mlp_to_rbm
 from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.moe.keyed_dropout import derive_keys
 from rbm_dist.serve.frozen import freeze
@@ -16,10 +17,10 @@ def mlp(norm: str = "layer", dropout: float = 0.0) -> Student:
     return make_mlp(7, 16, 5, num_layers=3, norm=norm, dropout=dropout, seed=1)
 
 
-def rbm(num_experts: int = 6, top_k: int = 2) -> Student:
+def rbm(num_experts: int = 6, top_k: int = 2, **options: Any) -> Student:
     """An RbM whose experts have gone their own ways."""
     torch.manual_seed(0)
-    student = mlp_to_rbm(mlp(), [torch.randn(num_experts, width) for width in (7, 16, 16)], top_k)
+    student = mlp_to_rbm(mlp(), [torch.randn(num_experts, width) for width in (7, 16, 16)], top_k, **options)
     for parameter in student.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return student
@@ -35,24 +36,26 @@ def test_seeded_weights_leave_the_global_generator_alone() -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch", "none"])
-def test_the_switch_to_routing_is_continuous(norm: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"input_attention": True}, {"temperature": 0.2}])
+def test_the_switch_to_routing_is_continuous(norm: str, options: dict[str, Any]) -> None:
     dense, x = mlp(norm).eval(), torch.randn(40, 7)
-    routed = mlp_to_rbm(dense, [torch.randn(6, width) for width in (7, 16, 16)], top_k=3).eval()
+    routed = mlp_to_rbm(dense, [torch.randn(6, width) for width in (7, 16, 16)], 3, **options).eval()
     torch.testing.assert_close(routed(x)[0], dense(x)[0])
     assert [trace.x_BD.shape[1] for trace in routed(x)[1]] == [7, 16, 16]
 
 
-def test_a_routed_layer_is_its_formula() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_a_routed_layer_is_its_formula(temperature: float) -> None:
     torch.manual_seed(0)
     experts = StackedExperts(torch.randn(5, 4, 3), torch.randn(5, 3))
-    layer = RoutedLayer(torch.randn(5, 4), experts, top_k=2, dropout=0.0)
+    layer = RoutedLayer(torch.randn(5, 4), experts, top_k=2, dropout=0.0, temperature=temperature)
     layer.log_scale.data.fill_(0.7)
     x = torch.randn(9, 4)
     y, _ = layer(x, None)
     for row, found in zip(x, y, strict=True):
         cosines = F.cosine_similarity(row[None], layer.memory_ED)
         top = cosines.topk(2)
-        a = top.values.softmax(0)
+        a = (top.values / temperature).softmax(0)
         expected = sum(
             w * (row @ experts.weight_LDO[e] + experts.bias_LO[e]) for w, e in zip(a, top.indices, strict=True)
         )
@@ -83,8 +86,9 @@ def test_dropout_belongs_to_rows_and_experts() -> None:
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(6, 2), (4, 4), (1, 1), (24, 2)])
 @pytest.mark.parametrize("rows", [0, 1, 33])
-def test_frozen_students_answer_the_same(num_experts: int, top_k: int, rows: int) -> None:
-    student, x = rbm(num_experts, top_k).eval(), torch.randn(rows, 7)
+@pytest.mark.parametrize("options", [{}, {"input_attention": True, "temperature": 0.2}])
+def test_frozen_students_answer_the_same(num_experts: int, top_k: int, rows: int, options: dict[str, Any]) -> None:
+    student, x = rbm(num_experts, top_k, **options).eval(), torch.randn(rows, 7)
     torch.testing.assert_close(freeze(student)(x)[0], student(x)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -93,3 +97,25 @@ def test_layer_inputs() -> None:
     inputs = student.layer_inputs(x)
     assert inputs[0] is x
     torch.testing.assert_close(student.layers[-1](inputs[-1], None)[0], student(x)[0])
+
+
+def test_hidden_states_are_the_input_of_the_last_layer() -> None:
+    student, x, keys = mlp(dropout=0.3), torch.randn(8, 7), derive_keys(1, torch.arange(8))
+    logits, hidden, _ = student.forward_hidden(x, keys)
+    torch.testing.assert_close(logits, student(x, keys)[0])
+    last = derive_keys(keys, len(student.layers) - 1)
+    torch.testing.assert_close(student.layers[-1](hidden, last)[0], logits)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_probabilities() -> None:
+    members = [make_mlp(7, 16, 5, num_layers=2, norm="layer", dropout=0.0, seed=seed) for seed in range(3)]
+    for number, member in enumerate(members):
+        for parameter in member.parameters():
+            parameter.data *= number + 1
+    x = torch.randn(20, 7)
+    logits, traces = Ensemble(members)(x)
+    expected = sum(member(x)[0].softmax(1) for member in members) / 3
+    torch.testing.assert_close(logits.softmax(1), expected)
+    torch.testing.assert_close(logits.exp(), expected, msg="its logits are log-probabilities")
+    assert traces == []
+    torch.testing.assert_close(freeze(Ensemble(members))(x)[0], logits)

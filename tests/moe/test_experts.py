@@ -1,10 +1,13 @@
 """Stacked experts against a loop over plain linear layers."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rbm_dist.moe.experts import StackedExperts
 
@@ -54,3 +57,29 @@ def test_expanded_gradients_pass(reduction: str) -> None:
     experts, rows = make([3, 2], 8, 16, torch.float32)
     getattr(experts(rows, torch.tensor([3, 2])), reduction)().backward()
     assert torch.isfinite(experts.weight_LDO.grad).all()
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]])
+def test_input_attention(counts: list[int]) -> None:
+    plain, rows = make(counts, 4, 3, torch.float64)
+    experts = StackedExperts(plain.weight_LDO.detach(), plain.bias_LO.detach(), input_attention=True)
+    groups = torch.tensor(counts)
+    torch.testing.assert_close(experts(rows, groups), plain(rows, groups), msg="it begins as no attention")
+
+    def formula(rows: Tensor, attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        scales = attention.clamp(max=math.log(100)).exp()
+        each = zip(rows.split(counts), scales, weight, bias, strict=True)
+        return torch.cat([(c * x) @ w + b for x, c, w, b in each])
+
+    def found(rows: Tensor, attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        parameters = {"log_attention_LD": attention, "weight_LDO": weight, "bias_LO": bias}
+        return torch.func.functional_call(experts, parameters, (rows, groups))
+
+    attention = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    attention[0, 0] = 9.0  # beyond the limit
+    inputs = [rows, attention, experts.weight_LDO.detach(), experts.bias_LO.detach()]
+    torch.testing.assert_close(found(*inputs), formula(*inputs))
+    assert torch.autograd.gradcheck(found, [each.clone().requires_grad_() for each in inputs])
+    out = experts(rows.requires_grad_(), groups).sum()
+    out.backward()
+    assert experts.log_attention_LD.grad is not None, "connected even without rows"

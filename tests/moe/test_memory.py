@@ -61,13 +61,85 @@ def test_goes_on_from_a_snapshot() -> None:
         assert torch.equal(found, expected)
 
 
+STARVED = 3
+
+
+def starve(layers: list[MemoryStatistics], expert: int = STARVED) -> list[MemoryStatistics]:
+    """The same sums, as if no row had chosen one expert."""
+    for layer in layers:
+        layer.sum_ED[expert], layer.mass_E[expert] = 0, 0
+    return layers
+
+
+def fed(memory: RoutingMemory, steps: range) -> RoutingMemory:
+    """The memory after steps that starve an expert."""
+    for step in steps:
+        memory.step(starve(statistics([m.detach() for m in memory.memories], step)))
+    return memory
+
+
+def test_a_starved_expert_starts_anew_beside_the_busiest(caplog: pytest.LogCaptureFixture) -> None:
+    memory, never = RoutingMemory(initial(), **SETTINGS, reseed_after=3), RoutingMemory(initial(), **SETTINGS)
+    fed(memory, range(2))
+    assert not caplog.messages
+    assert all(memory.snapshot()[f"{layer}.idle"].tolist() == [0, 0, 0, 2] for layer in range(2))
+    before = [m.detach().clone() for m in memory.memories]
+    fed(memory, range(2, 3))
+    fed(never, range(3))
+    busiest = [int(layer.mass_E.argmax()) for layer in starve(statistics(before, 2))]
+    assert caplog.messages == [
+        f"routing memory: layer {layer}: expert 3 had no row for 3 steps; its memory starts anew beside expert {near}"
+        for layer, near in enumerate(busiest)
+    ]
+    state, other = memory.snapshot(), never.snapshot()
+    for layer, near in enumerate(busiest):
+        found = state[f"{layer}.memory"]
+        assert torch.equal(found[:STARVED], other[f"{layer}.memory"][:STARVED]), "nobody else moves"
+        assert found[STARVED].norm().item() == pytest.approx(1)
+        distance = (found[STARVED] - F.normalize(found[near], dim=0)).norm().item()
+        assert 0 < distance < 0.11
+        assert F.cosine_similarity(found[STARVED], other[f"{layer}.memory"][STARVED], dim=0) < 0.95
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[f"{layer}.{moment}"][:STARVED], other[f"{layer}.{moment}"][:STARVED])
+            assert other[f"{layer}.{moment}"][STARVED].abs().sum() > 0
+            assert not state[f"{layer}.{moment}"][STARVED].any(), "Adam forgets what the old memory did"
+        assert state[f"{layer}.idle"].tolist() == [0] * 4
+    assert all(torch.equal(a, b) for a, b in zip(memory.memories, fed_from_start().memories, strict=True))
+
+
+def fed_from_start() -> RoutingMemory:
+    return fed(RoutingMemory(initial(), **SETTINGS, reseed_after=3), range(3))
+
+
+def test_idle_steps_count_in_a_row() -> None:
+    memory = RoutingMemory(initial(), **SETTINGS, reseed_after=3)
+    fed(memory, range(2))
+    rows = [m.detach().clone() for m in memory.memories]
+    for layer, m in enumerate(rows):  # one row goes to the starved expert
+        rows[layer] = memory_statistics(m[STARVED][None], route(m[STARVED][None], m, 2), 4)
+    memory.step(rows)
+    assert all(memory.snapshot()[f"{layer}.idle"][STARVED] == 0 for layer in range(2))
+    fed(memory, range(3, 5))
+    assert all(memory.snapshot()[f"{layer}.idle"][STARVED] == 2 for layer in range(2))
+
+
+def test_reseeding_goes_on_from_a_snapshot() -> None:
+    whole = fed(RoutingMemory(initial(), **SETTINGS, reseed_after=3), range(8))
+    first = fed(RoutingMemory(initial(), **SETTINGS, reseed_after=3), range(5))
+    second = RoutingMemory([torch.zeros_like(m) for m in initial()], **SETTINGS, reseed_after=3)
+    second.restore(first.snapshot())
+    fed(second, range(5, 8))
+    for name, tensor in whole.snapshot().items():
+        assert torch.equal(second.snapshot()[name], tensor), name
+
+
 def pushed(rank: int, world: int) -> list[torch.Tensor]:
     group = torch.distributed.group.WORLD if world > 1 else None
-    store = InProcessMemoryStore(group, **SETTINGS)
+    store = InProcessMemoryStore(group, **SETTINGS, reseed_after=2)
     store.init(initial(), None)
     for step in range(4):
-        share = slice(rank, None, world)
-        store.push(step, statistics(store.pull(step), step, share))
+        layers = statistics(store.pull(step), step, slice(rank, None, world))
+        store.push(step, starve(layers) if step < 3 else layers)
     return [memory.clone() for memory in store.pull(4)]
 
 

@@ -20,7 +20,7 @@ def build(mesh: Mesh, seed: int) -> tuple[Student, torch.optim.Adam]:
     """An RbM with this rank's experts, trained by one step so that Adam has a state."""
     mlp = make_mlp(6, 8, 3, num_layers=2, norm="layer", dropout=0.0, seed=seed)
     memories = [torch.ones(EXPERTS, width) for width in (6, 8)]
-    local = mesh.num_local_experts(EXPERTS)
+    local = len(mesh.local_experts(EXPERTS))
     student = mlp_to_rbm(mlp, memories, 2, [mesh.dispatcher(EXPERTS) for _ in memories], local)
     adam = torch.optim.Adam(student.parameters(), lr=0.1)
     first = mesh.rank % mesh.expert_parallel * -(-EXPERTS // mesh.expert_parallel)

@@ -12,7 +12,8 @@ def describe(rank: int, expert_parallel: int) -> dict[str, object]:
     mesh = Mesh.init(expert_parallel, torch.device("cpu"))
     return {
         "parts": mesh.parts(7),
-        "experts": mesh.num_local_experts(8),
+        "experts": list(mesh.local_experts(8)),
+        "dispatched": mesh.dispatcher(8).local if mesh.expert_group else mesh.dispatcher(8),
         "sum": sum_figures([float(rank), 1.0], mesh),
         "groups": [group is not None for group in (mesh.world_group, mesh.expert_group, mesh.replica_group)],
     }
@@ -24,7 +25,13 @@ def describe(rank: int, expert_parallel: int) -> dict[str, object]:
 )
 def test_layout(world: int, expert_parallel: int, experts: list[int]) -> None:
     ranks = run_ranks(describe, world, expert_parallel)
-    assert [rank["experts"] for rank in ranks] == experts
+    assert [len(rank["experts"]) for rank in ranks] == experts
+    for first in range(0, world, expert_parallel):
+        together = [rank["experts"] for rank in ranks[first : first + expert_parallel]]
+        assert [expert for each in together for expert in each] == list(range(8)), "each expert once, in rank order"
+    for rank in ranks:
+        dispatcher = rank["dispatched"]
+        assert rank["experts"] == list(range(dispatcher.first, dispatcher.first + dispatcher.num_local))
     assert sorted(part for rank in ranks for part in rank["parts"]) == list(range(7))
     expected_groups = [world > 1, expert_parallel > 1, 1 < world != expert_parallel]
     assert all(rank["groups"] == expected_groups for rank in ranks)

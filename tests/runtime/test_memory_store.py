@@ -11,7 +11,7 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.memory_store import ActorMemoryStore, _MemoryActor, _pack
 
-SETTINGS = {"decay": 0.9, "self_similarity": 0.1, "lr": 0.01}
+SETTINGS = {"decay": 0.9, "self_similarity": 0.1, "lr": 0.01, "reseed_after": 1}
 
 
 def initial() -> list[torch.Tensor]:

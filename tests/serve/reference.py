@@ -1,5 +1,7 @@
 """Students with random weights, and what they compute, row by row in numpy, from the method's formulas alone."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -7,15 +9,15 @@ from rbm_dist.models.student import RoutedLayer, Student
 from rbm_dist.serve.artifact import empty_student
 
 
-def random_student(
-    kind: str, num_features: int = 12, num_classes: int = 5, **changes: int | str
-) -> tuple[Student, dict]:
+def random_student(kind: str, num_features: int = 12, num_classes: int = 5, **changes: Any) -> tuple[Student, dict]:
     """A student whose every weight is random, and the facts it is built from."""
     facts = {
         "kind": kind, "num_features": num_features, "hidden": 7, "num_classes": num_classes, "num_layers": 3,
-        "norm": "layer", "num_experts": 6, "top_k": 2,
+        "norm": "layer", "num_experts": 6, "top_k": 2, "inputs": ["feat"], "routing_temperature": 1.0,
+        "input_attention": False, "ensemble_size": 3,
     } | changes  # fmt: skip
-    student = empty_student(**facts)  # type: ignore[arg-type]
+    student = empty_student(**facts)
+    student.inputs = tuple(facts["inputs"])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in student.state_dict().values():
@@ -47,10 +49,12 @@ def class_probabilities(student: Student, feat: np.ndarray) -> np.ndarray:
             memory = weights[f"layers.{index}.memory_ED"]
             cosine = memory @ x / np.linalg.norm(memory, axis=1) / max(np.linalg.norm(x), 1e-12)
             chosen = np.argsort(-cosine)[: layer.top_k]
-            share = softmax(cosine[chosen])
+            share = softmax(cosine[chosen] / layer.temperature)
             scale = np.exp(min(float(weights[f"layers.{index}.log_scale"]), np.log(100)))
+            attention = weights.get(f"layers.{index}.experts.log_attention_LD", np.zeros_like(memory))
             experts = [
-                x @ weights[f"layers.{index}.experts.weight_LDO"][e] + weights[f"layers.{index}.experts.bias_LO"][e]
+                np.exp(attention[e]) * x @ weights[f"layers.{index}.experts.weight_LDO"][e]
+                + weights[f"layers.{index}.experts.bias_LO"][e]
                 for e in chosen
             ]
             x = scale * sum(a * y for a, y in zip(share, experts, strict=True))

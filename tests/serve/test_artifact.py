@@ -14,9 +14,14 @@ from tests.serve.reference import random_student
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch", "none"])
-@pytest.mark.parametrize("kind", ["mlp", "rbm"])
+@pytest.mark.parametrize("kind", ["mlp", "wide mlp", "ensemble", "moe", "rbm", "rbm with options"])
 def test_a_student_comes_back_as_it_was(tmp_path: Path, kind: str, norm: str) -> None:
-    student, facts = random_student(kind, norm=norm)
+    changes = {
+        "wide mlp": {"hidden": 28},
+        "ensemble": {"ensemble_size": 2, "inputs": ["feat", "pos"]},
+        "rbm with options": {"routing_temperature": 0.3, "input_attention": True, "inputs": ["pos"]},
+    }
+    student, facts = random_student(kind.split()[-1 if "mlp" in kind else 0], norm=norm, **changes.get(kind, {}))
     save_student(str(tmp_path), student, facts)
     loaded = load_student(str(tmp_path))
     assert not loaded.training
@@ -28,6 +33,7 @@ def test_a_student_comes_back_as_it_was(tmp_path: Path, kind: str, norm: str) ->
         assert torch.equal(tensor, expected[name]), name
     x_BD = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(x_BD)[0], student(x_BD)[0])
+    assert loaded.inputs == student.inputs == tuple(facts["inputs"])
 
 
 def test_a_student_on_every_kind_of_storage(url: str) -> None:
@@ -52,7 +58,15 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     student, facts = random_student("mlp")
     save_student(str(tmp_path), student, facts)
     (tmp_path / "model.json").write_text(json.dumps(facts | {"version": 99}))
-    with pytest.raises(InputError, match=r"model\.json: not a model of version 1"):
+    with pytest.raises(InputError, match=r"model\.json: not a model of version 2"):
+        load_student(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"hidden": "many"}, {"hidden": -3}, {"experts": 4}, {"inputs": None}])
+def test_facts_that_make_no_sense_are_refused(tmp_path: Path, change: dict) -> None:
+    student, facts = random_student("mlp")
+    save_student(str(tmp_path), student, facts | change)
+    with pytest.raises(InputError, match=r"model\.json: does not describe a student"):
         load_student(str(tmp_path))
 
 

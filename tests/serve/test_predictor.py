@@ -6,9 +6,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse as sp
+import scipy.stats
+from scipy.sparse.csgraph import connected_components
 
 from rbm_dist import storage
+from rbm_dist.config import NpzConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph import source
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve import predictor
 from rbm_dist.serve.predictor import Predictions, predict, write_parquet
@@ -31,16 +36,56 @@ def joined(chunks: Iterator[Predictions]) -> Predictions:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_experts", "top_k"), [("mlp", 1, 1), ("rbm", 6, 2), ("rbm", 12, 1), ("rbm", 4, 4), ("rbm", 1, 1)]
-)
-def test_predictions_are_those_of_the_formulas(store: GraphStore, kind: str, num_experts: int, top_k: int) -> None:
-    student, _ = random_student(kind, num_experts=num_experts, top_k=top_k)
+    ("kind", "num_experts", "top_k", "options"),
+    [
+        ("mlp", 1, 1, {}), ("rbm", 6, 2, {}), ("rbm", 12, 1, {}), ("rbm", 4, 4, {}), ("rbm", 1, 1, {}),
+        ("rbm", 6, 2, {"input_attention": True}), ("rbm", 6, 2, {"routing_temperature": 0.1}),
+        ("rbm", 12, 1, {"input_attention": True}), ("rbm", 12, 2, {"routing_temperature": 0.1}),
+    ],
+)  # fmt: skip
+def test_predictions_are_those_of_the_formulas(
+    store: GraphStore, kind: str, num_experts: int, top_k: int, options: dict
+) -> None:
+    student, _ = random_student(kind, num_experts=num_experts, top_k=top_k, **options)
     found = joined(predict(student, store))
     assert sorted(found.orig_id.tolist()) == list(range(90))
     expected = class_probabilities(student, next(GRAPH.feat_chunks()))[found.orig_id]
     np.testing.assert_allclose(found.probability, expected, rtol=2e-4, atol=1e-6)
     np.testing.assert_array_equal(found.cls, found.probability.argmax(1))
     assert found.probability.dtype == np.float32
+
+
+def test_inputs_are_joined_in_their_order(store: GraphStore) -> None:
+    pos = np.random.default_rng(1).normal(size=(90, 4)).astype(np.float32)  # by node id
+    rows = [pos[store.ids(part)] for part in range(store.num_parts)]
+    files = [store.write_part("pos", part, pos.dtype, (4,), [each]) for part, each in enumerate(rows)]
+    store.publish("pos", files)
+    student, _ = random_student("rbm", num_features=16, inputs=["pos", "feat"])
+    found = joined(predict(student, store))  # node by node id
+    feat = next(GRAPH.feat_chunks())[found.orig_id]
+    expected = class_probabilities(student, np.concatenate([pos, feat], axis=1))
+    np.testing.assert_allclose(found.probability, expected, rtol=2e-4, atol=1e-6)
+
+
+def test_ids_are_the_inputs_where_only_its_largest_component_is_kept(tmp_path: Path, data_dir: Path) -> None:
+    path = data_dir / "citeseer.npz"
+    graph = source.read(NpzConfig(path=str(path), largest_component=True), seed=0)
+    num_nodes = graph.csc.num_nodes
+    part_N = np.random.default_rng(0).integers(0, 3, num_nodes).astype(np.int32)
+    student, _ = random_student("mlp", num_features=graph.num_features, num_classes=graph.num_classes)
+    found = joined(predict(student, write_graph(str(tmp_path), graph, part_N)))
+    with np.load(path, allow_pickle=False) as raw:
+        arrays = {key: raw[key] for key in raw.files if key.startswith("a")}
+    adj, attr = (
+        sp.csr_array(tuple(arrays[f"{kind}_{part}"] for part in ("data", "indices", "indptr")), arrays[f"{kind}_shape"])
+        for kind in ("adj", "attr")
+    )
+    _, component = connected_components(adj, directed=False)
+    np.testing.assert_array_equal(np.sort(found.orig_id), np.flatnonzero(component == scipy.stats.mode(component).mode))
+    some = np.random.default_rng(1).choice(num_nodes, 40, replace=False)
+    feat = attr[found.orig_id[some]].toarray()
+    feat = feat / np.maximum(np.abs(feat).sum(1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(found.probability[some], class_probabilities(student, feat), rtol=2e-4, atol=1e-6)
 
 
 def test_chunks_of_rows_make_no_difference(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,234 @@
+"""Encodings: arrays that say what surrounds a node, for a student that sees no graph. All are built on propagation.
+
+`pos` (`[N, positional_dim]` float32) says where a node lies: FastRP (Chen et al., 2019), or DeepWalk (Perozzi et al.,
+2014) for graphs that fit in memory. `prop` (`[N, C]` float32) is what the training labels around it say: damped label
+propagation (Zhou et al., 2004), a node's own label left out. An unseen node gets the mean of its observed
+in-neighbours' encodings; it never changes anyone else's.
+
+Each is a sequence of steps, and each step a new array of the store, so that a run that was cut off goes on from the
+last finished part. Random values belong to a node's `orig_id`: no partition changes an encoding.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import pairwise
+
+import numpy as np
+from numba import uint64, vectorize
+
+from rbm_dist import storage
+from rbm_dist.config import EncodingsConfig
+from rbm_dist.graph.deepwalk import deepwalk
+from rbm_dist.graph.propagate import batches, mean_of_neighbours
+from rbm_dist.graph.random_bits import key, mix
+from rbm_dist.graph.shards import part_name
+from rbm_dist.graph.source import TRAIN, UNSEEN
+from rbm_dist.graph.store import GraphStore
+
+POS, PROP = "pos", "prop"
+_PROJECTION, _FOLD = 0xE0, 0xE1  # words of the random keys
+# A third of the entries of the random projection are not zero (Achlioptas, 2003). The paper's 1/√N would let unseen
+# nodes change the others' encodings, and leaves most rows of a large graph empty.
+_SPARSITY = 3
+_SKIPPED_HOPS = 2  # FastRP gives the first hops no weight: on their own they are still close to the random projection
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new array. `make(store)` gives a function from a part to its rows, in chunks."""
+
+    name: str
+    width: int
+    needs: tuple[str, ...]  # arrays of other steps that it reads
+    make: Callable[[GraphStore], Callable[[int], Iterable[np.ndarray]]]
+    together: bool = False  # whether all parts are made by one worker
+
+
+def arrays(config: EncodingsConfig) -> list[str]:
+    """The arrays that are configured."""
+    return [POS] * (config.positional != "none") + [PROP] * config.label_propagation
+
+
+def encode(
+    store: GraphStore, config: EncodingsConfig, seed: int, run_step: Callable[[Step], list[storage.FileInfo]]
+) -> None:
+    """Add the configured arrays to the store. `run_step` fills one step's array in all parts, see `fill`.
+
+    What a run that was cut off had finished is kept; arrays that no further step reads are removed.
+    """
+    steps = _steps(config, seed, store.num_classes)
+    needed, todo = set(arrays(config)), []
+    for step in reversed(steps):
+        if step.name in needed and not storage.exists(_index(store, step.name)):
+            todo.append(step)
+            needed.update(step.needs)
+    while todo:
+        step = todo.pop()
+        store.publish(step.name, run_step(step))
+        for name in set(step.needs).difference(*(later.needs for later in todo)):
+            remove(store, name)
+    for step in steps:
+        if step.name not in (POS, PROP):
+            remove(store, step.name)
+
+
+def encode_in_process(store: GraphStore, config: EncodingsConfig, seed: int) -> None:
+    """Add the configured arrays to the store, in this process."""
+    encode(store, config, seed, lambda step: fill(step, store, range(store.num_parts)))
+
+
+def fill(step: Step, store: GraphStore, parts: Iterable[int]) -> list[storage.FileInfo]:
+    """Write a step's array for some parts; a part that is there is kept, for a file appears whole or not at all."""
+    rows, files = step.make(store), []
+    for part in parts:
+        url = storage.join(store.url, part_name(part), f"{step.name}.npy")
+        if storage.exists(url):
+            files.append(storage.file_info(url))
+        else:
+            files.append(store.write_part(step.name, part, np.dtype(np.float32), (step.width,), rows(part)))
+    return files
+
+
+def remove(store: GraphStore, name: str) -> None:
+    """Remove an array from the store."""
+    storage.remove(_index(store, name))
+    for part in range(store.num_parts):
+        storage.remove(storage.join(store.url, part_name(part), f"{name}.npy"))
+    store.forget(name)
+
+
+def _index(store: GraphStore, name: str) -> str:
+    return storage.join(store.url, f"{name}.json")
+
+
+def _steps(config: EncodingsConfig, seed: int, num_classes: int) -> list[Step]:
+    """All steps of a configuration, each after those it reads."""
+    steps = []
+    if config.positional == "fastrp":
+        steps += _fastrp_steps(config.positional_dim, config.hops, seed)
+    elif config.positional == "deepwalk":
+        make = partial(deepwalk, dim=config.positional_dim, seed=seed)
+        steps.append(Step(f"{POS}_observed", config.positional_dim, (), make, together=True))
+    if config.label_propagation:
+        steps += _label_steps(config, num_classes, seed)
+    widths = {POS: config.positional_dim, PROP: num_classes}
+    scales = {POS: _unit_length, PROP: _unit_sum}
+    for name in arrays(config):
+        steps.append(_step(name, widths[name], (f"{name}_observed",), partial(_with_unseen, scale=scales[name])))
+    return steps
+
+
+Batch = Callable[..., np.ndarray]
+"""`(store, ids, *needs) -> [n, D]`: the rows of a batch of nodes, from the arrays of this name."""
+
+
+def _step(name: str, width: int, needs: tuple[str, ...], batch: Batch) -> Step:
+    return Step(name, width, needs, partial(_by_batches, width=width, needs=needs, batch=batch))
+
+
+def _by_batches(
+    store: GraphStore, width: int, needs: tuple[str, ...], batch: Batch
+) -> Callable[[int], Iterator[np.ndarray]]:
+    return lambda part: (batch(store, ids, *needs) for ids in batches(store.ids(part), width))
+
+
+def _with_unseen(
+    store: GraphStore, ids: np.ndarray, observed: str, scale: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The encodings of observed nodes as they are, of unseen ones from their observed in-neighbours."""
+    rows_nD = store.gather(observed, ids)
+    unseen = store.gather("split", ids) == UNSEEN
+    rows_nD[unseen] = scale(mean_of_neighbours(store, observed, ids[unseen], observed_only=True))
+    return rows_nD
+
+
+# FastRP: H_0 a random projection, H_k = normalise(P · H_(k−1)) for the mean over neighbours P, pos = normalise(Σ H_k).
+
+
+def _fastrp_steps(dim: int, hops: int, seed: int) -> list[Step]:
+    names = tuple(f"{POS}_hop{hop}" for hop in range(hops + 1))
+    summed = names[1 + min(_SKIPPED_HOPS, hops - 1) :]
+    return [
+        _step(names[0], dim, (), partial(_random_projection, dim=dim, seed=seed)),
+        *(_step(name, dim, (before,), _hop) for before, name in pairwise(names)),
+        _step(f"{POS}_observed", dim, summed, _sum_of_hops),
+    ]
+
+
+def _random_projection(store: GraphStore, ids: np.ndarray, dim: int, seed: int) -> np.ndarray:
+    row_key_n = _mix(np.uint64(key(seed, _PROJECTION)), store.gather("orig_id", ids).astype(np.uint64))
+    drawn_nD = _mix(row_key_n[:, None], np.arange(dim, dtype=np.uint64)) % np.uint64(2 * _SPARSITY)
+    values = np.zeros(2 * _SPARSITY, np.float32)
+    values[:2] = _SPARSITY**0.5, -(_SPARSITY**0.5)
+    return values[drawn_nD]
+
+
+def _hop(store: GraphStore, ids: np.ndarray, before: str) -> np.ndarray:
+    return _unit_length(mean_of_neighbours(store, before, ids))
+
+
+def _sum_of_hops(store: GraphStore, ids: np.ndarray, *hops: str) -> np.ndarray:
+    return _unit_length(reduce(np.add, (store.gather(name, ids) for name in hops)))
+
+
+# Label propagation: F ← damping · P · F + (1 − damping) · Y. It is linear in the labels, so each group of training
+# nodes has C columns of its own. A training node gets the sum over the other groups, any other node over all groups.
+
+
+def _label_steps(config: EncodingsConfig, num_classes: int, seed: int) -> list[Step]:
+    width = num_classes * config.folds
+    names = tuple(f"{PROP}_step{step}" for step in range(config.iterations + 1))
+    start = partial(_labels_by_fold, folds=config.folds, seed=seed)
+    damped = partial(_damped_step, damping=config.damping, start=start)
+    return [
+        _step(names[0], width, (), start),
+        *(_step(name, width, (before,), damped) for before, name in pairwise(names)),
+        _step(f"{PROP}_observed", num_classes, names[-1:], partial(_other_folds, folds=config.folds, seed=seed)),
+    ]
+
+
+def _fold(store: GraphStore, ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The group of each training node, −1 for all other nodes, `[n]`."""
+    drawn = _mix(np.uint64(key(seed, _FOLD)), store.gather("orig_id", ids).astype(np.uint64)) % np.uint64(folds)
+    return np.where(store.gather("split", ids) == TRAIN, drawn.astype(np.int64), -1)
+
+
+def _labels_by_fold(store: GraphStore, ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Y: one-hot training labels, each in its group's columns, `[n, folds · C]`."""
+    y_nGC = np.zeros((len(ids), folds, store.num_classes), np.float32)
+    fold = _fold(store, ids, folds, seed)
+    train = np.flatnonzero(fold >= 0)
+    y_nGC[train, fold[train], store.gather("label", ids[train])] = 1
+    return y_nGC.reshape(len(ids), -1)
+
+
+def _damped_step(store: GraphStore, ids: np.ndarray, before: str, damping: float, start: Batch) -> np.ndarray:
+    return damping * mean_of_neighbours(store, before, ids) + (1 - damping) * start(store, ids)
+
+
+def _other_folds(store: GraphStore, ids: np.ndarray, last: str, folds: int, seed: int) -> np.ndarray:
+    f_nGC = store.gather(last, ids).reshape(len(ids), folds, store.num_classes)
+    fold = _fold(store, ids, folds, seed)
+    train = np.flatnonzero(fold >= 0)
+    f_nGC[train, fold[train]] = 0
+    return _unit_sum(f_nGC.sum(1))
+
+
+def _unit_length(x_nD: np.ndarray) -> np.ndarray:
+    return _divide(x_nD, np.linalg.norm(x_nD, axis=1, keepdims=True))
+
+
+def _unit_sum(x_nC: np.ndarray) -> np.ndarray:
+    return _divide(x_nC, x_nC.sum(1, keepdims=True))
+
+
+def _divide(x_nD: np.ndarray, size_n1: np.ndarray) -> np.ndarray:
+    """Rows of zeros stay as they are."""
+    return x_nD / np.where(size_n1 > 0, size_n1, 1)
+
+
+@vectorize([uint64(uint64, uint64)], cache=True)
+def _mix(state: np.uint64, word: np.uint64) -> np.uint64:
+    """`mix` over whole arrays."""
+    return mix(state, word)

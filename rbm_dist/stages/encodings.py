@@ -1,0 +1,55 @@
+"""Stage `encodings`: positional encodings and propagated labels of every node, as arrays of the graph.
+
+Ray tasks, not actors: there are many short steps, and tasks share processes that are already warm.
+"""
+
+from functools import partial
+
+import torch
+
+from rbm_dist import storage
+from rbm_dist.graph import encodings
+from rbm_dist.graph.encodings import POS, PROP, Step
+from rbm_dist.graph.shards import part_name
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.tasks import run_tasks
+from rbm_dist.stages.run import Files, Run
+
+
+def run_encodings(run: Run) -> Files:
+    """Write the configured arrays, `pos` (`[N, positional_dim]`) and `prop` (`[N, C]`), both float32, of every part."""
+    config, store = run.config, GraphStore.open(run.graph_url)
+    encodings.encode(store, config.encodings, config.seed, partial(_over_tasks, run, store.num_parts))
+    files: Files = {}
+    for name in encodings.arrays(config.encodings):
+        files |= storage.read_json(run.path("graph", f"{name}.json"))["files"]
+    return {f"graph/{name}": info for name, info in files.items()}
+
+
+def reset_encodings(url: str) -> None:
+    """Remove the arrays that this stage added to the graph, unfinished ones too."""
+    graph = storage.join(url, "graph")
+    if storage.exists(storage.join(graph, "graph.json")):
+        store = GraphStore.open(graph)
+        folders = [graph, *(storage.join(graph, part_name(part)) for part in range(store.num_parts))]
+        stems = {name.rsplit(".", 1)[0] for folder in folders for name in storage.listdir(folder)}
+        for stem in stems:
+            if stem.split("_")[0] in (POS, PROP):
+                encodings.remove(store, stem)
+
+
+def _over_tasks(run: Run, num_parts: int, step: Step) -> list[storage.FileInfo]:
+    parts = list(range(num_parts))
+    groups = [parts] if step.together else [[part] for part in parts]
+    arguments = [(run.graph_url, step, group, run.reporter) for group in groups]
+    return [info for files in run_tasks("encodings", _fill, arguments, run.timeout_s) for info in files]
+
+
+def _fill(graph_url: str, step: Step, parts: list[int], reporter: Reporter) -> list[storage.FileInfo]:
+    torch.set_num_threads(1)
+    store = GraphStore.open(graph_url)
+    files = encodings.fill(step, store, parts)
+    done = sum(len(store.ids(part)) for part in parts)
+    reporter.add(f"encodings: {step.name}", done, store.num_nodes, "nodes")
+    return files

@@ -1,0 +1,248 @@
+"""An experiment at work: one Ray task per prepared graph and per student, one CPU each; tables at the end.
+
+`<run_dir>/runs/<dataset>/<setting>/<student>/<objective>/seed-N.json` is one finished run, with the hash of the
+configuration that made it: the same command again computes only what is missing or was made by another configuration.
+`<run_dir>/prepared/<hash>/` is a graph, its teacher and soft labels, removed when the last of its students is trained.
+On several machines the run directory lies on storage that all of them see.
+"""
+
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import ray
+import torch
+from rich.console import Console
+
+from rbm_dist import __version__, storage
+from rbm_dist.config import ClusterConfig, Config
+from rbm_dist.errors import InputError, RunError, disk_full
+from rbm_dist.experiment_config import ExperimentConfig, Trial
+from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, tidy
+from rbm_dist.report.progress import ProgressBars
+from rbm_dist.runtime.cluster import ray_cluster
+from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.stages import local
+from rbm_dist.stages.run import locked
+
+_RETRIES = 3  # of work lost with its node or process
+_POLL_S = 1.0
+# Whatever library it uses.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+_LIBRARIES = ("torch", "torch-geometric", "ray", "numpy", "scipy", "scikit-learn", "kaminpar")
+
+
+def run_experiment(
+    experiment: ExperimentConfig, trials: list[Trial], console: Console, address: str | None = None,
+    jobs: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """Do the runs that are not done, at most `jobs` at once; write and give the results of all that are done.
+
+    Raises `InputError` or `RunError`, naming the run; what was finished before is kept, and in the tables.
+    """
+    url = storage.absolute(experiment.run_dir)
+    with locked(url):
+        storage.remove_temporary(url)
+        unfinished = _unfinished(url, trials)
+        absent = _absent_datasets(unfinished)
+        for dataset, reason in absent.items():
+            console.print(f"  [yellow]skipped[/] {dataset}: {reason}", highlight=False)
+        if absent.keys() == {trial.dataset for trial in trials}:
+            raise InputError("; ".join(f"{name}: {reason}" for name, reason in absent.items()))
+        todo = [trial for trial in unfinished if trial.dataset not in absent]
+        try:
+            if todo:
+                _work(experiment, url, todo, len(trials) - len(unfinished), console, address, jobs)
+        except OSError as error:
+            raise disk_full(error, str(error.filename or url)) or error from None
+        finally:
+            rows = write_tables(experiment, trials)
+    return rows
+
+
+def write_tables(experiment: ExperimentConfig, trials: list[Trial]) -> list[Row]:
+    """Write `results.md`, `.csv` and `.parquet` of the runs that are done, also while others are at work."""
+    url = storage.absolute(experiment.run_dir)
+    rows = [row for row in _rows(url, trials) if row is not None]
+    notes = [f"**{name}** is skipped: {reason}." for name, reason in _absent_datasets(_unfinished(url, trials)).items()]
+    if len(rows) < len(trials):
+        notes.append(f"{len(rows):,} of {len(trials):,} runs are done; a figure of fewer than all seeds says how many.")
+    facts = {
+        "seeds": f"{len(experiment.seeds)} ({', '.join(map(str, experiment.seeds))})",
+        "command": shlex.join(["rbm-dist", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": ", ".join(
+            [f"rbm-dist {__version__}", f"Python {platform.python_version()}"]
+            + [f"{name} {version(name)}" for name in _LIBRARIES]
+        ),
+        "hardware": f"{_processor()}; one thread per run",
+    }
+    table = tidy(rows)
+    parquet, text = pa.BufferOutputStream(), pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, parquet)
+    pyarrow.csv.write_csv(table, text)
+    files = {
+        "results.parquet": parquet.getvalue(),
+        "results.csv": text.getvalue(),
+        "results.md": results_markdown(rows, len(experiment.seeds), notes, facts).encode(),
+    }
+    for name, content in files.items():
+        with storage.atomic_writer(storage.join(url, name)) as stream:
+            stream.write(content)
+    return rows
+
+
+@dataclass
+class _Group:
+    """Students that learn from one prepared graph."""
+
+    url: str
+    trials: list[Trial] = field(default_factory=list)
+    teacher: dict[str, Any] = field(default_factory=dict)  # its figures, once it is trained
+    left: int = 0  # students to be trained
+
+
+def _work(
+    experiment: ExperimentConfig, url: str, todo: list[Trial], done: int, console: Console, address: str | None,
+    jobs: int | None,
+) -> None:  # fmt: skip
+    groups = _groups(url, todo)
+    with ray_cluster(ClusterConfig(train_workers=1, inference_workers=1), address), ProgressBars(console) as bars:
+        task = ray.remote(num_cpus=1, max_retries=_RETRIES, runtime_env={"env_vars": _ONE_THREAD})
+        prepare, train = task(_prepare), task(_train)
+        waiting: deque[tuple[_Group, Trial | None]] = deque((group, None) for group in groups)  # None: to be prepared
+        running: dict[Any, tuple[_Group, Trial | None]] = {}
+        total, changed = done + len(todo), time.monotonic()
+        bars.update("runs", done, total, "runs")
+        while waiting or running:
+            while waiting and len(running) < (jobs or _spare_cpus()):
+                group, trial = waiting.popleft()
+                if trial is None:
+                    ref = prepare.remote(group.trials[0].config, group.url)
+                else:
+                    ref = train.remote(trial, group.teacher, group.url, _run_url(url, trial))
+                running[ref] = group, trial
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_S)
+            if not ready and time.monotonic() - changed > experiment.timeout_s:
+                stuck = ", ".join((trial or group.trials[0]).id for group, trial in running.values())
+                raise RunError(f"no run finished for {experiment.timeout_s:g} s (timeout_s); at work: {stuck}")
+            for ref in ready:
+                changed = time.monotonic()
+                group, trial = running.pop(ref)
+                result = _result(ref, trial or group.trials[0])
+                if trial is None:
+                    group.teacher = result
+                    # Ahead of other graphs, so that few lie on disk at a time.
+                    waiting.extendleft((group, each) for each in reversed(group.trials))
+                    continue
+                done, group.left = done + 1, group.left - 1
+                bars.update("runs", done, total, "runs", f"{trial.id}: {result:.1%}")
+                if not group.left:
+                    storage.remove(group.url)
+
+
+def _groups(url: str, todo: list[Trial]) -> list[_Group]:
+    """The runs by the graph that they need; graphs that none needs are removed."""
+    groups: dict[str, _Group] = {}
+    for trial in todo:
+        group = groups.setdefault(trial.prepared_hash, _Group(storage.join(url, "prepared", trial.prepared_hash)))
+        group.trials.append(trial)
+        group.left += 1
+    for name in storage.listdir(storage.join(url, "prepared")):
+        if name not in groups:  # of another configuration, or cut off before it was removed
+            storage.remove(storage.join(url, "prepared", name))
+    return list(groups.values())
+
+
+def _prepare(config: Config, prepared_url: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return local.prepare(config, prepared_url)
+
+
+def _train(trial: Trial, teacher: dict[str, Any], prepared_url: str, run_url: str) -> float:
+    """Train one student and write its row. Gives the accuracy."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = local.train(trial.config, prepared_url, scratch)
+    row = {
+        **{name: getattr(trial, name) for name in ("dataset", "setting", "student", "objective", "seed")},
+        **figures,
+        "accuracy": _reported(figures),
+        "teacher_val": teacher["val"],
+        "teacher_accuracy": _reported(teacher),
+        "teacher_confidence": teacher["confidence"],
+        "config_hash": trial.config_hash,
+    }
+    storage.write_json(run_url, row)
+    return row["accuracy"]
+
+
+def _reported(figures: dict[str, Any]) -> float:
+    """The accuracy that counts: over the unseen nodes in the inductive setting."""
+    reported = figures["test"] if figures["unseen"] is None else figures["unseen"]
+    if reported is None:
+        raise InputError("the test split is empty: there is nothing to report")
+    return reported
+
+
+def _result(ref: Any, trial: Trial) -> Any:
+    try:
+        return ray.get(ref)
+    except RAY_FAILURES as error:
+        failure = explain(error, trial.id)
+        raise InputError(f"{trial.id}: {failure}") if isinstance(failure, InputError) else failure from None
+
+
+def _spare_cpus() -> int:
+    """All but one, which Ray keeps for itself and the driver; asked each time, as a cluster grows."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+
+
+def _run_url(url: str, trial: Trial) -> str:
+    return storage.join(url, "runs", f"{trial.id}.json")
+
+
+def _rows(url: str, trials: list[Trial]) -> list[Row | None]:
+    """The row of each run; None where it is not done, or by another configuration."""
+
+    def row(trial: Trial) -> Row | None:
+        run_url = _run_url(url, trial)
+        found = storage.read_json(run_url) if storage.exists(run_url) else {}
+        whole = found.keys() >= set(COLUMNS.names)
+        return found if whole and found["config_hash"] == trial.config_hash else None
+
+    with ThreadPoolExecutor(max_workers=16) as pool:  # for object storage
+        return list(pool.map(row, trials))
+
+
+def _unfinished(url: str, trials: list[Trial]) -> list[Trial]:
+    return [trial for trial, row in zip(trials, _rows(url, trials), strict=True) if row is None]
+
+
+def _absent_datasets(trials: list[Trial]) -> dict[str, str]:
+    """Datasets whose file is not there, and why they are skipped."""
+    paths = {trial.dataset: getattr(trial.config.source, "path", None) for trial in trials}
+    return {name: f"no such file: {path}" for name, path in paths.items() if path and not storage.exists(path)}
+
+
+def _processor() -> str:
+    """Of the machine that the experiment was started on."""
+    with suppress(OSError):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if names:
+            return f"{len(names)} × {names[0]}"
+    return f"{os.cpu_count()} × {platform.machine()}"

@@ -1,0 +1,129 @@
+"""A whole run in this process, without Ray: for experiments, where many small runs share a cluster, one CPU each.
+
+`prepare` does everything up to what a student learns from; `train` trains one student on that, so that many students
+share one teacher. Both call the functions that the stages run on the cluster.
+"""
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rbm_dist import storage
+from rbm_dist.config import ClusterConfig, Config
+from rbm_dist.graph.encodings import encode_in_process
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.report.metrics import Row
+from rbm_dist.runtime.progress import Reporter
+from rbm_dist.serve.artifact import load_student
+from rbm_dist.stages import partition
+from rbm_dist.stages.evaluate import student_accuracy, teacher_accuracy
+from rbm_dist.stages.run import Files, Run
+from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
+from rbm_dist.stages.student import train_students
+from rbm_dist.stages.teacher import train_teacher
+
+# A run of seconds is computed again rather than continued: one checkpoint, at its end.
+_IN_PROCESS = ClusterConfig(train_workers=1, inference_workers=1, memory_store="in_process", checkpoint_every=10**9)
+_COUNTED_ROWS = 64
+
+
+class MetricsRecorder(Reporter):
+    """Keeps the rows of every epoch; shows nothing."""
+
+    def __init__(self) -> None:
+        self.loops: dict[str, list[Row]] = {}
+
+    def begin(self, loop: str, history: list[Row]) -> None:
+        """Nothing was done before."""
+
+    def progress(self, loop: str, done: int, total: int, unit: str, note: str = "") -> None:
+        """Not shown."""
+
+    def add(self, loop: str, amount: int, total: int, unit: str) -> None:
+        """Not shown."""
+
+    def metrics(self, loop: str, row: Row) -> None:
+        self.loops.setdefault(loop, []).append(row)
+
+
+def prepare(config: Config, url: str) -> dict[str, Any]:
+    """Write graph, teacher, soft labels and encodings below `url`; what is there is kept if it is whole.
+
+    Gives the teacher's figures: `val`, `test` and `unseen` accuracy, and `confidence`, the mean over all nodes of
+    the soft labels' highest probability. Raises `InputError`.
+    """
+    figures_url = storage.join(url, "teacher.json")
+    if storage.exists(figures_url):  # written last
+        return storage.read_json(figures_url)
+    storage.remove(url)
+    config = config.model_copy(update={"cluster": _IN_PROCESS})
+    run = Run(config, url, MetricsRecorder())
+    _write_graph(run)
+    train_teacher(Mesh.single(), run.reporter, config, run.graph_url, run.path("teacher"))
+    write_soft_labels(run, _over_parts)
+    store = GraphStore.open(run.graph_url)
+    encode_in_process(store, config.encodings, config.seed)
+    highest = np.concatenate([store.array("soft", part).max(axis=1) for part in range(store.num_parts)])
+    figures = {**teacher_accuracy(store), "confidence": float(highest.mean())}
+    storage.write_json(figures_url, figures)
+    return figures
+
+
+def train(config: Config, prepared_url: str, url: str) -> dict[str, Any]:
+    """Train the one student of `config.student.models` below `url`, on a graph that `prepare` wrote.
+
+    Gives its `val`, `test` and `unseen` accuracy; `test_peak_over_epochs`, the highest accuracy that any epoch had on
+    the nodes that are reported (None for an ensemble); `epochs` (of an ensemble: over all members), `seconds`,
+    `parameters` and `multiply_adds` per row. Raises `InputError`.
+    """
+    (kind,) = config.student.models
+    config = config.model_copy(update={"cluster": _IN_PROCESS})
+    graph_url, recorder = storage.join(prepared_url, "graph"), MetricsRecorder()
+    start = time.monotonic()
+    train_students(Mesh.single(), recorder, config, graph_url, url, track_test=True)
+    seconds = time.monotonic() - start
+    student, store = load_student(storage.join(url, kind)), GraphStore.open(graph_url)
+    facts = storage.read_json(storage.join(url, kind, "model.json"))
+    # Members of an ensemble are trained one by one: there is no epoch of the whole.
+    whole = [row for loop, rows in recorder.loops.items() if loop in (kind, f"{kind}/pretrain") for row in rows]
+    by_epoch = [row.get("unseen_accuracy", row.get("test_accuracy")) for row in whole]
+    return {
+        **student_accuracy(student, store),
+        "test_peak_over_epochs": max((each for each in by_epoch if each is not None), default=None),
+        "epochs": sum(map(len, recorder.loops.values())),
+        "seconds": round(seconds, 3),
+        # With what is learned but not by gradient: the routing memories.
+        "parameters": sum(tensor.numel() for tensor in student.state_dict().values()),
+        "multiply_adds": multiply_adds(student, facts["num_features"]),
+    }
+
+
+def multiply_adds(student: nn.Module, width: int) -> int:
+    """Multiply-adds of the matrix products that the method needs for a row of this width, routing included."""
+    # In float64 experts are plain products of their own rows, which torch counts; it does not count grouped ones.
+    rows = torch.rand(_COUNTED_ROWS, width, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        copy.deepcopy(student).double()(rows)
+    return counter.get_total_flops() // 2 // _COUNTED_ROWS
+
+
+def _write_graph(run: Run) -> None:
+    source_url, graph_url, num_parts = run.path("source"), run.graph_url, run.config.partition.num_parts
+    files = partition.below(partition.stage_source(run.config, source_url), "source")
+    cut = partition.assign_parts(run.config, source_url, graph_url, files)
+    written: Files = {}
+    for part in range(num_parts):
+        written |= partition.write_part(source_url, graph_url, files, part, num_parts)
+    partition.write_index(source_url, graph_url, files, written, num_parts, cut)
+    storage.remove(source_url)
+
+
+def _over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+    worker = make_worker()
+    return [worker(part) for part in parts]

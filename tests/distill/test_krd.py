@@ -1,0 +1,168 @@
+"""KRD: the loss pair by pair, who teaches whom and how often, and the fit of q."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from rbm_dist.config import KrdConfig
+from rbm_dist.distill.kd import kd_loss
+from rbm_dist.distill.krd import Pairs, ReliableSampling, krd_loss
+from rbm_dist.graph.random_bits import key
+from rbm_dist.graph.store import GraphStore
+from tests.small_graph import small_store
+
+ROWS, TEACHERS, CLASSES = 6, 9, 4
+ROW = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 3, 5, 5, 5])
+TEACHER = torch.tensor([0, 1, 2, 3, 4, 5, 7, 8, 0, 6, 7, 3])
+
+
+def draw() -> tuple[Tensor, Tensor]:
+    """The student's logits, and the teachers' probabilities; one teacher is certain."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, CLASSES, generator=rng, dtype=torch.float64)
+    soft = torch.randn(TEACHERS, CLASSES, generator=rng, dtype=torch.float64).mul(2).softmax(1)
+    soft[7] = torch.eye(CLASSES)[2]
+    return logits, soft
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_loss_pair_by_pair(temperature: float) -> None:
+    logits, soft = draw()
+    total = 0.0
+    for teacher, row in zip(TEACHER.tolist(), ROW.tolist(), strict=True):
+        p = soft[teacher].numpy() ** (1 / temperature)
+        p, q = p / p.sum(), np.exp(logits[row].numpy() / temperature)
+        total += temperature**2 * scipy.stats.entropy(p, q / q.sum())  # the divergence KL(p ‖ q)
+    found = krd_loss(logits, soft, TEACHER, ROW, len(ROW), temperature)
+    assert found.item() == pytest.approx(total / len(ROW))
+    assert torch.autograd.gradcheck(
+        lambda z: krd_loss(z, soft, TEACHER, ROW, len(ROW), temperature), (logits.requires_grad_(),)
+    )
+
+
+def test_own_teachers_alone_are_plain_distillation() -> None:
+    logits, soft = draw()
+    own = torch.arange(ROWS)
+    found = krd_loss(logits, soft, own, own, ROWS, 2.0)
+    torch.testing.assert_close(found, kd_loss(logits, soft[:ROWS], ROWS, 2.0))
+
+
+def test_shares_of_ranks_add_up() -> None:
+    logits, soft = draw()
+    whole = krd_loss(logits, soft, TEACHER, ROW, len(ROW), 2.0)
+    shares = []
+    for rows in (range(2), range(2, 2), range(2, 6)):
+        here = torch.isin(ROW, torch.tensor(list(rows)))
+        shares.append(krd_loss(logits[rows], soft, TEACHER[here], ROW[here] - rows.start, len(ROW), 2.0))
+    assert shares[1] == 0
+    torch.testing.assert_close(sum(shares), whole)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
+    """The small graph; its nodes' entropy changes go up to 0.5."""
+    return with_change(small_store(str(tmp_path_factory.mktemp("krd"))), 0.5)
+
+
+def with_change(store: GraphStore, highest: float) -> GraphStore:
+    change = np.random.default_rng(7).random(store.num_nodes).astype(np.float32)
+    change *= highest / change.max()
+    parts = range(store.num_parts)
+    files = [store.write_part("entropy_change", p, change.dtype, (), [change[store.ids(p)]]) for p in parts]
+    store.publish("entropy_change", files)
+    return store
+
+
+def neighbours(store: GraphStore, node: int) -> list[int]:
+    return store.sample(np.array([node]), (-1,), 0).nodes[1:].tolist()
+
+
+def drawn(pairs: Pairs, ids: np.ndarray) -> set[tuple[int, int]]:
+    """(i, j) by node id."""
+    found = list(zip(ids[pairs.row_m.numpy()].tolist(), pairs.nodes[pairs.teacher_m.numpy()].tolist(), strict=True))
+    assert len(set(found)) == len(found), "a pair counts once"
+    return set(found)
+
+
+def test_change_is_scaled_to_one(store: GraphStore) -> None:
+    sampling, ids = ReliableSampling(KrdConfig(), store), np.arange(store.num_nodes)
+    assert sampling.change(ids).max() == 1
+    np.testing.assert_allclose(sampling.change(ids), store.gather("entropy_change", ids) / 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.4, 1.0, 3.0])
+def test_a_neighbour_teaches_as_often_as_it_is_reliable(store: GraphStore, power: float) -> None:
+    sampling, ids, draws = ReliableSampling(KrdConfig(), store, power), np.arange(store.num_nodes), 300
+    counts: dict[tuple[int, int], int] = {}
+    for number in range(draws):
+        for pair in drawn(sampling.pairs(ids, key(number)), ids):
+            counts[pair] = counts.get(pair, 0) + 1
+    links = [(i, j) for i in ids.tolist() for j in neighbours(store, i)]
+    assert set(counts) <= {*links, *((i, i) for i in ids.tolist())}
+    assert all(counts[i, i] == draws for i in ids.tolist()), "a node always teaches itself"
+    probability = 1 - sampling.change(np.array([j for _, j in links])) ** power
+    kept = np.array([counts.get(link, 0) for link in links])
+    sure = (probability > 0.03) & (probability < 0.97)
+    deviation = (kept - draws * probability)[sure] / np.sqrt(draws * probability * (1 - probability))[sure]
+    assert sure.sum() > 1000
+    assert np.var(deviation) == pytest.approx(1, abs=5 * (2 / sure.sum()) ** 0.5)
+    assert np.mean(deviation) == pytest.approx(0, abs=5 / sure.sum() ** 0.5)
+    assert not kept[probability == 0].any()
+
+
+@pytest.mark.parametrize("fanout", [-1, 3])
+def test_draws_do_not_depend_on_who_shares_the_batch(store: GraphStore, fanout: int) -> None:
+    sampling = ReliableSampling(KrdConfig(fanout=fanout), store)
+    batch = np.random.default_rng(0).permutation(store.num_nodes)[:50]
+    together = drawn(sampling.pairs(batch, 99), batch)
+    apart = [drawn(sampling.pairs(rows, 99), rows) for rows in np.split(batch, [1, 20])]
+    assert together == set(itertools.chain(*apart))
+    assert together != drawn(sampling.pairs(batch, 100), batch)
+    first = sampling.pairs(batch, 99)
+    np.testing.assert_array_equal(first.nodes[:50], batch)
+    none = sampling.pairs(batch[:0], 99)
+    assert len(none.nodes) == len(none.row_m) == len(none.teacher_m) == 0
+
+
+def test_teachers_that_never_change_all_teach(tmp_path: Path) -> None:
+    sampling = ReliableSampling(KrdConfig(), with_change(small_store(str(tmp_path)), 0.0))
+    ids = np.arange(20)
+    assert drawn(sampling.pairs(ids, 1), ids) == {
+        (i, j) for i in range(20) for j in [i, *neighbours(sampling._store, i)]
+    }
+
+
+def test_agreement_is_a_histogram(store: GraphStore) -> None:
+    sampling, ids = ReliableSampling(KrdConfig(bins=10), store), np.arange(0, store.num_nodes, 2)
+    agrees = np.random.default_rng(0).random(len(ids)) < 0.6
+    change, edges = sampling.change(ids), np.linspace(0, 1, 11)
+    expected = [np.histogram(change, edges)[0], np.histogram(change[agrees], edges)[0]]
+    np.testing.assert_array_equal(sampling.agreement(ids, agrees), expected)
+
+
+@pytest.mark.parametrize("power", [0.1, 0.7, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fit_recovers_the_power(store: GraphStore, power: float, momentum: float) -> None:
+    sampling = ReliableSampling(KrdConfig(momentum=momentum, initial_power=2.0), store)
+    nodes = np.random.default_rng(0).integers(0, 400, 50).astype(float)
+    nodes[[3, 20]] = 0  # bins without nodes count for nothing
+    centre = (np.arange(50) + 0.5) / 50
+    sampling.fit(np.stack([nodes, nodes * (1 - centre**power)]))
+    assert sampling.power == pytest.approx(momentum * 2 + (1 - momentum) * power, rel=2e-3)
+
+
+def test_full_bins_count_more(store: GraphStore) -> None:
+    centre = (np.arange(50) + 0.5) / 50
+    share = np.where(np.arange(50) % 2, 1 - centre**0.5, 1 - centre**3.0)
+    powers = []
+    for odd, even in ((1000.0, 1.0), (1.0, 1000.0)):
+        sampling = ReliableSampling(KrdConfig(momentum=0.0), store)
+        nodes = np.where(np.arange(50) % 2, odd, even)
+        sampling.fit(np.stack([nodes, nodes * share]))
+        powers.append(sampling.power)
+    assert powers == pytest.approx([0.5, 3.0], rel=0.05)

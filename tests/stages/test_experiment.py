@@ -1,0 +1,205 @@
+"""Experiments on a real Ray cluster: what is done, what is done again after a kill, and what a person is told."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rbm_dist import cli
+from rbm_dist.config import Config
+from rbm_dist.experiment_config import load_experiment
+from rbm_dist.graph.source import UNSEEN
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.serve.artifact import empty_student
+from rbm_dist.stages import local
+from tests.stages.conftest import ROOT, command, rbm_dist
+
+DIGITS = "digits/transductive"
+SMALL = """
+run_dir: {run_dir}
+data_dir: {run_dir}
+seeds: 2
+base:
+  partition: {{num_parts: 2}}
+  teacher: {{epochs: 3}}
+  student: {{epochs: 4, pretrain_epochs: 2, hidden: 32}}
+datasets:
+  digits: {{source: {{kind: digits, normalize: none}}}}
+  absent: {{source: {{kind: npz, path: absent.npz}}}}
+students:
+  GLNN: {{student: {{models: [mlp]}}}}
+  RbM: {{student: {{models: [rbm]}}}}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.format(run_dir=tmp_path / "run"))
+    return path
+
+
+def done_runs(experiment: Path) -> dict[str, Path]:
+    runs = experiment.parent / "run" / "runs"
+    return {str(path.relative_to(runs).with_suffix("")): path for path in runs.rglob("*.json")}
+
+
+def written_at(experiment: Path) -> dict[str, int]:
+    return {name: path.stat().st_mtime_ns for name, path in done_runs(experiment).items()}
+
+
+def kill_after_one_run(experiment: Path) -> None:
+    arguments = command("experiment", str(experiment), "--jobs", "1")
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not done_runs(experiment):
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for each in below:  # at once, where Ray itself would take seconds to notice
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(below, timeout=30)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, output and errors of `rbm-dist experiment` in this process."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rbm-dist", "experiment", *arguments])
+        monkeypatch.setenv("COLUMNS", "300")
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_an_experiment_goes_on_after_a_kill_an_error_and_a_change(experiment: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    kill_after_one_run(experiment)
+    first = written_at(experiment)
+    assert 1 <= len(first) < 4
+
+    # A run whose input cannot be used is named; what is finished stays.
+    (run / "absent.npz").write_bytes(b"not an archive")
+    done = rbm_dist("experiment", str(experiment), "--jobs", "1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("error: absent/transductive/GLNN/KD/seed-0: ")
+    assert "absent.npz: not a whole .npz archive" in message
+    second = written_at(experiment)
+    assert {f"{DIGITS}/GLNN/KD/seed-0", f"{DIGITS}/RbM/KD/seed-0"} <= second.keys()
+    assert first.items() <= second.items()
+    assert pq.read_table(run / "results.parquet").num_rows == len(second)
+    assert f"{len(second)} of 8 runs are done" in (run / "results.md").read_text()
+
+    # One student is configured anew, one result is lost, the unusable file is gone.
+    (run / "absent.npz").unlink()
+    done_runs(experiment).get(f"{DIGITS}/RbM/KD/seed-1", tmp_path / "none").unlink(missing_ok=True)
+    changed = "students.GLNN.student.hidden=16"
+    done = rbm_dist("experiment", str(experiment), changed)
+    assert done.returncode == 0, done.stderr
+    assert "skipped absent: no such file" in " ".join(done.stdout.split())
+    third = written_at(experiment)
+    assert {name for name in third if third[name] == second.get(name)} == {f"{DIGITS}/RbM/KD/seed-0"}
+    assert list((run / "prepared").iterdir()) == []
+    rows = pq.read_table(run / "results.parquet").to_pylist()
+    cells = [
+        f"{row['dataset']}/{row['setting']}/{row['student']}/{row['objective']}/seed-{row['seed']}" for row in rows
+    ]
+    assert cells == [f"{DIGITS}/{student}/KD/seed-{seed}" for seed in (0, 1) for student in ("GLNN", "RbM")]
+    assert [row["parameters"] for row in rows if row["student"] == "GLNN"] == [64 * 16 + 16 + 2 * 16 + 16 * 10 + 10] * 2
+    assert (run / "results.csv").read_text().count("\n") == 5
+    assert "**absent** is skipped: no such file" in (run / "results.md").read_text()
+
+    # Each row is what one run after the other in this process gives.
+    trials = {trial.id: trial for trial in load_experiment(experiment, [changed])[1]}
+    for cell, row in zip(cells[2:], rows[2:], strict=True):
+        trial = trials[cell]
+        teacher = local.prepare(trial.config, str(tmp_path / "alone"))
+        figures = local.train(trial.config, str(tmp_path / "alone"), str(tmp_path / trial.student))
+        compared = figures.keys() & row.keys() - {"seconds"}
+        assert compared >= {"val", "test", "test_peak_over_epochs", "epochs", "parameters", "multiply_adds"}
+        assert row["test_peak_over_epochs"] >= row["test"]
+        assert row["epochs"] == 4
+        assert {key: row[key] for key in compared} == {key: figures[key] for key in compared}
+        assert row["accuracy"] == row["test"]
+        assert (row["teacher_val"], row["teacher_accuracy"]) == (teacher["val"], teacher["test"])
+        assert row["config_hash"] == trial.config_hash
+
+
+def test_tables_of_an_unfinished_experiment_need_no_cluster(
+    experiment: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, _ = here(str(experiment), "--tables")
+    assert code == 0
+    assert "0 of 8 runs are done" in (experiment.parent / "run" / "results.md").read_text()
+    assert pq.read_table(experiment.parent / "run" / "results.parquet").num_rows == 0
+
+
+def test_without_any_dataset_nothing_is_done(experiment: Path, here: Callable[..., tuple[int, str, str]]) -> None:
+    lines = [line for line in experiment.read_text().splitlines() if "digits" not in line]
+    experiment.write_text("\n".join(lines))
+    code, _, errors = here(str(experiment))
+    assert code == 2
+    assert errors == f"error: absent: no such file: {experiment.parent}/run/absent.npz\n"
+
+
+def test_a_bad_experiment_is_one_message(experiment: Path, here: Callable[..., tuple[int, str, str]]) -> None:
+    code, output, errors = here(str(experiment), "students.RbM.student.top_q=3")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"error: {experiment}: student.top_q: unknown key (in digits × transductive × RbM × KD")
+    assert not (experiment.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mlp", 16 * 32 + 32 * 10),
+        ("rbm", 3 * (16 * 32 + 32 * 10) + 8 * (16 + 32)),  # three experts of a row, and its cosines with all memories
+        ("ensemble", 2 * (16 * 32 + 32 * 10)),
+    ],
+)
+def test_multiply_adds(kind: str, expected: int) -> None:
+    student = empty_student(
+        kind=kind, inputs=["feat"], num_features=16, hidden=32, num_classes=10, num_layers=2, norm="layer",
+        num_experts=8, top_k=3, routing_temperature=1.0, input_attention=True, ensemble_size=2,
+    )  # fmt: skip
+    assert local.multiply_adds(student, 16) == expected
+    assert next(student.parameters()).dtype == torch.float32, "left as it was"
+
+
+def test_in_the_inductive_setting_the_unseen_nodes_are_reported(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {
+            "run_dir": "none",
+            "source": {"kind": "digits", "normalize": "none", "unseen_share": 0.2},
+            "partition": {"num_parts": 1},
+            "teacher": {"epochs": 2},
+            "student": {"models": ["mlp"], "epochs": 3, "hidden": 16},
+        }
+    )
+    teacher = local.prepare(config, str(tmp_path / "prepared"))
+    figures = local.train(config, str(tmp_path / "prepared"), str(tmp_path / "student"))
+    store = GraphStore.open(str(tmp_path / "prepared" / "graph"))
+    unseen = int(np.sum(store.array("split", 0) == UNSEEN))
+    assert unseen > 200
+    assert figures["unseen"] * unseen == pytest.approx(round(figures["unseen"] * unseen))
+    assert figures["test_peak_over_epochs"] >= figures["unseen"]
+    assert 0 < teacher["unseen"] < 1
+    assert 0.1 < teacher["confidence"] <= 1

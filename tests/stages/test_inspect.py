@@ -1,0 +1,84 @@
+"""`rbm-dist inspect` on a finished run: what it writes and says, and what it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from rbm_dist import cli, storage
+
+
+def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["rbm-dist", "inspect", *arguments])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def copied_run(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def test_the_figures_are_those_of_the_run(
+    copied_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect(monkeypatch, str(copied_run)) == 0
+    folder = copied_run / "inspect"
+    assert {path.name for path in folder.iterdir()} == {"inspect.json", "layer-0.png", "layer-1.png"}
+    figures = json.loads((folder / "inspect.json").read_text())
+    assert figures["num_nodes"] == figures["labelled_nodes"] == 1797
+    results = json.loads((copied_run / "results.json").read_text())
+    for layer, load in zip(figures["layers"], results["students"]["rbm"]["expert_load_per_layer"], strict=True):
+        assert [expert["pair_share"] for expert in layer["experts"]] == pytest.approx(load, abs=1e-3)
+        assert 0.2 < layer["class_nmi"] < 1, "experts and digits have to do with each other"
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[:-1])) <= 80
+    assert "Layer 1: 8 experts, 3 per row" in shown
+    first = figures["layers"][0]["experts"][0]
+    assert f"{first['pair_share']:.1%}" in shown
+
+
+def test_a_folder_of_any_storage(
+    finished_run: Path, memory_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect(monkeypatch, str(finished_run), "--out", f"{memory_url}/deep") == 0
+    assert storage.listdir(f"{memory_url}/deep") == ["inspect.json", "layer-0.png", "layer-1.png"]
+    assert memory_url in capsys.readouterr().out.replace("\n", "")
+    assert not (finished_run / "inspect").exists()
+
+
+def test_what_cannot_be_inspected_is_refused(
+    copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(run: Path) -> str:
+        assert inspect(monkeypatch, str(run), "--out", str(tmp_path / "out")) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert not (tmp_path / "out").exists()
+        assert not (run / "inspect").exists()
+        return shown.err
+
+    assert "not a run directory" in refused(tmp_path)
+    config = copied_run / "config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps(json.loads(whole) | {"student": {"models": ["mlp"]}}))
+    assert "this run has no RbM (student.models: mlp)" in refused(copied_run)
+    config.write_text(whole)
+    weights = copied_run / "student" / "rbm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors" in refused(copied_run)
+    (copied_run / "student" / "manifest.json").unlink()
+    assert "the run has not finished its students" in refused(copied_run)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert inspect(monkeypatch, str(finished_run), "--out", str(tmp_path / "file")) == 2
+    assert "cannot be written" in capsys.readouterr().err

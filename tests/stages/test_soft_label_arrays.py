@@ -1,0 +1,154 @@
+"""The teacher's arrays against the dense formulas in float64; without Ray, one part after the other."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scipy.stats
+import torch
+
+from rbm_dist import storage
+from rbm_dist.config import Config
+from rbm_dist.graph.random_bits import key
+from rbm_dist.graph.source import SourceGraph
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.sage import Sage
+from rbm_dist.serve.artifact import save_weights
+from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.run import Run
+from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.teacher import add_noise, build_teacher
+from tests.small_graph import small_graph, with_sparse_features, write_graph
+
+NAMES = ("soft", "hidden", "entropy_change")
+GRAPHS = {"dense": small_graph(), "sparse": with_sparse_features(small_graph())}
+_NOISE = 8  # the word of the noise's key
+
+
+def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+    worker = make_worker()
+    return [worker(part) for part in parts]
+
+
+def prepare(url: Path, graph: SourceGraph, num_parts: int, layers: int, **soft_labels: Any) -> tuple[Run, Sage]:
+    """A graph and a teacher whose weights are no longer small; node ids are the input's, however it is cut."""
+    part_N = np.arange(graph.csc.num_nodes) * num_parts // graph.csc.num_nodes
+    store = write_graph(str(url), graph, part_N.astype(np.int32))
+    config = Config.model_validate(
+        {
+            "run_dir": str(url),
+            "teacher": {"hidden": 16 if graph.num_features < 20 else 6, "fanout": [-1] * layers},
+            "soft_labels": {"batch_size": 50, "hidden": True, "entropy_change": True} | soft_labels,
+        }
+    )
+    teacher = build_teacher(config, store)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter *= 1.5
+        teacher.temperature.fill_(0.6)
+    save_weights(f"{url}/teacher/model.safetensors", teacher)
+    return Run(config, str(url), MetricsRecorder()), teacher.double()
+
+
+def written(run: Run) -> dict[str, np.ndarray]:
+    write_soft_labels(run, over_parts)
+    store = GraphStore.open(run.graph_url)
+    return {name: store.gather(name, np.arange(store.num_nodes)) for name in NAMES}
+
+
+def dense_states(graph: SourceGraph, teacher: Sage, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities and last hidden states of all nodes."""
+    csc = graph.csc
+    mean = sp.csr_array((np.ones(csc.num_edges), csc.indices, csc.indptr), shape=(csc.num_nodes, csc.num_nodes))
+    mean = sp.diags_array(1 / np.maximum(np.diff(csc.indptr), 1)) @ mean
+    hidden = x
+    for layer, conv in enumerate(teacher.convs):
+        hidden = np.maximum(x, 0) if layer else x
+        weights = (each.detach().numpy() for each in (conv.lin_l.weight, conv.lin_l.bias, conv.lin_r.weight))
+        neighbour, bias, own = weights
+        x = (mean @ hidden) @ neighbour.T + bias + hidden @ own.T
+    exp = np.exp(x / 0.6)
+    return exp / exp.sum(1, keepdims=True), hidden
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("features", ["dense", "sparse"])
+def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: int) -> None:
+    graph = GRAPHS[features]
+    run, teacher = prepare(tmp_path / "exact", graph, 3, layers, inference="exact")
+    feat = np.concatenate([x.toarray() if sp.issparse(x) else x for x in graph.feat_chunks()])
+    noisy = add_noise(torch.from_numpy(feat), np.arange(240), key(run.config.seed, _NOISE)).double().numpy()
+    assert np.std(noisy - feat) == pytest.approx(1, abs=0.05)
+    soft, hidden = dense_states(graph, teacher, feat.astype(np.float64))
+    noisy_soft, _ = dense_states(graph, teacher, noisy)
+    change = np.abs(scipy.stats.entropy(noisy_soft, axis=1) - scipy.stats.entropy(soft, axis=1))
+    assert np.ptp(change) > 0.1
+    exact = written(run)
+    sampled = written(prepare(tmp_path / "sampled", graph, 3, layers, inference="sampled")[0])
+    for found in (exact, sampled):
+        for name, expected in zip(NAMES, (soft, hidden, change), strict=True):
+            assert found[name].dtype == np.float32
+            np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("inference", ["exact", "sampled"])
+def test_parts_change_nothing_and_nothing_else_is_left(tmp_path: Path, inference: str) -> None:
+    arrays = {}
+    for num_parts in (1, 4):
+        run, _ = prepare(tmp_path / str(num_parts), GRAPHS["dense"], num_parts, 3, inference=inference)
+        before = files(tmp_path / str(num_parts))
+        arrays[num_parts] = written(run)
+        added = files(tmp_path / str(num_parts)) - before
+        assert added == {f"{name}.json" for name in NAMES} | {
+            f"part-{part:05d}/{name}.npy" for name in NAMES for part in range(num_parts)
+        }
+        listed = write_soft_labels(run, over_parts)  # again: nothing is computed, the same files are named
+        assert set(listed) == {f"graph/{name}" for name in added if name.endswith(".npy")}
+        reset_soft_labels(run.url)
+        assert files(tmp_path / str(num_parts)) == before
+    for name in NAMES:
+        np.testing.assert_allclose(arrays[1][name], arrays[4][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def files(url: Path) -> set[str]:
+    return {path.relative_to(url / "graph").as_posix() for path in (url / "graph").rglob("*") if path.is_file()}
+
+
+def test_cut_off_at_any_call_it_goes_on_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    run, _ = prepare(tmp_path / "whole", GRAPHS["dense"], 2, 3, inference="exact")
+    before, expected = files(tmp_path / "whole"), written(run)
+    cut, _ = prepare(tmp_path / "cut", GRAPHS["dense"], 2, 3, inference="exact")
+    calls = [0]
+
+    def failing(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+        worker, infos = make_worker(), []
+        for part in parts:
+            calls[0] += 1
+            if calls[0] % 4 == 0:
+                raise RuntimeError("cut off")
+            infos.append(worker(part))
+        return infos
+
+    for _ in range(20):  # every run gets three calls further
+        with contextlib.suppress(RuntimeError):
+            write_soft_labels(cut, failing)
+            break
+    assert calls[0] > 12
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    for name, array in written(cut).items():
+        np.testing.assert_array_equal(array, expected[name])
+    other, _ = prepare(tmp_path / "reset", GRAPHS["dense"], 2, 3, inference="exact")
+    with pytest.raises(RuntimeError, match="cut off"):
+        write_soft_labels(other, failing)
+    assert files(tmp_path / "reset") > before
+    reset_soft_labels(other.url)
+    assert files(tmp_path / "reset") == before
+
+
+def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
+    run, _ = prepare(tmp_path, GRAPHS["dense"], 2, 2, hidden=False, entropy_change=False)
+    listed = write_soft_labels(run, over_parts)
+    assert set(listed) == {"graph/part-00000/soft.npy", "graph/part-00001/soft.npy"}

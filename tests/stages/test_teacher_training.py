@@ -1,0 +1,93 @@
+"""The teacher's training in one process: its calibration, and where it stops."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from rbm_dist.config import Config
+from rbm_dist.graph.source import VAL
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.report.metrics import Row
+from rbm_dist.serve.artifact import load_weights
+from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.teacher import build_teacher, sample_logits, train_teacher
+from tests.small_graph import small_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
+    return small_store(str(tmp_path_factory.mktemp("teacher")))
+
+
+def config(**teacher: Any) -> Config:
+    settings = {"hidden": 16, "fanout": [-1, -1], "epochs": 40, "batch_size": 40, "lr": 0.05, "dropout": 0.3}
+    return Config.model_validate(
+        {"run_dir": "x", "teacher": settings | teacher, "cluster": {"checkpoint_every": 5}, "seed": 1}
+    )
+
+
+def train(store: GraphStore, url: Path, cut: int | None = None, **teacher: Any) -> list[Row]:
+    """The rows of the epochs trained; `cut` fails after one epoch, as a killed process would."""
+
+    class Cutter(MetricsRecorder):
+        def metrics(self, loop: str, row: Row) -> None:
+            super().metrics(loop, row)
+            if row["epoch"] == cut:
+                raise RuntimeError("cut off")
+
+    recorder = Cutter()
+    train_teacher(Mesh.single(), recorder, config(**teacher), store.url, str(url))
+    return recorder.loops.get("teacher", [])
+
+
+def val_logits(store: GraphStore, url: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    model = build_teacher(config(), store)
+    load_weights(f"{url}/model.safetensors", model)
+    val = np.flatnonzero(store.gather("split", np.arange(store.num_nodes)) == VAL)
+    with torch.no_grad():
+        logits = sample_logits(model.eval(), store, val, (-1, -1), 0, training=False)
+    return logits.double(), torch.from_numpy(store.gather("label", val))
+
+
+def test_calibration_is_the_best_temperature_on_validation(store: GraphStore, tmp_path: Path) -> None:
+    rows = train(store, tmp_path / "plain", select="accuracy")
+    train(store, tmp_path / "calibrated", select="accuracy", calibrate=True)
+    plain, label = val_logits(store, tmp_path / "plain")
+    found = load_file(tmp_path / "calibrated" / "model.safetensors")["temperature"].item()
+    grid = np.exp(np.linspace(np.log(0.05), np.log(20), 4001))
+    losses = [F.cross_entropy(plain / temperature, label).item() for temperature in grid]
+    assert found == pytest.approx(grid[np.argmin(losses)], rel=5e-3)
+    assert abs(found - 1) > 0.05, "there was something to calibrate"
+    calibrated, _ = val_logits(store, tmp_path / "calibrated")
+    torch.testing.assert_close(calibrated, plain / found, rtol=1e-4, atol=1e-5)
+    assert F.cross_entropy(calibrated, label).item() == pytest.approx(min(losses), rel=1e-5)
+    # The epoch kept is the one with the best accuracy, and calibration leaves its choices as they are.
+    assert (plain.argmax(1) == label).double().mean().item() == max(row["val_accuracy"] for row in rows)
+
+
+@pytest.mark.parametrize("select", ["loss", "accuracy"])
+def test_patience_stops_and_a_resumed_training_stops_at_the_same_epoch(
+    store: GraphStore, tmp_path: Path, select: str
+) -> None:
+    settings = {"patience": 6, "select": select}
+    rows = train(store, tmp_path / "whole", **settings)
+    scores = [-row["val_loss"] if select == "loss" else row["val_accuracy"] - 1e-9 * row["val_loss"] for row in rows]
+    assert 6 < len(rows) < 40
+    assert len(rows) == int(np.argmax(scores)) + 1 + 6
+    for cut in (len(rows) - 2, len(rows) - 6):
+        url = tmp_path / f"cut-{cut}"
+        with pytest.raises(RuntimeError, match="cut off"):
+            train(store, url, cut, **settings)
+        again = train(store, url, **settings)
+        assert again[0]["epoch"] == cut // 5 * 5 + 5 * ((cut + 1) % 5 == 0), "it goes on from the last checkpoint"
+        assert [row["epoch"] for row in again] == list(range(again[0]["epoch"], len(rows)))
+        assert again[-1]["val_loss"] == rows[-1]["val_loss"]
+        weights, expected = (load_file(folder / "model.safetensors") for folder in (url, tmp_path / "whole"))
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert train(store, tmp_path / "whole", **settings) == [], "what has stopped goes no further"
