@@ -175,6 +175,9 @@ class StudentConfig(Section):
     weight_decay: Weight = 1e-4
     epochs: Positive = Field(120, description="passes over the nodes, pre-training included")
     patience: Positive | None = Field(None, description="stop a phase after so many epochs without a better one")
+    hold_out_validation: bool = Field(
+        False, description="no distillation on validation nodes, so that they tell how nodes fare that arrive later"
+    )
     batch_size: Positive = Field(512, description="nodes per optimiser step, over all workers")
     average: Fraction = Field(
         0.0, description="decay of a moving average of the weights, used in place of them; 0: none"

@@ -82,7 +82,8 @@ class _Training:
             nodes = [store.ids(part)[wanted(split)] for part, split in enumerate(splits)]
             return PartBatches(nodes, self.settings.batch_size)
 
-        self.batches = batches_of(lambda split: split != UNSEEN)
+        left_out = [UNSEEN, VAL] if self.settings.hold_out_validation else [UNSEEN]
+        self.batches = batches_of(lambda split: ~np.isin(split, left_out))
         self.eval_batches = {"val": batches_of(lambda split: split == VAL)}
         if track_test:
             name, code = ("unseen", UNSEEN) if config.source.unseen_share else ("test", TEST)
