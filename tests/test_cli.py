@@ -38,8 +38,8 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    stages = ["source", "partition", "teacher", "soft-labels", "student", "evaluate"]
-    for command in ["run", "predict", "config", *stages]:
+    stages = ["source", "partition", "teacher", "soft-labels", "encodings", "student", "evaluate"]
+    for command in ["run", "predict", "inspect", "experiment", "config", *stages]:
         assert f" {command} " in shown
         assert run(monkeypatch, command, "--help") == 0
         assert command in capsys.readouterr().out

@@ -90,7 +90,7 @@ def test_metrics(finished_run: Path) -> None:
     assert epochs == {
         "teacher": list(range(6)), "mlp": list(range(30)), "rbm/pretrain": list(range(4)), "rbm": list(range(26))
     }  # fmt: skip
-    assert {"loss", "kd", "commitment", "load_balance", "self_similarity", "val_accuracy"} <= set(rows[-1])
+    assert {"loss", "distillation", "commitment", "load_balance", "self_similarity", "val_accuracy"} <= set(rows[-1])
     board = EventAccumulator(str(finished_run / "tensorboard" / "rbm")).Reload()
     expected = [row["val_accuracy"] for row in rows if row["loop"] == "rbm"]
     assert [event.value for event in board.Scalars("val_accuracy")] == pytest.approx(expected)
