@@ -74,7 +74,7 @@ _stage_command("evaluate", "evaluate", "Measure accuracy, latency and expert loa
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
     out: Annotated[str, typer.Option(help="The Parquet file to write.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Which student: rbm or mlp.")] = "rbm",
+    model: Annotated[str, typer.Option(help="Which of the run's students.")] = "rbm",
 ) -> None:
     """Write class and probabilities of every node, with the original node ids."""
     from rbm_dist import storage

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import torch
-from numba import int32, int64, vectorize
+from numba import float32, float64, int32, int64, vectorize
 from torch import Tensor
 
 from rbm_dist.moe.sparse_rows import Rows, SparseRows
@@ -28,12 +28,9 @@ def keyed_dropout(x_BD: Rows, key_B: Tensor | None, p: float) -> Rows:
     """Zero each entry with probability `p` and scale the rest by 1 / (1 − p); no key (evaluation) changes nothing."""
     if key_B is None or p == 0:
         return x_BD
-    threshold = int(p * 2**32) - 2**31  # bits are uniform over the signed 32-bit integers
     if isinstance(x_BD, SparseRows):
-        keep_n = _bits32(key_B[x_BD.row_n], x_BD.column_n) >= threshold
-        return x_BD.with_values(x_BD.value_n * keep_n * (1 / (1 - p)))
-    keep = _bits32(key_B[:, None], torch.arange(x_BD.shape[1], device=key_B.device)) >= threshold
-    return x_BD * keep * (1 / (1 - p))
+        return x_BD.with_values(x_BD.value_n * _mask(key_B[x_BD.row_n], x_BD.column_n, p, x_BD.value_n.dtype))
+    return x_BD * _mask(key_B[:, None], torch.arange(x_BD.shape[1], device=key_B.device), p, x_BD.dtype)
 
 
 def keyed_normal(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -48,15 +45,17 @@ def keyed_uniform(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return (_bits32(key_B[:, None], column).to(dtype) + 2**31 + 1) / 2**32
 
 
+def _mask(key: Tensor, column: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """0 with probability p, else 1 / (1 − p), of (key, column), broadcast over each other."""
+    threshold = int(p * 2**32) - 2**31  # bits are uniform over the signed 32-bit integers
+    if key.device.type == "cpu" and dtype in (torch.float32, torch.float64):  # one pass instead of a dozen
+        scale = np.array(1 / (1 - p), np.float32 if dtype == torch.float32 else np.float64)
+        return torch.from_numpy(_mask_numba(key.numpy(), column.numpy(), np.int32(threshold), scale))
+    return (_bits32(key, column) >= threshold).to(dtype) * (1 / (1 - p))
+
+
 def _bits32(key: Tensor, column: Tensor) -> Tensor:
     """Uniform int32: the 32-bit murmur3 finaliser of (key, column), broadcast over each other."""
-    if key.device.type == "cpu":  # one pass over memory instead of a dozen
-        key, column = torch.broadcast_tensors(key, column)
-        return torch.from_numpy(_bits32_numba(key.numpy(), column.numpy()))
-    return _bits32_torch(key, column)
-
-
-def _bits32_torch(key: Tensor, column: Tensor) -> Tensor:
     high, low = (_shift(key, 32)).to(torch.int32), (key & _MASK32).to(torch.int32)
     h = high ^ (column.to(torch.int32) * _signed32(0x9E3779B1))
     for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
@@ -65,15 +64,16 @@ def _bits32_torch(key: Tensor, column: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-@vectorize([int32(int64, int64)], cache=True)
-def _bits32_numba(key, column):  # type: ignore[no-untyped-def]
+@vectorize([float32(int64, int64, int32, float32), float64(int64, int64, int32, float64)], cache=True)
+def _mask_numba(key, column, threshold, scale):  # type: ignore[no-untyped-def]
+    """`_bits32` and the comparison, element by element."""
     high, low = np.uint32(np.uint64(key) >> np.uint64(32)), np.uint32(key)
     h = high ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B1))
     h = h ^ (h >> np.uint32(16))
     h = np.uint32(np.uint32(h + low) * np.uint32(0x85EBCA6B))
     h = h ^ (h >> np.uint32(13))
     h = np.uint32(np.uint32(h + low) * np.uint32(0xC2B2AE35))
-    return np.int32(h ^ (h >> np.uint32(16)))
+    return scale if np.int32(h ^ (h >> np.uint32(16))) >= threshold else scale * 0
 
 
 def _shift(z: Tensor, by: int) -> Tensor:

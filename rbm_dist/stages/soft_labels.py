@@ -75,8 +75,8 @@ def reset_soft_labels(url: str) -> None:
     graph = storage.join(url, "graph")
     if storage.exists(storage.join(graph, "graph.json")):
         store = GraphStore.open(graph)
-        for name in storage.listdir(storage.join(graph, part_name(0))):
-            stem = name.removesuffix(".npy")
+        parts = (storage.listdir(storage.join(graph, part_name(part))) for part in range(store.num_parts))
+        for stem in {name.removesuffix(".npy") for names in parts for name in names}:
             if stem in (SOFT, HIDDEN, ENTROPY_CHANGE) or re.fullmatch(r"h\d+|noisy\w+", stem):
                 _remove(url, store, stem)
 

@@ -6,6 +6,7 @@ begins. The MLP student is the first phase alone; its rivals (wider MLPs, an ens
 share the loop.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from rbm_dist.config import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses
+from rbm_dist.errors import InputError
 from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
@@ -253,7 +255,14 @@ class _Training:
                 share = settings.self_similarity * similarity / steps / mesh.world_size
                 sums["self_similarity"] = sums.get("self_similarity", 0.0) + share
         means = dict(zip(sums, sum_figures(list(sums.values()), mesh), strict=True))
-        return {"loss": sum(means.values()), **means}
+        loss = sum(means.values())
+        if not math.isfinite(loss):
+            wrong = ", ".join(term for term, value in means.items() if not math.isfinite(value))
+            raise InputError(
+                f"student {name}: the loss is not a number in epoch {epoch} ({wrong}); "
+                f"try a smaller student.lr than {settings.lr:g}"
+            )
+        return {"loss": loss, **means}
 
     def _batch(self, shares: list[np.ndarray], step: int, draw: int) -> Batch:
         ids = np.concatenate([*shares, np.empty(0, np.int64)]).astype(np.int64)

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.distill.batches import PartBatches
+from rbm_dist.errors import InputError
 from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.source import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
@@ -124,6 +125,10 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
         figures = {"loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy}
         # By accuracy: among equals by loss, which is weighed too little to overrule one node.
         score = -val_loss if settings.select == "loss" else val_accuracy - 1e-9 * val_loss
+        if not math.isfinite(figures["loss"]):
+            raise InputError(
+                f"teacher: the loss is not a number in epoch {epoch}; try a smaller teacher.lr than {settings.lr:g}"
+            )
         row = checkpoints.after_epoch(epoch + 1 == settings.epochs, score, figures)
         if mesh.rank == 0:
             reporter.metrics("teacher", row)

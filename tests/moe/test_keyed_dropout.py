@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 
 from rbm_dist.moe import keyed_dropout as keyed_dropout_
+from rbm_dist.moe import keyed_dropout as module
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout, keyed_normal, keyed_uniform
 
 P = 0.3
@@ -91,3 +92,12 @@ def test_noise_is_finite_at_the_ends_of_the_integers(monkeypatch: pytest.MonkeyP
             uniform = keyed_uniform(torch.arange(2), 3, dtype)
             assert ((uniform > 0) & (uniform <= 1)).all()
             assert torch.isfinite(keyed_normal(torch.arange(2), 3, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_draws_what_the_formula_draws(dtype: torch.dtype) -> None:
+    keys, columns = derive_keys(5, torch.arange(300)), torch.arange(41)
+    for p in (0.05, 0.5, 0.9):
+        expected = (module._bits32(keys[:, None], columns) >= int(p * 2**32) - 2**31).to(dtype) / (1 - p)
+        found = keyed_dropout(torch.ones(300, 41, dtype=dtype), keys, p)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from rbm_dist.config import Config
+from rbm_dist.config import Config, StudentConfig
+from rbm_dist.errors import InputError
 from rbm_dist.graph.source import VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import build_teacher, sample_logits, train_teacher
 from tests.small_graph import small_store
 
@@ -91,3 +93,12 @@ def test_patience_stops_and_a_resumed_training_stops_at_the_same_epoch(
         weights, expected = (load_file(folder / "model.safetensors") for folder in (url, tmp_path / "whole"))
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert train(store, tmp_path / "whole", **settings) == [], "what has stopped goes no further"
+
+
+def test_a_loss_that_is_not_a_number_ends_with_advice(store: GraphStore, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher: the loss is not a number in epoch \d+; try a smaller teacher.lr"):
+        train(store, tmp_path / "teacher", lr=1e30)
+    student = {"models": ["mlp"], "hidden": 8, "epochs": 5, "lr": 1e30, "norm": "none"}
+    settings = config().model_copy(update={"student": StudentConfig.model_validate(student)})
+    with pytest.raises(InputError, match=r"student mlp: .* in epoch \d+ \(distillation\); try a smaller student.lr"):
+        train_students(Mesh.single(), MetricsRecorder(), settings, store.url, str(tmp_path / "student"))
