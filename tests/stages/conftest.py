@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHORT = [
     "partition.num_parts=4", "teacher.epochs=6", "student.epochs=30", "student.pretrain_epochs=4",
-    "cluster.checkpoint_every=1",
+    "cluster.checkpoint_every=1", "source.unseen_share=0.1",
+    "encodings.positional=fastrp", "encodings.label_propagation=true", "student.inputs=[feat, pos, prop]",
 ]  # fmt: skip
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -27,7 +28,7 @@ def rbm_dist(*arguments: str, timeout: float = 240) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of the quickstart with few epochs. Tests must not change it: copy it first."""
+    """The quickstart with few epochs, all stages and unseen nodes. Tests must not change it: copy it first."""
     url = tmp_path_factory.mktemp("finished") / "run"
     done = rbm_dist("run", "configs/quickstart.yaml", f"run_dir={url}", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr

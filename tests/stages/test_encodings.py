@@ -1,60 +1,40 @@
 """The stage: the same arrays as in one process, its place among the stages, and what a reset leaves."""
 
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
-from rbm_dist import storage
-from rbm_dist.config import ClusterConfig, Config
+from rbm_dist.config import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.encodings import encode_in_process
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.stages import run as run_
-from rbm_dist.stages.encodings import reset_encodings, run_encodings
+from rbm_dist.stages.encodings import reset_encodings
 from rbm_dist.stages.pipeline import STAGES, stages_of
-from rbm_dist.stages.run import Run
 from tests.small_graph import small_store
 
 ENCODINGS = {"positional": "fastrp", "hops": 2, "label_propagation": True, "iterations": 2}
-
-
-class Silent:
-    """A reporter to nobody."""
-
-    def add(self, *_: Any) -> None: ...
 
 
 def config(url: str, **encodings: Any) -> Config:
     return Config.model_validate({"run_dir": url, "encodings": encodings})
 
 
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    """Ray; that of the tests before, where they left it."""
-    if ray.is_initialized():
-        yield
-    else:
-        with ray_cluster(ClusterConfig(), None):
-            yield
-
-
-def test_the_same_as_in_one_process(cluster: None, tmp_path: Path) -> None:
-    url = f"{tmp_path}/run"
-    small_store(url)
-    run = Run(config(url, **ENCODINGS), url, Silent())  # type: ignore[arg-type]
-    files = run_encodings(run)
-    assert set(files) == {f"graph/part-{part:05d}/{name}.npy" for part in range(4) for name in ("pos", "prop")}
-    storage.verify(url, files)
-    alone = small_store(f"{tmp_path}/alone")
-    encode_in_process(alone, run.config.encodings, run.config.seed)
-    store = GraphStore.open(run.graph_url)
+def test_the_same_as_in_one_process(finished_run: Path, tmp_path: Path) -> None:
+    """What the run's tasks wrote, some parts each, against one loop over all."""
+    shutil.copytree(finished_run / "graph", tmp_path / "graph")
+    reset_encodings(str(tmp_path))
+    written, alone = GraphStore.open(f"{finished_run}/graph"), GraphStore.open(f"{tmp_path}/graph")
+    config = Config.model_validate_json((finished_run / "config.json").read_text())
+    with pytest.raises(InputError, match="pos"):
+        alone.array("pos", 0)
+    encode_in_process(alone, config.encodings, config.seed)
+    ids = np.arange(written.num_nodes)
     for name in ("pos", "prop"):
-        np.testing.assert_array_equal(store.gather(name, np.arange(240)), alone.gather(name, np.arange(240)))
+        np.testing.assert_array_equal(written.gather(name, ids), alone.gather(name, ids))
 
 
 def test_reset_removes_what_the_stage_added_and_no_more(tmp_path: Path) -> None:

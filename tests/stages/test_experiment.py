@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,18 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-def test_an_experiment_goes_on_after_a_kill_an_error_and_a_change(experiment: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the runs of an experiment have it: sums over other numbers of threads are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_an_experiment_goes_on_after_a_kill_an_error_and_a_change(
+    experiment: Path, tmp_path: Path, one_thread: None
+) -> None:
     run = tmp_path / "run"
     kill_after_one_run(experiment)
     first = written_at(experiment)

@@ -49,7 +49,15 @@ def test_results(finished_run: Path) -> None:
     assert sum(load) == pytest.approx(1)
     for name in ("teacher", "mlp", "rbm"):
         assert results["latency_us"][name]["1"] > results["latency_us"][name]["1024"] > 0
-    assert set(results["seconds"]) == {"source", "partition", "teacher", "soft_labels", "student", "evaluate"}
+    assert set(results["seconds"]) == {
+        "source",
+        "partition",
+        "teacher",
+        "soft_labels",
+        "encodings",
+        "student",
+        "evaluate",
+    }
     table = (finished_run.parent / "stdout").read_text()
     assert f"{100 * results['students']['rbm']['test']:.1f} %" in table
 
@@ -70,7 +78,7 @@ def test_accuracy_is_what_the_predictions_say(finished_run: Path, tmp_path: Path
     orig_id = np.concatenate([np.load(path) for path in sorted((finished_run / "graph").glob("part-*/orig_id.npy"))])
     assert np.array_equal(orig_id, ids)
     results = json.loads((finished_run / "results.json").read_text())
-    for name, code in (("val", 1), ("test", 2)):
+    for name, code in (("val", 1), ("test", 2), ("unseen", 3)):
         assert np.mean((classes == truth)[split == code]) == pytest.approx(results["students"]["rbm"][name])
 
 

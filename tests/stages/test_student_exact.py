@@ -34,7 +34,7 @@ class Recorder:
 
 def config(url: str, **student: Any) -> Config:
     settings = {
-        "models": ["rbm"], "hidden": 16, "epochs": 12, "pretrain_epochs": 3, "batch_size": 40, "num_experts": 5,
+        "models": ["rbm"], "hidden": 16, "epochs": 9, "pretrain_epochs": 3, "batch_size": 40, "num_experts": 5,
         "top_k": 2, "label_weight": 0.3, "temperature": 2.0, "dropout": 0.0,
     }  # fmt: skip
     return Config.model_validate(
@@ -68,15 +68,15 @@ def final_weights(url: str, kind: str = "rbm") -> dict[str, torch.Tensor]:
 
 
 KRD = {"objective": "krd", "krd": {"min_update_epoch": 1}}
-# 6 steps an epoch, 12 epochs; the first 3 are the plain network's.
+# 6 steps an epoch, 9 epochs; the first 3 are the plain network's.
 STUDENTS: dict[str, dict[str, Any]] = {
     "kd, batch norm": {"norm": "batch"},
     "kd, layer norm": {"norm": "layer", "input_attention": True},
     "krd, batch norm": {"norm": "batch", "reseed_after": 2} | KRD,
     "krd, layer norm": {"norm": "layer", "routing_temperature": 0.2} | KRD,
     "dropout": {"norm": "layer", "dropout": 0.4} | KRD,
-    "vanilla moe": {"models": ["moe"], "epochs": 9, "dropout": 0.2},
-    "nosmog": {"epochs": 9, "norm": "batch", "similarity": 0.5, "adversarial": {"weight": 0.5, "steps": 2}},
+    "vanilla moe": {"models": ["moe"], "dropout": 0.2},
+    "nosmog": {"norm": "batch", "similarity": 0.5, "adversarial": {"weight": 0.5, "steps": 2}},
 }
 
 
@@ -92,8 +92,10 @@ def test_curves_of_all_layouts_agree(tmp_path: Path) -> None:
     # Ranks, and ranks per set of experts. Five ranks for four parts and five experts: one rank has no rows.
     for world, expert_parallel in [(2, 1), (2, 2), (4, 2), (3, 3), (4, 1), (5, 5)]:
         url = f"{tmp_path}/{world}x{expert_parallel}"
-        found = run_ranks(train_each, world, expert_parallel, graph, url, STUDENTS)[0]
-        for name, reference in references.items():
+        students = STUDENTS if (world, expert_parallel) == (4, 2) else dict(list(STUDENTS.items())[:4])
+        found = run_ranks(train_each, world, expert_parallel, graph, url, students)[0]
+        for name in students:
+            reference = references[name]
             where = f"{name}, {world} ranks, {expert_parallel} per set of experts"
             assert [row[:2] for row in found[name]] == [row[:2] for row in reference]
             for row, expected in zip(found[name], reference, strict=True):
