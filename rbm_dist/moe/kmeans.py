@@ -2,6 +2,7 @@
 
 import numpy as np
 import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
 
 _STARTS = 10
 
@@ -15,4 +16,5 @@ def kmeans_centres(rows_BD: np.ndarray | sp.csr_array, num_experts: int, seed: i
         distinct = np.unique(dense_BD, axis=0)
         if len(distinct) <= num_experts:
             return distinct[np.arange(num_experts) % len(distinct)]
-    return KMeans(num_experts, n_init=_STARTS, random_state=seed).fit(rows_BD).cluster_centers_
+    with threadpool_limits(limits=1):  # several threads add up in the order they come, and runs would differ
+        return KMeans(num_experts, n_init=_STARTS, random_state=seed).fit(rows_BD).cluster_centers_
