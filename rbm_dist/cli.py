@@ -133,7 +133,7 @@ def experiment(
     config: ConfigPath,
     overrides: Overrides = None,
     address: Address = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: as many as there are CPUs.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: all CPUs but one.")] = None,
     tables: Annotated[bool, typer.Option("--tables", help="Run nothing: write the tables of what is done.")] = False,
 ) -> None:
     """Run datasets × settings × students × objectives × seeds; write their tables. Run it again to go on."""

@@ -68,7 +68,8 @@ class Losses:
                 commitment = commitment_loss(trace.routing, batch.global_rows)
                 terms["commitment"] = terms.get("commitment", 0.0) + settings.commitment * commitment
         if self._teaching:
-            right_B = logits_BC.detach().argmax(1).cpu().numpy() == self._store.gather("soft", batch.ids).argmax(1)
+            predicted_B = logits_BC.detach().argmax(1).cpu().numpy()
+            right_B = predicted_B == self._store.gather("soft", batch.ids).argmax(1)
             self._histogram += self._teaching.agreement(batch.ids, right_B)
         return terms, traces
 

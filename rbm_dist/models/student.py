@@ -18,7 +18,7 @@ from rbm_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from rbm_dist.moe.experts import MAX_LOG_SCALE, StackedExperts
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout, keyed_normal
 from rbm_dist.moe.routing import Routing, route
-from rbm_dist.moe.sparse_rows import Rows, SparseRows, dense, matmul
+from rbm_dist.moe.sparse_rows import Rows, SparseRows, matmul
 
 _GATE_WIDTH = 128
 _GATE_TEMPERATURE = 0.5  # of the vanilla mixture's cosine gate before training
@@ -145,7 +145,7 @@ class Student(nn.Module):
     def forward_hidden(self, x_BD: Rows, key_B: Tensor | None = None) -> tuple[Tensor, Rows, list[Trace]]:
         """As `forward`, and the input of the last layer `[B, H]`."""
         traces = []
-        before_BD, out_BO = x_BD, dense(x_BD[:0])
+        before_BD, out_BO = x_BD, torch.empty(0)
         for index, layer in enumerate(self.layers):
             if index:
                 before_BD = F.relu(self.norms[index - 1](out_BO))
