@@ -1,28 +1,31 @@
 """Stage `soft_labels`: the teacher's class distribution for every node, by actors that each work on their own parts.
 
 `sampled`: mini-batches with sampled neighbours. `exact`: layer by layer over all in-neighbours; each layer's states are
-an array of the store, so memory is bounded by a batch and its neighbours whatever the depth.
+an array of the store, so memory is bounded by a few batches and their neighbours whatever the depth. Either way the
+store is read in a thread that works ahead of the model.
 """
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 
 import numpy as np
 import torch
 
 from rbm_dist import storage
 from rbm_dist.config import Config
+from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
-from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
+from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.runtime.progress import Reporter
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.run import Files, Run
-from rbm_dist.stages.teacher import add_noise, build_teacher, sample_states
+from rbm_dist.stages.teacher import SampledRows, add_noise, build_teacher, read_sample, states
 
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
 _DRAW, _NOISE = 3, 8  # words of the random keys
@@ -45,11 +48,11 @@ def write_soft_labels(run: Run, over_parts: OverParts) -> Files:
     wanted = [SOFT, *[HIDDEN] * settings.hidden, *[ENTROPY_CHANGE] * settings.entropy_change]
     clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
 
-    def fill(name: str, compute: Compute) -> None:
-        _fill(run, store, name, compute, over_parts)
+    def fill(name: str, read: Read) -> None:
+        _fill(run, store, name, read, over_parts)
 
-    def layer_by_layer(states: list[str], last: str, noise: bool) -> None:
-        for layer, (before, name) in enumerate(zip(["feat", *states], [*states, last], strict=True)):
+    def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
+        for layer, (before, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
             fill(name, functools.partial(_exact_layer, layer=layer, before=before, noise=noise and layer == 0))
 
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
@@ -81,15 +84,17 @@ def reset_soft_labels(url: str) -> None:
                 _remove(url, store, stem)
 
 
-Compute = Callable[[Config, Sage, GraphStore, np.ndarray], torch.Tensor]
+Compute = Callable[[Sage], torch.Tensor]
+Read = Callable[[Config, GraphStore, np.ndarray, torch.device], Compute]
+"""Takes what some nodes' rows depend on out of the store; what it gives computes them with a model on the device."""
 
 
-def _fill(run: Run, store: GraphStore, name: str, compute: Compute, over_parts: OverParts) -> None:
+def _fill(run: Run, store: GraphStore, name: str, read: Read, over_parts: OverParts) -> None:
     """Fill a new array in all parts; parts that a cut-off run finished are kept."""
     if storage.exists(run.path("graph", f"{name}.json")):
         return
     make_worker = functools.partial(
-        _make_worker, run.config, run.graph_url, run.path("teacher"), name, compute, run.reporter
+        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, run.reporter
     )
     store.publish(name, over_parts(run, make_worker, list(range(store.num_parts))))
 
@@ -102,78 +107,94 @@ def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[stor
 
 
 def _make_worker(
-    config: Config, graph_url: str, teacher_url: str, name: str, compute: Compute, reporter: Reporter
+    config: Config, graph_url: str, teacher_url: str, name: str, read: Read, reporter: Reporter
 ) -> Callable[[int], storage.FileInfo]:
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
     store = GraphStore.open(graph_url, config.teacher.sampler)
     model = build_teacher(config, store)
     load_weights(storage.join(teacher_url, "model.safetensors"), model)
-    model.eval().to("cuda" if config.cluster.use_gpu else "cpu")
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    model.eval().to(device)
 
-    def chunks(part: int) -> Iterator[np.ndarray]:
+    def chunks(part: int) -> Generator[np.ndarray, None, None]:
         ids, batch = store.ids(part), config.soft_labels.batch_size
-        for start in range(0, len(ids), batch):
-            rows = ids[start : start + batch]
-            with torch.no_grad():
-                yield compute(config, model, store, rows).cpu().numpy()
-            reporter.add(f"soft labels: {name}", len(rows), store.num_nodes, "nodes")
+        jobs = (
+            functools.partial(read, config, store, ids[start : start + batch], device)
+            for start in range(0, len(ids), batch)
+        )
+        with Prefetch(f"soft labels: '{name}' of part {part}", jobs, config.cluster.timeout_s) as batches:
+            for compute in batches:
+                with torch.no_grad():
+                    rows = compute(model).cpu().numpy()
+                yield rows
+                reporter.add(f"soft labels: {name}", len(rows), store.num_nodes, "nodes")
 
     def fill(part: int) -> storage.FileInfo:
         url = storage.join(graph_url, part_name(part), f"{name}.npy")
         if storage.exists(url):  # files appear whole, and only this stage with this configuration writes them
             return storage.file_info(url)
         shapes = {SOFT: (store.num_classes,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: ()}
-        return store.write_part(
-            name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), chunks(part)
-        )
+        with closing(chunks(part)) as rows:  # a disk that is full, say, leaves no thread behind
+            return store.write_part(name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), rows)
 
     return fill
 
 
-def _sampled(config: Config, model: Sage, store: GraphStore, ids: np.ndarray) -> torch.Tensor:
-    return _sampled_states(config, model, store, ids)[0].softmax(1)
+def _sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
+    sampled = _read_sampled(config, store, ids, device)
+    return lambda model: states(model, sampled)[0].softmax(1)
 
 
-def _sampled_hidden(config: Config, model: Sage, store: GraphStore, ids: np.ndarray) -> torch.Tensor:
-    return dense(_sampled_states(config, model, store, ids)[1])
+def _sampled_hidden(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
+    sampled = _read_sampled(config, store, ids, device)
+    return lambda model: dense(states(model, sampled)[1])
 
 
-def _sampled_states(
-    config: Config, model: Sage, store: GraphStore, ids: np.ndarray, noise_key: int | None = None
-) -> tuple[torch.Tensor, Rows]:
+def _read_sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> SampledRows:
     fanout = config.soft_labels.fanout or config.teacher.fanout
-    return sample_states(model, store, ids, fanout, key(config.seed, _DRAW), noise_key=noise_key)
+    return read_sample(store, ids, fanout, key(config.seed, _DRAW), device)
 
 
-def _entropy_change(config: Config, model: Sage, store: GraphStore, ids: np.ndarray, noisy: str | None) -> torch.Tensor:
+def _entropy_change(
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, noisy: str | None
+) -> Compute:
     """How far unit Gaussian noise on all features moves the entropy of a node's soft labels (Wu et al., 2023)."""
+    soft_nC = torch.from_numpy(store.gather(SOFT, ids))
     if noisy is not None:
         noisy_nC = torch.from_numpy(store.gather(noisy, ids))
-    else:
-        noisy_nC = _sampled_states(config, model, store, ids, key(config.seed, _NOISE))[0].softmax(1).cpu()
-    return (_entropy(noisy_nC) - _entropy(torch.from_numpy(store.gather(SOFT, ids)))).abs()
+        return lambda model: (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
+    sampled, noise_key = _read_sampled(config, store, ids, device), key(config.seed, _NOISE)
+
+    def compute(model: Sage) -> torch.Tensor:
+        noisy_nC = states(model, sampled, noise_key=noise_key)[0].softmax(1).cpu()
+        return (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
+
+    return compute
 
 
 def _entropy(probability_nC: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(probability_nC.double()).sum(1).float()
 
 
-def _copy(config: Config, model: Sage, store: GraphStore, ids: np.ndarray, name: str) -> torch.Tensor:
-    return torch.from_numpy(store.gather(name, ids))
+def _copy(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, name: str) -> Compute:
+    rows = torch.from_numpy(store.gather(name, ids))
+    return lambda model: rows
 
 
 def _exact_layer(
-    config: Config, model: Sage, store: GraphStore, ids: np.ndarray, layer: int, before: str, noise: bool
-) -> torch.Tensor:
-    device = next(model.parameters()).device
-    sample = store.sample(ids, (-1,), key(0))
-    states_nD = to_rows(store.inputs(sample.nodes, (before,)), device, torch.float32)
-    if noise:
-        states_nD = add_noise(states_nD, sample.nodes, key(config.seed, _NOISE))
-    edges_2m = torch.from_numpy(np.stack([sample.src, sample.dst])).to(device)
-    out = model.layer(layer, states_nD, len(ids), edges_2m)
-    return out.softmax(1) if layer == model.num_layers - 1 else out
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, layer: int, before: str, noise: bool
+) -> Compute:
+    sampled = read_sample(store, ids, (-1,), key(0), device, (before,))
+
+    def compute(model: Sage) -> torch.Tensor:
+        rows_nD, neighbourhood = sampled.to(device)
+        if noise:
+            rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, _NOISE))
+        out = model.layer(layer, rows_nD, len(ids), neighbourhood.edge_2m)
+        return out.softmax(1) if layer == model.num_layers - 1 else out
+
+    return compute
 
 
 def _remove(url: str, store: GraphStore, name: str) -> None:

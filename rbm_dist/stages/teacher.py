@@ -1,6 +1,13 @@
-"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss."""
+"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss.
 
+A batch is made in two halves: `read_sample` asks the store, in a thread that works ahead; `states` is the model's.
+"""
+
+import functools
+import itertools
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +18,7 @@ from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.errors import InputError
+from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.source import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
@@ -46,35 +54,69 @@ def build_teacher(config: Config, store: GraphStore) -> Sage:
     )
 
 
-def sample_logits(
-    model: Sage, store: GraphStore, seeds: np.ndarray, fanout: tuple[int, ...], sample_key: int, training: bool
-) -> torch.Tensor:
-    """Logits of some nodes from their sampled neighbourhood, `[len(seeds), classes]`."""
-    return sample_states(model, store, seeds, fanout, sample_key, training)[0]
+@dataclass(frozen=True)
+class SampledRows:
+    """What a model reads of some seeds, in CPU memory: their sampled neighbourhood and an input of each node of it."""
+
+    rows_nD: Rows  # float32
+    neighbourhood: Neighbourhood
+    key: int  # drew the sample, and draws the dropout
+
+    def to(self, device: torch.device) -> tuple[Rows, Neighbourhood]:
+        """Rows and neighbourhood where the model is."""
+        if device.type == "cpu":
+            return self.rows_nD, self.neighbourhood
+        near = self.neighbourhood
+        rows_nD, node_n, edge_2m = (
+            each.to(device, non_blocking=True) for each in (dense(self.rows_nD), near.node_n, near.edge_2m)
+        )
+        return rows_nD, Neighbourhood(node_n, edge_2m, near.nodes_per_hop, near.edges_per_hop)
 
 
-def sample_states(
-    model: Sage,
+Labelled = tuple[SampledRows, torch.Tensor]
+"""Some seeds and their labels `[seeds]`."""
+
+
+def read_sample(
     store: GraphStore,
     seeds: np.ndarray,
     fanout: tuple[int, ...],
     sample_key: int,
-    training: bool = False,
-    noise_key: int | None = None,
-) -> tuple[torch.Tensor, Rows]:
-    """As `sample_logits`, and the seeds' states before the last layer. `noise_key` adds noise to all features."""
-    device = next(model.parameters()).device
+    device: torch.device,
+    inputs: tuple[str, ...] = ("feat",),
+) -> SampledRows:
+    """Sample, and gather the nodes' `inputs`, for a model on `device`, on which nothing is done yet."""
     sample = store.sample(seeds, fanout, sample_key)
-    feat_nF = to_rows(store.inputs(sample.nodes), device, torch.float32)
+    rows = store.inputs(sample.nodes, inputs)
+    gpu = device.type == "cuda"
+    if gpu and not isinstance(rows, np.ndarray):
+        rows = rows.toarray()
+    rows_nD = to_rows(rows, torch.device("cpu"), torch.float32)
+    node_n, edge_2m = torch.from_numpy(sample.nodes), torch.from_numpy(np.stack([sample.src, sample.dst]))
+    if gpu:  # from pinned memory it is copied while the GPU computes
+        rows_nD, node_n, edge_2m = (each.pin_memory() for each in (dense(rows_nD), node_n, edge_2m))
+    return SampledRows(rows_nD, Neighbourhood(node_n, edge_2m, sample.nodes_per_hop, sample.edges_per_hop), sample_key)
+
+
+def states(
+    model: Sage, sampled: SampledRows, training: bool = False, noise_key: int | None = None
+) -> tuple[torch.Tensor, Rows]:
+    """Logits of the seeds, `[seeds, classes]`, and their states before the last layer, `[seeds, H]`.
+
+    `noise_key` adds noise to all inputs.
+    """
+    rows_nD, neighbourhood = sampled.to(next(model.parameters()).device)
     if noise_key is not None:
-        feat_nF = add_noise(feat_nF, sample.nodes, noise_key)
-    neighbourhood = Neighbourhood(
-        torch.from_numpy(sample.nodes).to(device),
-        torch.from_numpy(np.stack([sample.src, sample.dst])).to(device),
-        sample.nodes_per_hop,
-        sample.edges_per_hop,
-    )
-    return model.forward_hidden(feat_nF, neighbourhood, sample_key if training else None)
+        rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), noise_key)
+    return model.forward_hidden(rows_nD, neighbourhood, sampled.key if training else None)
+
+
+def sample_logits(
+    model: Sage, store: GraphStore, seeds: np.ndarray, fanout: tuple[int, ...], sample_key: int, training: bool
+) -> torch.Tensor:
+    """Logits of some nodes from their sampled neighbourhood, `[len(seeds), classes]`; nothing is done ahead."""
+    device = next(model.parameters()).device
+    return states(model, read_sample(store, seeds, fanout, sample_key, device), training)[0]
 
 
 def add_noise(feat_nF: Rows, nodes: np.ndarray, noise_key: int) -> torch.Tensor:
@@ -108,21 +150,30 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
             break
         model.train()
         loss_sum = 0.0
-        for step, shares in enumerate(train.epoch(parts, config.seed, epoch)):
-            optimizer.zero_grad()
-            for seeds in shares:
-                if len(seeds):
-                    draw = key(config.seed, _TRAINING, epoch, step)
-                    logits = sample_logits(model, store, seeds, settings.fanout, draw, training=True)
-                    loss = F.cross_entropy(logits, _labels(store, seeds, mesh), reduction="sum")
+        steps = train.epoch(parts, config.seed, epoch)
+        draws = (key(config.seed, _TRAINING, epoch, step) for step in range(len(steps)))
+        loader = _ahead("training", store, steps, draws, config, mesh)
+        with loader as batches:
+            for step, shares in enumerate(steps):
+                optimizer.zero_grad()
+                for _ in filter(len, shares):
+                    sampled, label = next(batches)
+                    logits, _ = states(model, sampled, training=True)
+                    loss = F.cross_entropy(logits, label.to(mesh.device), reduction="sum")
                     loss = loss / train.global_rows(step)
                     loss.backward()
                     loss_sum += loss.item()
-            sum_gradients(model, mesh)
-            optimizer.step()
-        val_loss, val_accuracy = _validate(model, store, val, parts, config, mesh)
+                sum_gradients(model, mesh)
+                optimizer.step()
+        val_loader = _val_ahead(store, val, parts, config, mesh)
+        with val_loader as batches:
+            val_loss, val_accuracy = _validate(model, batches, sum(map(len, val.nodes)), mesh)
         (loss_sum,) = sum_figures([loss_sum], mesh)
-        figures = {"loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy}
+        (wait_s,) = sum_figures([loader.wait_s + val_loader.wait_s], mesh)
+        figures = {
+            "loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy,
+            "wait_s": round(wait_s / mesh.world_size, 3),  # a worker's mean wait for batches
+        }  # fmt: skip
         # By accuracy: among equals by loss, which is weighed too little to overrule one node.
         score = -val_loss if settings.select == "loss" else val_accuracy - 1e-9 * val_loss
         if not math.isfinite(figures["loss"]):
@@ -136,31 +187,46 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
             reporter.progress("teacher", epoch + 1, settings.epochs, "epochs", note)
     checkpoints.load_best(model)
     if settings.calibrate:
-        _calibrate(model, store, val, parts, config, mesh)
+        with _val_ahead(store, val, parts, config, mesh) as batches:
+            _calibrate(model, batches, mesh)
     if mesh.rank == 0:
         save_weights(f"{url}/model.safetensors", model)
     mesh.barrier()
 
 
+def _ahead(
+    what: str, store: GraphStore, steps: list[list[np.ndarray]], draws: Iterable[int], config: Config, mesh: Mesh
+) -> Prefetch[Labelled]:
+    """The batches of every step's shares that have any seeds, drawn with the step's key."""
+
+    def read(seeds: np.ndarray, draw: int) -> Labelled:
+        sampled = read_sample(store, seeds, config.teacher.fanout, draw, mesh.device)
+        return sampled, torch.from_numpy(store.gather("label", seeds))
+
+    jobs = (
+        functools.partial(read, seeds, draw)
+        for shares, draw in zip(steps, draws, strict=False)
+        for seeds in filter(len, shares)
+    )
+    return Prefetch(f"teacher: {what} batches", jobs, config.cluster.timeout_s)
+
+
+def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh) -> Prefetch[Labelled]:
+    # The same neighbours in every epoch: epochs are compared by this figure.
+    draws = itertools.repeat(key(config.seed, _VALIDATION))
+    return _ahead("validation", store, val.epoch(parts, config.seed, None), draws, config, mesh)
+
+
 @torch.no_grad()
-def _calibrate(model: Sage, store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh) -> None:
+def _calibrate(model: Sage, val_batches: Iterator[Labelled], mesh: Mesh) -> None:
     """Set the temperature of the logits that minimises the validation loss (Guo et al., 2017)."""
     model.eval()
-    logits_and_labels = [
-        (
-            sample_logits(model, store, seeds, config.teacher.fanout, key(config.seed, _VALIDATION), training=False),
-            seeds,
-        )
-        for shares in val.epoch(parts, config.seed, None)
-        for seeds in shares
-        if len(seeds)
-    ]
+    logits_and_labels = [(states(model, sampled)[0], label.to(mesh.device)) for sampled, label in val_batches]
 
     def loss(log_temperature: float) -> float:
         temperature = math.exp(log_temperature)
         here = sum(
-            F.cross_entropy(logits / temperature, _labels(store, seeds, mesh), reduction="sum").item()
-            for logits, seeds in logits_and_labels
+            F.cross_entropy(logits / temperature, label, reduction="sum").item() for logits, label in logits_and_labels
         )
         return sum_figures([here], mesh)[0]  # equal on all ranks, which therefore search alike
 
@@ -168,24 +234,13 @@ def _calibrate(model: Sage, store: GraphStore, val: PartBatches, parts: list[int
 
 
 @torch.no_grad()
-def _validate(
-    model: Sage, store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh
-) -> tuple[float, float]:
+def _validate(model: Sage, val_batches: Iterator[Labelled], rows: int, mesh: Mesh) -> tuple[float, float]:
+    """Loss and accuracy over the `rows` validation nodes of all ranks."""
     model.eval()
     loss, correct = 0.0, 0.0
-    for shares in val.epoch(parts, config.seed, None):
-        for seeds in shares:
-            if len(seeds):
-                # The same neighbours in every epoch: epochs are compared by this figure.
-                draw = key(config.seed, _VALIDATION)
-                logits = sample_logits(model, store, seeds, config.teacher.fanout, draw, training=False)
-                label = _labels(store, seeds, mesh)
-                loss += F.cross_entropy(logits, label, reduction="sum").item()
-                correct += (logits.argmax(1) == label).sum().item()
+    for sampled, label in val_batches:
+        logits, label = states(model, sampled)[0], label.to(mesh.device)
+        loss += F.cross_entropy(logits, label, reduction="sum").item()
+        correct += (logits.argmax(1) == label).sum().item()
     loss, correct = sum_figures([loss, correct], mesh)
-    rows = sum(map(len, val.nodes))
     return loss / rows, correct / rows
-
-
-def _labels(store: GraphStore, ids: np.ndarray, mesh: Mesh) -> torch.Tensor:
-    return torch.from_numpy(store.gather("label", ids)).to(mesh.device)

@@ -1,6 +1,10 @@
 """The teacher's arrays against the dense formulas in float64; without Ray, one part after the other."""
 
 import contextlib
+import errno
+import functools
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,13 @@ import torch
 
 from rbm_dist import storage
 from rbm_dist.config import Config
+from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
 from rbm_dist.serve.artifact import save_weights
+from rbm_dist.stages import soft_labels
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
@@ -111,6 +117,30 @@ def test_parts_change_nothing_and_nothing_else_is_left(tmp_path: Path, inference
         assert files(tmp_path / str(num_parts)) == before
     for name in NAMES:
         np.testing.assert_allclose(arrays[1][name], arrays[4][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("inference", ["exact", "sampled"])
+def test_batches_made_ahead_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inference: str) -> None:
+    graph, settings = GRAPHS["dense"], {"inference": inference, "batch_size": 17}
+    if inference == "sampled":
+        settings["fanout"] = [3, 2]
+    ahead = written(prepare(tmp_path / "ahead", graph, 2, 2, **settings)[0])
+    monkeypatch.setattr(soft_labels, "Prefetch", functools.partial(Prefetch, depth=0))
+    inline = written(prepare(tmp_path / "inline", graph, 2, 2, **settings)[0])
+    for name in NAMES:
+        np.testing.assert_array_equal(ahead[name], inline[name], err_msg=name)
+
+
+def test_a_full_disk_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(url: str, dtype: np.dtype, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> storage.FileInfo:
+        next(iter(chunks))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run, _ = prepare(tmp_path, GRAPHS["dense"], 2, 2, batch_size=5)
+    monkeypatch.setattr(storage, "write_chunks", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_soft_labels(run, over_parts)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def files(url: Path) -> set[str]:

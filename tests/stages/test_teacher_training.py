@@ -1,5 +1,7 @@
-"""The teacher's training in one process: its calibration, and where it stops."""
+"""The teacher's training in one process: batches made ahead, its calibration, and where it stops."""
 
+import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from safetensors.torch import load_file
 
 from rbm_dist.config import Config, StudentConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.source import VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.serve.artifact import load_weights
+from rbm_dist.stages import teacher
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import build_teacher, sample_logits, train_teacher
@@ -55,6 +59,56 @@ def val_logits(store: GraphStore, url: Path) -> tuple[torch.Tensor, torch.Tensor
     with torch.no_grad():
         logits = sample_logits(model.eval(), store, val, (-1, -1), 0, training=False)
     return logits.double(), torch.from_numpy(store.gather("label", val))
+
+
+def test_batches_made_ahead_change_nothing_and_one_thread_reads_the_store(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[threading.Thread] = []
+
+    def reading(name: str) -> None:
+        method = getattr(GraphStore, name)
+
+        def call(self: GraphStore, *arguments: Any) -> Any:
+            readers.append(threading.current_thread())
+            return method(self, *arguments)
+
+        monkeypatch.setattr(GraphStore, name, call)
+
+    reading("sample")
+    reading("gather")
+    settings = {"fanout": [3, 2], "epochs": 4, "batch_size": 30, "calibrate": True}
+    ahead = train(store, tmp_path / "ahead", **settings)
+    of_phase = list(dict.fromkeys(readers))
+    assert threading.current_thread() not in of_phase
+    assert len(of_phase) == 2 * 4 + 1, "training and validation of every epoch, and calibration"
+    assert readers == sorted(readers, key=of_phase.index), "one after the other"
+    monkeypatch.setattr(teacher, "Prefetch", functools.partial(Prefetch, depth=0))
+    readers.clear()
+    inline = train(store, tmp_path / "inline", **settings)
+    assert set(readers) == {threading.current_thread()}
+    for row, expected in zip(ahead, inline, strict=True):
+        assert row | {"time": 0, "wait_s": 0} == expected | {"time": 0, "wait_s": 0}
+        assert 0 <= row["wait_s"] < 60
+    found, expected = (load_file(tmp_path / each / "model.safetensors") for each in ("ahead", "inline"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_fails_while_reading_ahead_ends_the_training(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, calls = GraphStore.sample, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 9:
+            raise InputError("part-00002: damaged")
+        return sample(*arguments)
+
+    monkeypatch.setattr(GraphStore, "sample", failing)
+    with pytest.raises(InputError, match="part-00002: damaged"):
+        train(store, tmp_path)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_calibration_is_the_best_temperature_on_validation(store: GraphStore, tmp_path: Path) -> None:
