@@ -203,10 +203,11 @@ def _cells(experiment: ExperimentConfig) -> list[tuple[tuple[str, str, str, str]
 
 def _at_data_dir(tree: dict[str, Any], data_dir: str) -> dict[str, Any]:
     source = tree.get("source")
-    path = source.get("path") if isinstance(source, dict) else None
-    if not isinstance(path, str) or "://" in path or os.path.isabs(path):
-        return tree
-    return merge(tree, {"source": {"path": storage.join(data_dir, path)}})
+    for key in ("path", "root"):
+        path = source.get(key) if isinstance(source, dict) else None
+        if isinstance(path, str) and "://" not in path and not os.path.isabs(path):
+            tree = merge(tree, {"source": {key: storage.join(data_dir, path)}})
+    return tree
 
 
 def _hash(value: Any) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -176,6 +176,15 @@ def read_json(url: str) -> Any:
         raise InputError(f"{url}: no such file") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{url}: not valid JSON ({error}); the file was changed or cut off") from None
+
+
+def once(url: str, work: Callable[[], Any]) -> Any:
+    """What `work` gives, kept as JSON at `url`: work that was finished before is not done again."""
+    if exists(url):
+        return read_json(url)
+    result = work()
+    write_json(url, result)
+    return result
 
 
 def write_array(url: str, array: np.ndarray) -> FileInfo:

@@ -6,9 +6,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from rbm_dist import storage
-from rbm_dist.graph import csc
-from rbm_dist.graph.shards import Numbering, StagedSource, write_index, write_part, write_source
+from rbm_dist.graph import csc, shuffle
 from rbm_dist.graph.source import SourceGraph
+from rbm_dist.graph.staged import StagedSource, write_source
 from rbm_dist.graph.store import GraphStore
 
 
@@ -46,13 +46,8 @@ def with_sparse_features(graph: SourceGraph, num_features: int = 40, density: fl
 
 def write_graph(url: str, graph: SourceGraph, part_N: np.ndarray) -> GraphStore:
     """Write a graph's shards for a given assignment of nodes to parts."""
-    num_parts = int(part_N.max()) + 1
     source = StagedSource.open(f"{url}/source", write_source(f"{url}/source", graph))
-    numbering = Numbering.of(part_N, num_parts)
-    files = {}
-    for part in range(num_parts):
-        files |= write_part(f"{url}/graph", part, source, numbering)
-    write_index(f"{url}/graph", numbering, source, graph.num_classes, files, edge_cut=0)
+    shuffle.write(f"{url}/graph", source, part_N, int(part_N.max()) + 1, graph.num_classes)
     return GraphStore.open(f"{url}/graph")
 
 

@@ -186,7 +186,7 @@ def test_a_bad_override_says_that_it_came_from_the_command_line(path: Path) -> N
         ("teacher: {fanout: [5, true]}", "teacher.fanout.1", "should be a number, found True"),
         ("teacher: 3", "teacher", "found 3"),
         ("teacher:", "teacher", "found None"),
-        ("partition: {method: metis}", "partition.method", "'kaminpar' or 'random', found 'metis'"),
+        ("partition: {method: metis}", "partition.method", "'streaming' or 'random', found 'metis'"),
         ("partition: {num_parts: 0}", "partition.num_parts", "found 0"),
         ("partition: {imbalance: 0}", "partition.imbalance", "greater than 0"),
         ("soft_labels: {inference: full}", "soft_labels.inference", "'sampled' or 'exact', found 'full'"),

@@ -13,12 +13,22 @@ import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
 from rbm_dist import storage
-from rbm_dist.config import DigitsConfig, NpzConfig, RegionsConfig
+from rbm_dist.config import (
+    DigitsConfig,
+    NpzConfig,
+    OgbConfig,
+    PygConfig,
+    RegionsConfig,
+    SourceSection,
+    SyntheticConfig,
+    TablesConfig,
+)
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph import regions
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.random_bits import generator
+from rbm_dist.graph.streamed import StreamedSource
 
 TRAIN, VAL, TEST, UNSEEN, NO_SPLIT = 0, 1, 2, 3, -1
 SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test", UNSEEN: "unseen"}
@@ -45,7 +55,35 @@ class SourceGraph:
     orig_id: np.ndarray | None = None  # [N] int64, the input's row numbers; None: all rows are there
 
 
-def read(config: DigitsConfig | NpzConfig | RegionsConfig, seed: int) -> SourceGraph:
+def is_streamed(config: SourceSection) -> bool:
+    """Whether a source is read in pieces (`open_streamed`) or as a whole (`read`)."""
+    return isinstance(config, OgbConfig | PygConfig | SyntheticConfig | TablesConfig)
+
+
+def open_streamed(config: SourceSection, seed: int, scratch: str) -> StreamedSource:
+    """Open a source that is read in pieces. `scratch`: a folder for files derived from it, such as an index of ids."""
+    # Imported when they are used: each brings libraries that the others do without.
+    match config:
+        case OgbConfig():
+            from rbm_dist.graph.ogb import open_ogb
+
+            return open_ogb(config)
+        case PygConfig():
+            from rbm_dist.graph.pyg import open_pyg
+
+            return open_pyg(config, scratch)
+        case SyntheticConfig():
+            from rbm_dist.graph.synthetic import open_synthetic
+
+            return open_synthetic(config, seed)
+        case TablesConfig():
+            from rbm_dist.graph.tables import open_tables
+
+            return open_tables(config, scratch)
+    raise TypeError(f"{type(config).__name__} is not a streamed source")
+
+
+def read(config: SourceSection, seed: int) -> SourceGraph:
     """Read and check the configured source."""
     match config:
         case DigitsConfig():
@@ -54,14 +92,20 @@ def read(config: DigitsConfig | NpzConfig | RegionsConfig, seed: int) -> SourceG
             graph = _read_npz(config, seed)
         case RegionsConfig():
             graph = _read_regions(config, seed)
-    name = config.path if isinstance(config, NpzConfig) else config.kind
-    for code in (TRAIN, VAL):
-        if not np.any(graph.split == code):
-            raise InputError(
-                f"{name}: the {SPLIT_NAMES[code]} split is empty ({graph.csc.num_nodes:,} nodes, "
-                f"{int(np.sum(graph.label >= 0)):,} of them labelled); at least one labelled node is needed"
-            )
+        case _:
+            raise TypeError(f"{type(config).__name__} is not read as a whole")
+    check_split(config.path if isinstance(config, NpzConfig) else config.kind, graph.label, graph.split)
     return hide_unseen(graph, config.unseen_share, seed) if config.unseen_share else graph
+
+
+def check_split(name: str, label: np.ndarray, split: np.ndarray) -> None:
+    """Raise `InputError` if there is nothing to train or to validate on."""
+    for code in (TRAIN, VAL):
+        if not np.any(split == code):
+            raise InputError(
+                f"{name}: the {SPLIT_NAMES[code]} split is empty ({len(label):,} nodes, "
+                f"{int(np.sum(label >= 0)):,} of them labelled); at least one labelled node is needed"
+            )
 
 
 def split_per_class(label: np.ndarray, train: int, val: int, seed: int) -> np.ndarray:
@@ -88,15 +132,21 @@ def hide_unseen(graph: SourceGraph, share: float, seed: int) -> SourceGraph:
 
     An unseen node keeps its own in-edges, as a node that arrives later has them; nothing can reach training from it.
     """
-    test = np.flatnonzero(graph.split == TEST)
-    hidden = generator(seed, _UNSEEN_DRAW).choice(test, round(share * len(test)), replace=False)
-    split = graph.split.copy()
-    split[hidden] = UNSEEN
+    split = hidden_split(graph.split, share, seed)
     unseen = split == UNSEEN
     dst_M = csc_.destinations(graph.csc)
     keep_M = unseen[dst_M] | ~unseen[graph.csc.indices]
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst_M[keep_M], minlength=len(split)))])
     return replace(graph, split=split, csc=Csc(indptr, graph.csc.indices[keep_M]))
+
+
+def hidden_split(split: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """A split in which a seeded share of the test nodes is UNSEEN."""
+    test = np.flatnonzero(split == TEST)
+    hidden = generator(seed, _UNSEEN_DRAW).choice(test, round(share * len(test)), replace=False)
+    split = split.copy()
+    split[hidden] = UNSEEN
+    return split
 
 
 def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:

@@ -16,7 +16,7 @@ from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.sampler import Sample, Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
-from rbm_dist.graph.shards import SPARSE_FEAT, VERSION, part_name, sparse_matrix
+from rbm_dist.graph.shards import ORIG_NAME, SPARSE_FEAT, VERSION, part_name, sparse_matrix
 
 # Checked when they are used: arrays that have not one row per node.
 _NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
@@ -34,6 +34,7 @@ class GraphStore:
         self.num_classes: int = index["num_classes"]
         self.num_parts = len(self.offsets) - 1
         self.sparse_features: bool = index["sparse_features"]
+        self.named = ORIG_NAME in index["dtypes"]  # whether the caller's ids are strings
         self._sparse: dict[int, sp.csr_array] = {}
         self._files: dict[str, storage.FileInfo] = index["files"]
         self._arrays: dict[tuple[str, int], np.ndarray] = {}

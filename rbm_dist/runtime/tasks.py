@@ -10,13 +10,19 @@ from rbm_dist.runtime.failures import RAY_FAILURES, explain
 _RETRIES = 3  # of work lost with its node or process; an exception of the work itself is not retried
 
 
-def run_tasks(stage: str, function: Callable[..., Any], arguments: list[tuple], timeout_s: float) -> list[Any]:
+def run_tasks(
+    stage: str,
+    function: Callable[..., Any],
+    arguments: list[tuple],
+    timeout_s: float,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> list[Any]:
     """Call `function(*arguments[i])` for every i in Ray tasks; results in order.
 
-    `timeout_s` bounds the wait for the next result. Raises `InputError` or `RunError`.
+    `on_done` is told how many are. `timeout_s` bounds the wait for the next result. Raises `InputError` or `RunError`.
     """
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
-    return _collect(stage, [remote.remote(*args) for args in arguments], timeout_s)
+    return _collect(stage, [remote.remote(*args) for args in arguments], timeout_s, on_done)
 
 
 def run_on_parts(
@@ -48,7 +54,9 @@ class _PartActor:
         return self._worker(part)
 
 
-def _collect(stage: str, refs: list[Any], timeout_s: float) -> list[Any]:
+def _collect(
+    stage: str, refs: list[Any], timeout_s: float, on_done: Callable[[int], None] = lambda done: None
+) -> list[Any]:
     pending = list(refs)
     while pending:
         done, pending = ray.wait(pending, num_returns=1, timeout=timeout_s)
@@ -62,4 +70,5 @@ def _collect(stage: str, refs: list[Any], timeout_s: float) -> list[Any]:
             for ref in pending:
                 ray.cancel(ref)
             raise explain(error, stage) from None
+        on_done(len(refs) - len(pending))
     return ray.get(refs)

@@ -10,6 +10,7 @@ import torch
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
+from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.moe.sparse_rows import to_rows
@@ -23,7 +24,7 @@ _CPU = torch.device("cpu")
 class Predictions:
     """Some nodes' predictions."""
 
-    orig_id: np.ndarray  # [n] int64, the source's node ids
+    orig_id: np.ndarray  # [n] int64 or UTF-8 bytes, the caller's node ids
     cls: np.ndarray  # [n] int64
     probability: np.ndarray  # [n, C] float32
 
@@ -32,7 +33,7 @@ def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
     """Predictions for all nodes, in chunks, part by part."""
     student = freeze(student)
     for part in range(store.num_parts):
-        ids, orig_id = store.ids(part), store.array("orig_id", part)
+        ids, orig_id = store.ids(part), store.array(ORIG_NAME if store.named else "orig_id", part)
         for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
             with torch.inference_mode():
@@ -41,12 +42,16 @@ def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
             yield Predictions(np.array(orig_id[rows]), probability.argmax(1), probability)
 
 
-def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int) -> int:
-    """Write columns `node_id`, `class` and `probability` (a list of C); gives the number of rows."""
+def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int, named: bool = False) -> int:
+    """Write columns `node_id`, `class` and `probability` (a list of C); gives the number of rows.
+
+    named: node ids are strings.
+    """
     if not url.endswith((".parquet", ".pq")):
         raise InputError(f"{url}: predictions are written as Parquet; name a file that ends in .parquet (--out)")
     probability = pa.list_(pa.float32(), num_classes)
-    schema = pa.schema([("node_id", pa.int64()), ("class", pa.int32()), ("probability", probability)])
+    node_id = pa.string() if named else pa.int64()
+    schema = pa.schema([("node_id", node_id), ("class", pa.int32()), ("probability", probability)])
     rows = 0
     with (
         storage.atomic_writer(url) as stream,
@@ -55,7 +60,7 @@ def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int) -> 
         for chunk in chunks:
             flat = pa.array(chunk.probability.reshape(-1), pa.float32())
             columns = [
-                pa.array(chunk.orig_id), pa.array(chunk.cls, pa.int32()),
+                pa.array(chunk.orig_id).cast(node_id), pa.array(chunk.cls, pa.int32()),
                 pa.FixedSizeListArray.from_arrays(flat, num_classes),
             ]  # fmt: skip
             writer.write_table(pa.table(columns, schema=schema))

@@ -29,9 +29,10 @@ import torch
 from rich.console import Console
 
 from rbm_dist import __version__, storage
-from rbm_dist.config import ClusterConfig, Config
+from rbm_dist.config import ClusterConfig, Config, OgbConfig
 from rbm_dist.errors import InputError, RunError, disk_full
 from rbm_dist.experiment_config import ExperimentConfig, Trial
+from rbm_dist.graph.ogb import ogb_folder
 from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, tidy
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ray_cluster
@@ -234,9 +235,14 @@ def _unfinished(url: str, trials: list[Trial]) -> list[Trial]:
 
 
 def _absent_datasets(trials: list[Trial]) -> dict[str, str]:
-    """Datasets whose file is not there, and why they are skipped."""
-    paths = {trial.dataset: getattr(trial.config.source, "path", None) for trial in trials}
-    return {name: f"no such file: {path}" for name, path in paths.items() if path and not storage.exists(path)}
+    """Datasets whose file or folder is not there, and why they are skipped."""
+    absent = {}
+    for trial in trials:
+        source = trial.config.source
+        path = ogb_folder(source) if isinstance(source, OgbConfig) else getattr(source, "path", None)
+        if path and trial.dataset not in absent and not storage.exists(path):
+            absent[trial.dataset] = f"no such file: {path}"
+    return absent
 
 
 def _processor() -> str:

@@ -21,9 +21,9 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.runtime.progress import Reporter
 from rbm_dist.serve.artifact import load_student
-from rbm_dist.stages import partition
+from rbm_dist.stages import partition, source
 from rbm_dist.stages.evaluate import student_accuracy, teacher_accuracy
-from rbm_dist.stages.run import Files, Run
+from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
 from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import train_teacher
@@ -114,13 +114,9 @@ def multiply_adds(student: nn.Module, width: int) -> int:
 
 
 def _write_graph(run: Run) -> None:
-    source_url, graph_url, num_parts = run.path("source"), run.graph_url, run.config.partition.num_parts
-    files = partition.below(partition.stage_source(run.config, source_url), "source")
-    cut = partition.assign_parts(run.config, source_url, graph_url, files)
-    written: Files = {}
-    for part in range(num_parts):
-        written |= partition.write_part(source_url, graph_url, files, part, num_parts)
-    partition.write_index(source_url, graph_url, files, written, num_parts, cut)
+    source_url = run.path("source")
+    files = source.below(source.stage_source(run.config, source_url, source.over_here), "source")
+    partition.write_graph(run.config, source_url, files, run.graph_url, source.over_here)
     storage.remove(source_url)
 
 

@@ -17,9 +17,10 @@ from rbm_dist.runtime.progress import ProgressRelay
 from rbm_dist.stages import run as run_
 from rbm_dist.stages.encodings import reset_encodings, run_encodings
 from rbm_dist.stages.evaluate import run_evaluate
-from rbm_dist.stages.partition import run_partition, run_source
+from rbm_dist.stages.partition import run_partition
 from rbm_dist.stages.run import Run, Stage
 from rbm_dist.stages.soft_labels import reset_soft_labels, run_soft_labels
+from rbm_dist.stages.source import run_source
 from rbm_dist.stages.student import run_student
 from rbm_dist.stages.teacher import run_teacher
 

@@ -1,16 +1,21 @@
-"""Partitioners: balanced, seeded, and (KaMinPar) far better than chance; the graphs that have nothing to cut."""
+"""Partitioners: balanced, seeded, and far better than chance; graphs that have nothing to cut; memory."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import networkx as nx
 import numpy as np
+import psutil
 import pytest
+from pydantic import ValidationError
 
 from rbm_dist.config import NpzConfig, PartitionConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph import partition as partition_
 from rbm_dist.graph.csc import Csc, build
-from rbm_dist.graph.partition import PARTITIONERS, edge_cut, partition
+from rbm_dist.graph.partition import PARTITIONERS, available_memory, edge_cut, memory_needed, partition
 from rbm_dist.graph.source import read
 
 METHODS = sorted(PARTITIONERS)
@@ -55,14 +60,19 @@ def test_parts_depend_on_the_seed_alone(cora: Csc, method: str) -> None:
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("num_parts", [2, 4, 8])
-def test_kaminpar_cuts_far_fewer_edges_than_chance(cora: Csc, num_parts: int) -> None:
-    part_N = parts_of(cora, "kaminpar", num_parts)
+@pytest.mark.parametrize("preset", ["fast", "default", "terapart"])
+@pytest.mark.parametrize("num_parts", [2, 8])
+def test_kaminpar_cuts_far_fewer_edges_than_chance(cora: Csc, num_parts: int, preset: str) -> None:
+    part_N = partition(cora, PartitionConfig(num_parts=num_parts, preset=preset), seed=0)
     sizes = np.bincount(part_N, minlength=num_parts)
     assert sizes.max() <= np.ceil(1.03 * np.ceil(cora.num_nodes / num_parts))
     by_chance = cora.num_edges * (1 - 1 / num_parts)
     assert edge_cut(cora, parts_of(cora, "random", num_parts)) == pytest.approx(by_chance, rel=0.1)
     assert edge_cut(cora, part_N) < 0.25 * by_chance
+
+
+def test_streaming_cuts_fewer_edges_than_chance(cora: Csc) -> None:
+    assert edge_cut(cora, parts_of(cora, "streaming", 8)) < 0.35 * edge_cut(cora, parts_of(cora, "random", 8))
 
 
 def test_kaminpar_finds_separate_cliques() -> None:
@@ -81,6 +91,42 @@ def test_kaminpar_takes_a_directed_graph_as_undirected() -> None:
     src, dst = np.array([*rings, (3, 25)]).T
     csc = build(src, dst, 40, undirected=False)
     assert edge_cut(csc, parts_of(csc, "kaminpar", 2)) <= 3
+
+
+@pytest.mark.parametrize("balance", ["nodes", "both"])
+@pytest.mark.parametrize("method", ["kaminpar", "streaming"])
+def test_parts_do_not_depend_on_how_the_graph_is_held(
+    cora: Csc, method: str, balance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PartitionConfig(method=method, balance=balance)
+    expected = partition(cora, config, seed=0)
+    for name, array in (("indptr", cora.indptr), ("indices", cora.indices)):
+        np.save(tmp_path / f"{name}.npy", array)
+    mapped = Csc(*(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("indptr", "indices")))
+    monkeypatch.setattr(partition_, "_CHUNK", 1000)
+    np.testing.assert_array_equal(partition(mapped, config, 0, symmetric=True), expected)
+    wide = Csc(cora.indptr, cora.indices.astype(np.int64))
+    np.testing.assert_array_equal(partition(wide, config, 0, symmetric=True), expected)
+
+
+@pytest.mark.parametrize("method", ["kaminpar", "streaming"])
+@pytest.mark.parametrize("balance", ["edges", "both"])
+def test_parts_balance_what_is_asked_for(method: str, balance: str) -> None:
+    # A popular node has many times the mean degree, and the first nodes are the popular ones.
+    src, dst = np.array(nx.barabasi_albert_graph(2000, 4, seed=0).edges).T
+    csc = build(src, dst, 2100, undirected=True)
+    part_N = partition(csc, PartitionConfig(method=method, balance=balance), seed=0)
+    degree = np.diff(csc.indptr)
+    weight = degree + 1 if balance == "edges" else 1 + degree / degree.mean()
+    load = np.bincount(part_N, weight, minlength=4)
+    assert load.max() <= 1.04 * load.mean()
+    by_nodes = np.bincount(partition(csc, PartitionConfig(method=method), seed=0), weight, minlength=4)
+    assert by_nodes.max() > 1.06 * by_nodes.mean()
+
+
+def test_random_parts_balance_nodes_only() -> None:
+    with pytest.raises(ValidationError, match=r"partition\.balance: random parts balance nodes, not edges"):
+        PartitionConfig(method="random", balance="edges")
 
 
 def test_kaminpar_says_nothing_on_the_terminal(communities: Csc, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,3 +164,72 @@ def test_edge_cut_counts_edges_between_parts(communities: Csc) -> None:
         (int(u), v) for v in range(620) for u in communities.indices[slice(*communities.indptr[v : v + 2])]
     )
     assert edge_cut(communities, part_N) == sum(part_N[u] != part_N[v] for u, v in graph.edges)
+
+
+def test_too_little_memory_is_refused_with_what_to_do(cora: Csc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        partition_, "available_memory", lambda: memory_needed(PartitionConfig(preset="terapart"), 2708, 10556)
+    )
+    with pytest.raises(
+        InputError, match=r"kaminpar, preset fast, needs about 0.01 GB .* 2,708 nodes and 10,556 edges"
+    ) as refusal:
+        partition(cora, PartitionConfig(), seed=0)
+    assert "partition.preset: terapart" in str(refusal.value)
+    assert "partition.method: streaming" in str(refusal.value)
+    monkeypatch.setattr(partition_, "available_memory", lambda: 200_000)
+    with pytest.raises(InputError, match=r"available; set partition\.method: streaming \(about 0\.00 GB\)$"):
+        partition(cora, PartitionConfig(preset="terapart"), seed=0)
+    parts_of(cora, "streaming", 4)
+    monkeypatch.setattr(partition_, "available_memory", lambda: 1000)
+    with pytest.raises(InputError, match=r"streaming needs about .*; use a machine with more memory"):
+        parts_of(cora, "streaming", 4)
+
+
+def test_available_memory_is_no_more_than_the_machine_has() -> None:
+    assert 0 < available_memory() <= psutil.virtual_memory().total
+
+
+def test_available_memory_is_what_control_groups_leave(tmp_path: Path) -> None:
+    job = tmp_path / "sys/fs/cgroup/job"
+    (job / "step").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/old\n0::/job/step\n")
+    assert available_memory(tmp_path) == 8000 * 1024
+    (job / "step/memory.max").write_text("max\n")
+    (job / "memory.max").write_text("5000000\n")
+    (job / "memory.current").write_text("3000000\n")
+    (job / "memory.stat").write_text("anon 1900000\nactive_file 100000\ninactive_file 1000000\n")
+    assert available_memory(tmp_path) == 5_000_000 - 3_000_000 + 1_100_000
+
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+import numpy as np
+import kaminpar
+from rbm_dist.config import PartitionConfig
+from rbm_dist.graph.csc import build
+from rbm_dist.graph import partition as module
+from rbm_dist.graph.partition import memory_needed, partition
+status = sys.argv[4]
+module._SOLVE += f"\\nopen({status!r}, 'w').write(open('/proc/self/status').read())"  # KaMinPar's own process
+config = PartitionConfig(preset=sys.argv[1], num_parts=8, balance=sys.argv[2])
+symmetric = sys.argv[3] == "symmetric"
+rng = np.random.default_rng(0)
+csc = build(*rng.integers(0, 20_000, (2, 300_000)), 20_000, undirected=symmetric)
+def kilobytes(name, path="/proc/self/status"):
+    return int(re.search(rf"{name}:\\s+(\\d+)", Path(path).read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+partition(csc, config, 0, symmetric)
+taken = max(kilobytes("VmHWM") - before, kilobytes("VmHWM", status))
+print(1024 * taken / memory_needed(config, csc.num_nodes, csc.num_edges, symmetric))
+"""
+
+
+@pytest.mark.parametrize("arguments", ["fast nodes symmetric", "terapart both directed"])
+def test_the_estimate_of_memory_bounds_what_is_taken(arguments: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _PEAK, *arguments.split(), str(tmp_path / "status")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.2 < float(done.stdout) <= 1

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.sampler import NumbaSampler
-from rbm_dist.graph.shards import SPARSE_FEAT, Numbering
+from rbm_dist.graph.shards import SPARSE_FEAT
 from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.store import GraphStore
 from tests.graph.reference import Graph, check_sample
@@ -25,14 +25,13 @@ def graph() -> SourceGraph:
     return small_graph(num_nodes=60)
 
 
-@pytest.fixture(scope="module")
-def numbering(graph: SourceGraph) -> Numbering:
-    """The small graph's renumbering into three uneven parts."""
-    return Numbering.of(assignment(graph), NUM_PARTS)
-
-
 def assignment(graph: SourceGraph) -> np.ndarray:
     return np.random.default_rng(5).choice(NUM_PARTS, graph.csc.num_nodes, p=[0.2, 0.3, 0.5]).astype(np.int32)
+
+
+def order_of(part_N: np.ndarray) -> np.ndarray:
+    """The input's id of each new id."""
+    return np.argsort(part_N, kind="stable")
 
 
 @pytest.fixture
@@ -41,9 +40,9 @@ def store(tmp_path: Path, graph: SourceGraph) -> GraphStore:
     return write_graph(str(tmp_path), graph, assignment(graph))
 
 
-def renumbered(graph: SourceGraph, numbering: Numbering) -> Graph:
+def renumbered(graph: SourceGraph) -> Graph:
     """The graph under the new ids, by brute force."""
-    new_id, indptr = numbering.new_id.tolist(), graph.csc.indptr
+    new_id, indptr = np.argsort(order_of(assignment(graph))).tolist(), graph.csc.indptr
     return Graph(
         graph.csc.num_nodes,
         frozenset(
@@ -54,7 +53,7 @@ def renumbered(graph: SourceGraph, numbering: Numbering) -> Graph:
     )
 
 
-def test_a_store_is_the_graph_on_every_kind_of_storage(url: str, graph: SourceGraph, numbering: Numbering) -> None:
+def test_a_store_is_the_graph_on_every_kind_of_storage(url: str, graph: SourceGraph) -> None:
     store = write_graph(url, graph, assignment(graph))
     store = GraphStore.open(store.url, verify=True)
     assert (store.num_nodes, store.num_edges, store.num_parts) == (60, graph.csc.num_edges, NUM_PARTS)
@@ -64,11 +63,11 @@ def test_a_store_is_the_graph_on_every_kind_of_storage(url: str, graph: SourceGr
         nodes = np.flatnonzero(assignment(graph) == part)
         np.testing.assert_array_equal(store.array("orig_id", part), nodes)
         np.testing.assert_array_equal(store.array("feat", part), feat[nodes])
-        np.testing.assert_array_equal(store.ids(part), numbering.new_id[nodes])
+        np.testing.assert_array_equal(order_of(assignment(graph))[store.ids(part)], nodes)
     ids = np.array([59, 0, 17, 0, 30])
-    np.testing.assert_array_equal(store.gather("feat", ids), feat[numbering.order[ids]])
-    np.testing.assert_array_equal(store.gather("label", ids), graph.label[numbering.order[ids]])
-    whole = renumbered(graph, numbering)
+    np.testing.assert_array_equal(store.gather("feat", ids), feat[order_of(assignment(graph))[ids]])
+    np.testing.assert_array_equal(store.gather("label", ids), graph.label[order_of(assignment(graph))[ids]])
+    whole = renumbered(graph)
     sample = store.sample(np.array([59, 0, 17]), (3, -1), key=11)
     check_sample(whole, sample, [59, 0, 17], (3, -1))
     uncut = NumbaSampler([whole.csc()], np.array([0, 60])).sample(np.array([59, 0, 17]), (3, -1), key=11)
@@ -79,7 +78,7 @@ def test_a_store_is_the_graph_on_every_kind_of_storage(url: str, graph: SourceGr
 @pytest.mark.parametrize("num_parts", [1, NUM_PARTS])
 def test_gather_from_one_part_and_from_many(tmp_path: Path, graph: SourceGraph, num_parts: int) -> None:
     part_N = assignment(graph) % num_parts
-    store, order = write_graph(str(tmp_path), graph, part_N), Numbering.of(part_N, num_parts).order
+    store, order = write_graph(str(tmp_path), graph, part_N), order_of(part_N)
     feat = next(graph.feat_chunks())
     ids = np.random.default_rng(1).integers(0, 60, 200)
     rows = store.gather("feat", ids)
@@ -201,7 +200,7 @@ def sparse_store(tmp_path: Path, graph: SourceGraph) -> GraphStore:
 @pytest.mark.parametrize("num_parts", [1, NUM_PARTS])
 def test_sparse_features_of_any_nodes(tmp_path: Path, graph: SourceGraph, num_parts: int) -> None:
     graph, part_N = with_sparse_features(graph), assignment(graph) % num_parts
-    store, order = write_graph(str(tmp_path), graph, part_N), Numbering.of(part_N, num_parts).order
+    store, order = write_graph(str(tmp_path), graph, part_N), order_of(part_N)
     assert store.sparse_features
     feat = sp.vstack(list(graph.feat_chunks()), format="csr").toarray()
     rng = np.random.default_rng(1)
@@ -241,7 +240,7 @@ def test_sparse_features_on_every_kind_of_storage(url: str, graph: SourceGraph) 
     for file in files:
         assert str(store.array(file.removesuffix(".npy"), 0).dtype) == dtypes[file.removesuffix(".npy")]
     assert "feat" not in dtypes
-    order = Numbering.of(assignment(graph), NUM_PARTS).order
+    order = order_of(assignment(graph))
     feat = sp.vstack(list(with_sparse_features(graph).feat_chunks()), format="csr").toarray()
     reopened = GraphStore.open(store.url, verify=True)
     np.testing.assert_array_equal(reopened.gather("feat", np.arange(60)), feat[order])

@@ -1,20 +1,24 @@
 """Shards on disk: laid end to end, the parts are the graph's CSC under the renumbering, with every row at its node."""
 
 import hashlib
+import itertools
 import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
+import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rbm_dist.graph import shards
-from rbm_dist.graph.shards import Numbering, StagedSource
+from rbm_dist.graph import shards, shuffle
+from rbm_dist.graph.shuffle import Numbering
 from rbm_dist.graph.source import SourceGraph
+from rbm_dist.graph.staged import Rows, StagedSource, write_source
 from tests.graph.reference import Graph, graphs
 from tests.small_graph import with_sparse_features
 
@@ -36,24 +40,24 @@ def with_rows(graph: Graph, seed: int) -> tuple[SourceGraph, np.ndarray]:
     return source, feat
 
 
-def write(folder: Path, source: SourceGraph, part_N: np.ndarray, num_parts: int) -> dict[str, dict]:
-    staged = StagedSource.open(f"{folder}/source", shards.write_source(f"{folder}/source", source))
-    numbering = Numbering.of(part_N, num_parts)
-    files: dict[str, dict] = {}
-    for part in range(num_parts):
-        files |= shards.write_part(f"{folder}/graph", part, staged, numbering)
-    shards.write_index(f"{folder}/graph", numbering, staged, source.num_classes, files, edge_cut=0)
-    return files
+def write(folder: Path, source: SourceGraph, part_N: np.ndarray, num_parts: int) -> None:
+    staged = StagedSource.open(f"{folder}/source", write_source(f"{folder}/source", source))
+    shuffle.write(f"{folder}/graph", staged, part_N, num_parts, source.num_classes)
 
 
 @settings(max_examples=40)
-@given(data=st.data(), graph=graphs(), num_parts=st.integers(1, 5), seed=st.integers(0, 2**32))
-def test_parts_laid_end_to_end_are_the_graph(data: st.DataObject, graph: Graph, num_parts: int, seed: int) -> None:
+@given(data=st.data(), graph=graphs(), num_parts=st.integers(1, 5), rows=st.integers(1, 20), seed=st.integers(0, 2**32))
+def test_parts_laid_end_to_end_are_the_graph(
+    data: st.DataObject, graph: Graph, num_parts: int, rows: int, seed: int
+) -> None:
     assignment = st.lists(st.integers(0, num_parts - 1), min_size=graph.num_nodes, max_size=graph.num_nodes)
     part_N = np.array(data.draw(assignment), np.int32)
     source, feat = with_rows(graph, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shuffle, "_CHUNK_ROWS", rows)
+        patch.setattr(shuffle, "_CHUNK_EDGES", 2 * rows)
         write(Path(folder), source, part_N, num_parts)
+        assert not Path(folder, "graph", "spill").exists()
         parts = [
             {file.stem: np.load(file) for file in Path(folder, "graph", f"part-{part:05d}").glob("*.npy")}
             for part in range(num_parts)
@@ -88,9 +92,9 @@ def test_parts_laid_end_to_end_are_the_graph(data: st.DataObject, graph: Graph, 
 def test_the_index_describes_every_file(tmp_path: Path) -> None:
     graph = Graph(6, frozenset({(0, 1), (1, 0), (4, 2), (5, 2)}))
     source, _ = with_rows(graph, seed=0)
-    files = write(tmp_path, source, np.array([1, 0, 2, 1, 0, 2], np.int32), 3)
+    write(tmp_path, source, np.array([1, 0, 2, 1, 0, 2], np.int32), 3)
     index = json.loads((tmp_path / "graph" / "graph.json").read_text())
-    assert index["files"] == files
+    files = index["files"]
     found = {path.relative_to(tmp_path / "graph").as_posix(): path for path in (tmp_path / "graph").rglob("*.npy")}
     assert set(found) == set(files)
     for name, path in found.items():
@@ -103,11 +107,11 @@ def test_the_index_describes_every_file(tmp_path: Path) -> None:
 
 def test_a_staged_source_keeps_the_sources_order(tmp_path: Path) -> None:
     source, feat = with_rows(Graph(6, frozenset({(0, 1), (4, 2)})), seed=0)
-    files = shards.write_source(str(tmp_path), source)
+    files = write_source(str(tmp_path), source)
     staged = StagedSource.open(str(tmp_path), files)
-    np.testing.assert_array_equal(staged.feat, feat)
-    np.testing.assert_array_equal(staged.label, source.label)
-    np.testing.assert_array_equal(staged.split, source.split)
+    np.testing.assert_array_equal(staged.feat[0:6], feat)
+    np.testing.assert_array_equal(staged.per_row["label"], source.label)
+    np.testing.assert_array_equal(staged.per_row["split"], source.split)
     np.testing.assert_array_equal(staged.csc.indptr, source.csc.indptr)
     np.testing.assert_array_equal(staged.csc.indices, source.csc.indices)
 
@@ -115,20 +119,67 @@ def test_a_staged_source_keeps_the_sources_order(tmp_path: Path) -> None:
 def test_a_staged_source_of_sparse_features(tmp_path: Path) -> None:
     source, _ = with_rows(Graph(6, frozenset({(0, 1), (4, 2)})), seed=0)
     source = replace(with_sparse_features(source), orig_id=np.array([2, 3, 5, 7, 11, 13]))
-    staged = StagedSource.open(str(tmp_path), shards.write_source(str(tmp_path), source))
+    staged = StagedSource.open(str(tmp_path), write_source(str(tmp_path), source))
     assert isinstance(staged.feat, sp.csr_array)
     assert not staged.feat.data.flags.writeable, "mapped, not copied"
     np.testing.assert_array_equal(staged.feat.toarray(), sp.vstack(list(source.feat_chunks())).toarray())
-    numbering = Numbering.of(np.array([1, 0, 0, 1, 0, 1]), 2)
+    shuffle.write(f"{tmp_path}/graph", staged, np.array([1, 0, 0, 1, 0, 1]), 2, 4)
     for part, ids in enumerate(([3, 5, 11], [2, 7, 13])):
-        shards.write_part(f"{tmp_path}/graph", part, staged, numbering)
         found = np.load(tmp_path / "graph" / shards.part_name(part) / "orig_id.npy")
         np.testing.assert_array_equal(found, ids, "ids stay the input's")
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=5), first=st.integers(0, 20), count=st.integers(0, 20))
+def test_rows_of_several_pieces_are_those_of_one_array(lengths: list[int], first: int, count: int) -> None:
+    whole = np.arange(sum(lengths) * 2).reshape(-1, 2)
+    rows = Rows(np.split(whole, np.cumsum(lengths)[:-1]))
+    assert rows.shape == whole.shape
+    np.testing.assert_array_equal(rows[first : first + count], whole[first : first + count])
+
+
+@given(degree=st.lists(st.integers(0, 9), min_size=1, max_size=40), rows=st.integers(1, 8), edges=st.integers(1, 12))
+def test_chunks_are_small_and_cover_all_rows(degree: list[int], rows: int, edges: int) -> None:
+    indptr = np.concatenate([[0], np.cumsum(degree)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shuffle, "_CHUNK_ROWS", rows)
+        patch.setattr(shuffle, "_CHUNK_EDGES", edges)
+        bounds = shuffle.chunk_bounds(indptr)
+    assert (bounds[0], bounds[-1]) == (0, len(degree))
+    for first, stop in itertools.pairwise(bounds):
+        assert 1 <= stop - first <= rows
+        assert indptr[stop] - indptr[first] <= edges or stop == first + 1
+
+
+def test_a_shuffle_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished is not done again, and the result is that of an undisturbed one."""
+    source, _ = with_rows(Graph(40, frozenset((i, (i * 7 + 1) % 40) for i in range(39))), seed=1)
+    part_N = np.arange(40) % 3
+    write(tmp_path / "whole", source, part_N, 3)
+    monkeypatch.setattr(shuffle, "_CHUNK_ROWS", 9)
+    staged = StagedSource.open(f"{tmp_path}/source", write_source(f"{tmp_path}/source", source))
+    real, made = shuffle._merge, []
+
+    def fails_at_the_second(url: str, part: int, *rest: Any) -> Any:
+        if part == 1 and not made.count(1):
+            made.append(1)
+            raise OSError("gone")
+        made.append(part)
+        return real(url, part, *rest)
+
+    monkeypatch.setattr(shuffle, "_merge", fails_at_the_second)
+    arguments = (f"{tmp_path}/graph", staged, part_N, 3, source.num_classes)
+    with pytest.raises(OSError, match="gone"):
+        shuffle.write(*arguments)
+    monkeypatch.setattr(shuffle, "_spill", lambda *_: pytest.fail("a chunk was spilled again"))
+    shuffle.write(*arguments)
+    assert made == [0, 1, 1, 2], "part 0 was not merged again"
+    whole, found = (json.loads((tmp_path / path / "graph.json").read_text()) for path in ("whole/graph", "graph"))
+    assert found == whole
 
 
 def test_numbering_maps_both_ways() -> None:
     part_N = np.random.default_rng(0).integers(0, 4, 50)
     numbering = Numbering.of(part_N, 6)
-    np.testing.assert_array_equal(numbering.order[numbering.new_id], np.arange(50))
+    np.testing.assert_array_equal(np.argsort(numbering.new_id), np.argsort(part_N, kind="stable"))
     np.testing.assert_array_equal(np.diff(numbering.offsets), [*np.bincount(part_N), 0, 0])
     assert numbering.new_id.dtype == np.int32

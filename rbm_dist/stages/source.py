@@ -1,0 +1,203 @@
+"""Stage `source`: read and check the input, and stage its arrays for the partitioner and the shuffle.
+
+A small source is read by one task. A streamed one by many: its edges are sorted in runs and merged to a CSC, its
+features are checked and scaled piece by piece; each task's result is kept, so that none is done twice.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rbm_dist import storage
+from rbm_dist.config import Config
+from rbm_dist.errors import InputError
+from rbm_dist.graph import edges, staged
+from rbm_dist.graph import source as source_
+from rbm_dist.graph.csc import id_dtype
+from rbm_dist.graph.edges import Merge
+from rbm_dist.graph.shards import ORIG_NAME
+from rbm_dist.graph.source import UNSEEN
+from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.runtime.tasks import run_tasks
+from rbm_dist.stages.run import Files, Run
+
+_WORK = "work"
+
+Over = Callable[[str, Callable[..., Any], list[tuple]], list[Any]]
+"""`over(unit, function, arguments)`: the function's results for all arguments, in order. In Ray tasks, or here."""
+
+
+def over_tasks(run: Run, stage: str) -> Over:
+    """Calls in Ray tasks, with progress."""
+
+    def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+        def show(done: int) -> None:
+            run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
+
+        return run_tasks(stage, function, arguments, run.timeout_s, show)
+
+    return over
+
+
+def over_here(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+    """Calls in this process, one after another."""
+    return [function(*each) for each in arguments]
+
+
+def run_source(run: Run) -> Files:
+    """Stage the source below `<run>/source/`. In Ray tasks."""
+    return stage_source(run.config, run.path("source"), over_tasks(run, "source"))
+
+
+def stage_source(config: Config, url: str, over: Over) -> Files:
+    """Read the source and write its arrays and `source.json` below `url`; file names start with `source/`."""
+    if source_.is_streamed(config.source):
+        files = _stage_streamed(config, url, over)
+    else:
+        (files,) = over("sources", _stage_in_memory, [(config, url)])
+    return {f"source/{name}": info for name, info in files.items()}
+
+
+def below(files: Files, folder: str) -> Files:
+    """File names without the folder they start with."""
+    return {name.removeprefix(f"{folder}/"): info for name, info in files.items()}
+
+
+def _stage_in_memory(config: Config, url: str) -> Files:
+    graph = source_.read(config.source, config.seed)
+    files = staged.write_source(url, graph)
+    counts = (graph.csc.num_nodes, graph.csc.num_edges, graph.num_features, graph.num_classes)
+    dropped = (graph.dropped_self_loops, graph.dropped_duplicates)
+    return {**files, "source.json": _write_facts(url, counts, graph.split, dropped)}
+
+
+def _write_facts(
+    url: str, counts: tuple[int, int, int, int], split_N: np.ndarray, dropped: tuple[int, int]
+) -> storage.FileInfo:
+    names = ("num_nodes", "num_edges", "num_features", "num_classes", "dropped_self_loops", "dropped_duplicates")
+    facts: dict[str, Any] = dict(zip(names, counts + dropped, strict=True))
+    facts["split"] = {name: int(np.sum(split_N == code)) for code, name in source_.SPLIT_NAMES.items()}
+    return storage.write_json(storage.join(url, "source.json"), facts)
+
+
+def _stage_streamed(config: Config, url: str, over: Over) -> Files:
+    (nodes,) = over("node tables", _stage_nodes, [(config, url)])
+    pieces = [(config, url, piece, nodes["files"]) for piece in range(nodes["num_edge_pieces"])]
+    runs = [edges.Run(**run) for piece in over("edge pieces", _sort_edges, pieces) for run in piece]
+    merges = [
+        (url, index, wanted, nodes["num_nodes"])
+        for index, wanted in enumerate(edges.plan_merges(runs, nodes["num_nodes"]))
+    ]
+    merged = over("merges", _merge_edges, merges)
+    feats = over("feature pieces", _stage_feat, [(config, url, piece) for piece in range(nodes["num_feat_pieces"])])
+    (files,) = over("joins", _join, [(url, nodes, [run.__dict__ for run in runs], merged)])
+    files |= {staged.feat_piece(piece): info for piece, info in enumerate(feats)}
+    storage.remove(storage.join(url, _WORK))
+    return files
+
+
+def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+        nodes = source.nodes()
+        label, split = nodes.label, nodes.split
+        if split is None:
+            settings = config.source
+            split = source_.split_per_class(label, settings.train_per_class, settings.val_per_class, config.seed)
+        source_.check_split(source.name, label, split)
+        if config.source.unseen_share:
+            split = source_.hidden_split(split, config.source.unseen_share, config.seed)
+        arrays = {"label": label, "split": split, "orig_id": nodes.orig_id}
+        if nodes.orig_id.dtype.kind == "S":
+            arrays |= {"orig_id": np.arange(source.num_nodes), ORIG_NAME: nodes.orig_id}
+        return {
+            "files": {
+                f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), array)
+                for name, array in arrays.items()
+            },
+            "num_nodes": source.num_nodes, "num_features": source.num_features, "num_classes": source.num_classes,
+            "num_edge_pieces": source.num_edge_pieces, "num_feat_pieces": len(source.feat_offsets) - 1,
+        }  # fmt: skip
+
+    return storage.once(storage.join(url, _WORK, "nodes.json"), work)
+
+
+def _sort_edges(config: Config, url: str, piece: int, node_files: Files) -> list[dict[str, Any]]:
+    def work() -> list[dict[str, Any]]:
+        source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+        split = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"])
+        runs = edges.write_runs(
+            storage.join(url, _WORK, f"run-{piece:05d}"), source.edges(piece), source.num_nodes, source.undirected,
+            np.asarray(split == UNSEEN),
+        )  # fmt: skip
+        return [run.__dict__ for run in runs]
+
+    return storage.once(storage.join(url, _WORK, f"run-{piece:05d}.json"), work)
+
+
+def _merge_edges(url: str, index: int, wanted: Merge, num_nodes: int) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        csc, given = edges.merge(wanted, num_nodes)
+        arrays = {"degree": np.diff(csc.indptr), "indices": csc.indices}
+        names = {name: storage.join(url, _WORK, f"merge-{index:05d}-{name}.npy") for name in arrays}
+        files = {name: storage.write_array(names[name], array) for name, array in arrays.items()}
+        return {"names": names, "files": files, "num_edges": csc.num_edges, "given": given}
+
+    return storage.once(storage.join(url, _WORK, f"merge-{index:05d}.json"), work)
+
+
+def _stage_feat(config: Config, url: str, piece: int) -> storage.FileInfo:
+    def work() -> storage.FileInfo:
+        source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+        first, stop = (int(row) for row in source.feat_offsets[piece : piece + 2])
+        rows = _checked(source, first, piece, config.source.normalize == "row")
+        name = staged.feat_piece(piece)
+        return storage.write_chunks(storage.join(url, name), np.float32, (stop - first, source.num_features), rows)
+
+    return storage.once(storage.join(url, _WORK, f"feat-{piece:05d}.json"), work)
+
+
+def _checked(source: StreamedSource, row: int, piece: int, scale: bool) -> Iterator[np.ndarray]:
+    """The features of a piece as finite float32, scaled row by row if so configured."""
+    for chunk_nF in source.feat(piece):
+        with np.errstate(over="ignore"):
+            feat_nF = chunk_nF.astype(np.float32)
+        bad = np.argwhere(~np.isfinite(feat_nF))
+        if len(bad):
+            raise InputError(
+                f"{source.name}: {len(bad):,} features are NaN, infinite or beyond float32; "
+                f"the first is of row {row + bad[0, 0]}, column {bad[0, 1]}"
+            )
+        if scale:
+            sums_n = np.abs(feat_nF.astype(np.float64)).sum(axis=1, keepdims=True)
+            feat_nF = (feat_nF / np.where(sums_n > 0, sums_n, 1)).astype(np.float32)
+        yield feat_nF
+        row += len(feat_nF)
+
+
+def _join(url: str, nodes: dict[str, Any], runs: list[dict[str, Any]], merged: list[dict[str, Any]]) -> Files:
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for each in merged:
+            yield storage.open_array(each["names"][name], each["files"][name])
+
+    def indptr() -> Iterator[np.ndarray]:
+        total = 0
+        yield np.zeros(1, np.int64)
+        for degree in pieces("degree"):
+            ends = total + np.cumsum(degree)
+            yield ends
+            total = int(ends[-1])
+
+    num_nodes, num_edges = nodes["num_nodes"], sum(each["num_edges"] for each in merged)
+    files = dict(nodes["files"])
+    files["indptr.npy"] = storage.write_chunks(storage.join(url, "indptr.npy"), np.int64, (num_nodes + 1,), indptr())
+    files["indices.npy"] = storage.write_chunks(
+        storage.join(url, "indices.npy"), id_dtype(num_nodes), (num_edges,), pieces("indices")
+    )
+    given, loops, hidden = (sum(run[name] for run in runs) for name in ("given", "self_loops", "hidden"))
+    dropped = (loops, given - loops - hidden - sum(each["given"] for each in merged))
+    counts = (num_nodes, num_edges, nodes["num_features"], nodes["num_classes"])
+    split = storage.open_array(storage.join(url, "split.npy"), files["split.npy"])
+    files["source.json"] = _write_facts(url, counts, split, dropped)
+    return files

@@ -1,0 +1,124 @@
+"""The stage `source` for a graph that is read in pieces: what is staged is the graph, whatever was done before."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rbm_dist import storage
+from rbm_dist.config import Config
+from rbm_dist.errors import InputError
+from rbm_dist.graph import csc, edges, source
+from rbm_dist.graph.source import TEST, UNSEEN
+from rbm_dist.graph.staged import StagedSource
+from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.stages.source import below, over_here, stage_source
+
+SOURCE = {
+    "kind": "synthetic",
+    "num_nodes": 3000,
+    "num_features": 12,
+    "num_classes": 4,
+    "num_communities": 8,
+    "degree": 9,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many runs and merges even for a small graph."""
+    monkeypatch.setattr(edges, "RUN_EDGES", 4000)
+    monkeypatch.setattr(edges, "MERGED_EDGES", 5000)
+
+
+def config(**changes: Any) -> Config:
+    return Config.model_validate({"run_dir": "x", "seed": 3, "source": SOURCE | changes})
+
+
+def staged(folder: Path, settings: Config) -> StagedSource:
+    return StagedSource.open(str(folder), below(stage_source(settings, str(folder), over_here), "source"))
+
+
+def opened(settings: Config) -> StreamedSource:
+    return source.open_streamed(settings.source, settings.seed, "unused")
+
+
+@pytest.mark.parametrize("undirected", [True, False])
+def test_what_is_staged_is_the_graph(tmp_path: Path, undirected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    graph = opened(settings)
+    if not undirected:
+        one_way = StreamedSource(**{**graph.__dict__, "undirected": False})
+        monkeypatch.setattr(source, "open_streamed", lambda *_: one_way)
+    found = staged(tmp_path, settings)
+    src, dst = (np.concatenate(ends) for ends in zip(*all_edges(graph), strict=True))
+    expected = csc.build(src, dst, 3000, undirected)
+    np.testing.assert_array_equal(found.csc.indptr, expected.indptr)
+    np.testing.assert_array_equal(found.csc.indices, expected.indices)
+    np.testing.assert_array_equal(found.per_row["label"], graph.nodes().label)
+    rows = np.concatenate([rows for piece in range(len(graph.feat_offsets) - 1) for rows in graph.feat(piece)])
+    np.testing.assert_array_equal(found.feat[0:3000], rows.astype(np.float32))
+    facts = storage.read_json(f"{tmp_path}/source.json")
+    distinct = len({(u, v) for u, v in zip(src.tolist(), dst.tolist(), strict=True) if u != v})
+    assert facts["dropped_self_loops"] == np.sum(src == dst)
+    assert facts["dropped_duplicates"] == np.sum(src != dst) - distinct
+    assert (facts["num_nodes"], facts["num_edges"]) == (3000, expected.num_edges)
+    assert not (tmp_path / "work").exists()
+
+
+def all_edges(graph: StreamedSource) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [chunk for piece in range(graph.num_edge_pieces) for chunk in graph.edges(piece)]
+
+
+def test_unseen_nodes_cannot_be_reached(tmp_path: Path) -> None:
+    whole, found = staged(tmp_path / "whole", config()), staged(tmp_path / "hidden", config(unseen_share=0.5))
+    unseen = found.per_row["split"] == UNSEEN
+    assert unseen.sum() == round(0.5 * np.sum(whole.per_row["split"] == TEST))
+    assert np.all(whole.per_row["split"][unseen] == TEST)
+
+    def links(graph: StagedSource) -> set[tuple[int, int]]:
+        return set(zip(graph.csc.indices.tolist(), csc.destinations(graph.csc).tolist(), strict=True))
+
+    assert links(found) == {(u, v) for u, v in links(whole) if unseen[v] or not unseen[u]}
+    assert len(links(found)) < len(links(whole))
+
+
+def test_rows_are_scaled(tmp_path: Path) -> None:
+    plain, scaled = staged(tmp_path / "a", config(normalize="none")), staged(tmp_path / "b", config(normalize="row"))
+    rows = plain.feat[0:3000]
+    np.testing.assert_allclose(scaled.feat[0:3000], rows / np.abs(rows).sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_a_feature_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = opened(config())
+
+    def spoilt(piece: int) -> Any:
+        for rows in graph.feat(piece):
+            rows = rows.copy()
+            rows[17, 5] = np.nan
+            yield rows
+
+    monkeypatch.setattr(source, "open_streamed", lambda *_: StreamedSource(**{**graph.__dict__, "feat": spoilt}))
+    with pytest.raises(InputError, match=r"1 features are NaN, infinite or beyond float32; .* row 17, column 5"):
+        stage_source(config(), str(tmp_path), over_here)
+
+
+def test_a_stage_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged(tmp_path / "whole", config())
+    real, calls = edges.merge, []
+
+    def fails_once(wanted: edges.Merge, num_nodes: int) -> Any:
+        calls.append(wanted.low)
+        if len(calls) == 3:
+            raise OSError("gone")
+        return real(wanted, num_nodes)
+
+    monkeypatch.setattr(edges, "merge", fails_once)
+    with pytest.raises(OSError, match="gone"):
+        stage_source(config(), str(tmp_path / "cut"), over_here)
+    monkeypatch.setattr(edges, "write_runs", lambda *_: pytest.fail("edges were sorted again"))
+    files = stage_source(config(), str(tmp_path / "cut"), over_here)
+    assert len(calls) == len(set(calls)) + 1, "only the merge that failed was done twice"
+    for name, info in files.items():
+        assert storage.file_info(str(tmp_path / "whole" / name.removeprefix("source/"))) == info

@@ -1,0 +1,79 @@
+"""A graph of tables through Ray tasks: killed half-way, gone on with, and nothing lost, doubled or renamed."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rbm_dist import storage
+from rbm_dist.graph.store import GraphStore
+from tests.stages.conftest import ROOT, command, rbm_dist
+from tests.stages.test_kill import wait_for
+
+NODES = 6000
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[str, str]]]:
+    """A configuration, and the edges of its graph as pairs of the caller's ids."""
+    folder, rng = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
+    names = np.array([f"paper/{number:x}" for number in rng.permutation(NODES)])
+    label = rng.integers(0, 3, NODES)
+    columns = {"id": names, "label": label, "a": rng.random(NODES) + label, "b": np.arange(NODES) / 8}
+    for file in range(3):
+        rows = slice(file * 2000, (file + 1) * 2000)
+        table = pa.table({name: column[rows] for name, column in columns.items()})
+        pq.write_table(table, folder / f"nodes-{file}.parquet", row_group_size=700)
+    src, dst = names[rng.integers(0, NODES, (2, 40_000))]
+    for file in range(8):
+        part = slice(file * 5000, (file + 1) * 5000)
+        pq.write_table(pa.table({"src": src[part], "dst": dst[part]}), folder / f"edges-{file}.parquet")
+    links = {(u, v) for u, v in zip(src.tolist(), dst.tolist(), strict=True) if u != v}
+    config = {
+        "run_dir": str(folder / "run"),
+        "source": {
+            "kind": "tables", "nodes": f"{folder}/nodes-*.parquet", "edges": f"{folder}/edges-*.parquet",
+            "undirected": False,
+        },
+        "partition": {"num_parts": 3, "method": "streaming"},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder / "run.yaml", links
+
+
+def test_a_killed_run_goes_on_to_the_same_graph(tables: tuple[Path, set[tuple[str, str]]]) -> None:
+    config, links = tables
+    run = config.parent / "run"
+    process = subprocess.Popen(
+        command("partition", str(config)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    wait_for(lambda: len(list((run / "source" / "work").glob("run-*.json"))) >= 2, process)
+    process.kill()
+    process.communicate()
+    done = rbm_dist("partition", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    store = GraphStore.open(f"{run}/graph", verify=True)
+    assert store.named
+    ids = np.arange(store.num_nodes)
+    names = np.char.decode(store.gather("orig_name", ids))
+    assert len(set(names.tolist())) == NODES
+    found = [
+        (names[src], names[dst])
+        for part in range(store.num_parts)
+        for at, dst in enumerate(store.ids(part))
+        for src in store.array("indices", part)[slice(*store.array("indptr", part)[at : at + 2])]
+    ]
+    assert len(found) == len(set(found)), "an edge is there twice"
+    assert set(found) == links
+    # Column b says the row of the node table, and that which id it belongs to.
+    rows = (store.gather("feat", ids)[:, 1] * 8).astype(int)
+    np.testing.assert_array_equal(store.gather("orig_id", ids), rows)
+    expected = pq.read_table(sorted(config.parent.glob("nodes-*.parquet")))["id"].to_numpy(zero_copy_only=False)
+    np.testing.assert_array_equal(names, expected[rows])
+    assert not (run / "source" / "work").exists()
+    assert not (run / "graph" / "spill").exists()
+    assert storage.read_json(f"{run}/graph/graph.json")["partition"]["edge_cut"] > 0
