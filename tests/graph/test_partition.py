@@ -171,7 +171,7 @@ def test_too_little_memory_is_refused_with_what_to_do(cora: Csc, monkeypatch: py
         partition_, "available_memory", lambda: memory_needed(PartitionConfig(preset="terapart"), 2708, 10556)
     )
     with pytest.raises(
-        InputError, match=r"kaminpar, preset fast, needs about 0.01 GB .* 2,708 nodes and 10,556 edges"
+        InputError, match=r"kaminpar, preset fast, needs about 0.04 GB .* 2,708 nodes and 10,556 edges"
     ) as refusal:
         partition(cora, PartitionConfig(), seed=0)
     assert "partition.preset: terapart" in str(refusal.value)
