@@ -22,8 +22,8 @@ from rbm_dist.graph.random_bits import generator
 
 _CHUNK = 1 << 22
 # Bytes per node and per edge (both directions counted) at KaMinPar's peak, with the result and the pages of the mapped
-# graph and file: bounds on measurements of random graphs of 0.5 to 3 M edges, mean degree 3 to 100, in 8 and 64 parts.
-_KAMINPAR_BYTES = {"fast": (150, 46), "default": (110, 30), "terapart": (115, 24)}
+# graph and file: bounds on measurements of random graphs of 0.05 to 3 M edges, mean degree 3 to 100, in 8 and 64 parts.
+_KAMINPAR_BYTES = {"fast": (150, 46), "default": (115, 30), "terapart": (115, 24)}
 _KAMINPAR_BASE = 40_000_000  # of which 30 for a process of its own
 _REVERSE_BYTES = 24  # per edge, of adding the reverse of every edge
 

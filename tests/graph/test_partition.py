@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from rbm_dist.config import NpzConfig, PartitionConfig
-from rbm_dist.errors import InputError
+from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph import partition as partition_
 from rbm_dist.graph.csc import Csc, build
 from rbm_dist.graph.partition import PARTITIONERS, available_memory, edge_cut, memory_needed, partition
@@ -127,6 +127,26 @@ def test_parts_balance_what_is_asked_for(method: str, balance: str) -> None:
 def test_random_parts_balance_nodes_only() -> None:
     with pytest.raises(ValidationError, match=r"partition\.balance: random parts balance nodes, not edges"):
         PartitionConfig(method="random", balance="edges")
+
+
+def test_kaminpar_remembers_nothing(cora: Csc) -> None:
+    def parts(seed: int) -> list[int]:
+        return partition(cora, PartitionConfig(num_parts=8, preset="terapart"), seed, symmetric=True).tolist()
+
+    forwards = {seed: parts(seed) for seed in range(5)}
+    assert {seed: parts(seed) for seed in reversed(range(5))} == forwards
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("raise SystemExit('no graph')", "code 1: no graph"), ("import os; os.kill(os.getpid(), 9)", "killed")],
+)
+def test_a_failure_of_kaminpar_is_told(
+    communities: Csc, program: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition_, "_SOLVE", program)
+    with pytest.raises(RunError, match=reason):
+        parts_of(communities, "kaminpar", 4)
 
 
 def test_kaminpar_says_nothing_on_the_terminal(communities: Csc, capfd: pytest.CaptureFixture[str]) -> None:
