@@ -33,7 +33,8 @@ def over_tasks(run: Run, stage: str) -> Over:
 
     def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
         def show(done: int) -> None:
-            run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
+            if len(arguments) > 1:
+                run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
 
         return run_tasks(stage, function, arguments, run.timeout_s, show)
 
