@@ -4,7 +4,7 @@ An edge is one 64-bit word, its destination above its source above a bit that sa
 reverse of one that was. Chunks of edges are sorted into runs on disk; ranges of nodes are then merged from all runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import Csc, id_dtype
+from rbm_dist.graph.streamed import Edges
 
 MAX_NODES = 1 << 31
 """Nodes that a packed edge has room for."""
@@ -36,19 +37,19 @@ class Run:
 
 
 def write_runs(
-    url: str, edges: Iterable[tuple[np.ndarray, np.ndarray]], num_nodes: int, undirected: bool, unseen_N: np.ndarray
+    url: str, edges: Iterable[Edges], num_nodes: int, undirected: bool, unseen_N: np.ndarray | None
 ) -> list[Run]:
     """Sort chunks of (sources, destinations) into runs `<url>-00000.npy` …, with every edge's reverse if `undirected`.
 
-    unseen_N: `[N]` bool; edges from these nodes to others are left out. Raises `InputError` for an id out of range.
+    unseen_N: `[N]` bool, or None if there are none; edges from these nodes to others are left out. Raises `InputError` for an id out of range.
     """
     if num_nodes > MAX_NODES:
         raise InputError(f"{url}: {num_nodes:,} nodes; at most {MAX_NODES:,} are supported")
     runs: list[Run] = []
     for src_M, dst_M in _pieces(edges):
         for ids in (src_M, dst_M):
-            outside = np.flatnonzero((ids < 0) | (ids >= num_nodes))
-            if len(outside):
+            if ids.min() < 0 or ids.max() >= num_nodes:
+                outside = np.flatnonzero((ids < 0) | (ids >= num_nodes))
                 raise InputError(
                     f"edges: {len(outside):,} node ids are out of range, first {ids[outside[0]]} "
                     f"(valid: 0 to {num_nodes - 1})"
@@ -60,7 +61,7 @@ def write_runs(
         if undirected:
             words = np.concatenate([words, _pack(dst_M[keep], src_M[keep], num_nodes, unseen_N, _REVERSE)])
         words.sort()
-        words = words[np.diff(words, prepend=-1) != 0]
+        words = words[_is_first(words)]
         run_url = f"{url}-{len(runs):05d}.npy"
         info = storage.write_array(run_url, words)
         ends = np.searchsorted(words, _first_words(range_bounds(num_nodes)[1:], num_nodes))
@@ -111,18 +112,18 @@ def merge(wanted: Merge, num_nodes: int) -> tuple[Csc, int]:
     slices = [storage.open_array(url, info)[first:stop] for url, info, first, stop in wanted.slices]
     words = np.concatenate(slices) if slices else np.empty(0, np.int64)
     words.sort()
-    given = int(np.sum((words & _REVERSE == 0) & (np.diff(words, prepend=-1) != 0)))
+    given = int(np.sum((words & _REVERSE == 0) & _is_first(words)))
     words >>= 1
-    words = words[np.diff(words, prepend=-1) != 0]
+    words = words[_is_first(words)]
     shift = _shift(num_nodes) - 1
     indptr = np.searchsorted(words, np.arange(wanted.low, wanted.high + 1, dtype=np.int64) << shift)
     words &= (1 << shift) - 1
     return Csc(indptr.astype(np.int64), words.astype(id_dtype(num_nodes))), given
 
 
-def _pieces(edges: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+def _pieces(edges: Iterable[Edges]) -> Iterator[Edges]:
     """Chunks of edges, gathered or cut so that each but the last has `RUN_EDGES`."""
-    held: list[tuple[np.ndarray, np.ndarray]] = []
+    held: list[Edges] = []
     count = 0
     for src_M, dst_M in edges:
         start = 0
@@ -137,7 +138,7 @@ def _pieces(edges: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterable[tuple[np
         yield _joined(held)
 
 
-def _joined(held: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(held: list[Edges]) -> Edges:
     src, dst = zip(*held, strict=True)
     return np.concatenate(src).astype(np.int64), np.concatenate(dst).astype(np.int64)
 
@@ -146,9 +147,20 @@ def _shift(num_nodes: int) -> int:
     return max(1, (num_nodes - 1).bit_length()) + 1
 
 
-def _pack(src_M: np.ndarray, dst_M: np.ndarray, num_nodes: int, unseen_N: np.ndarray, reverse: np.int64) -> np.ndarray:
-    keep = unseen_N[dst_M] | ~unseen_N[src_M]
-    return (dst_M[keep] << _shift(num_nodes)) | (src_M[keep] << 1) | reverse
+def _pack(
+    src_M: np.ndarray, dst_M: np.ndarray, num_nodes: int, unseen_N: np.ndarray | None, reverse: np.int64
+) -> np.ndarray:
+    if unseen_N is not None:
+        keep = unseen_N[dst_M] | ~unseen_N[src_M]
+        src_M, dst_M = src_M[keep], dst_M[keep]
+    return (dst_M << _shift(num_nodes)) | (src_M << 1) | reverse
+
+
+def _is_first(words: np.ndarray) -> np.ndarray:
+    """Which of these ascending words differ from the one before."""
+    first = np.ones(len(words), bool)
+    np.not_equal(words[1:], words[:-1], out=first[1:])
+    return first
 
 
 def _first_words(nodes: np.ndarray, num_nodes: int) -> np.ndarray:

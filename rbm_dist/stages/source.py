@@ -127,11 +127,11 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
 def _sort_edges(config: Config, url: str, piece: int, node_files: Files) -> list[dict[str, Any]]:
     def work() -> list[dict[str, Any]]:
         source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
-        split = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"])
-        runs = edges.write_runs(
-            storage.join(url, _WORK, f"run-{piece:05d}"), source.edges(piece), source.num_nodes, source.undirected,
-            np.asarray(split == UNSEEN),
-        )  # fmt: skip
+        unseen_N = None
+        if config.source.unseen_share:
+            unseen_N = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"]) == UNSEEN
+        name = storage.join(url, _WORK, f"run-{piece:05d}")
+        runs = edges.write_runs(name, source.edges(piece), source.num_nodes, source.undirected, unseen_N)
         return [run.__dict__ for run in runs]
 
     return storage.once(storage.join(url, _WORK, f"run-{piece:05d}.json"), work)
@@ -163,15 +163,15 @@ def _checked(source: StreamedSource, row: int, piece: int, scale: bool) -> Itera
     """The features of a piece as finite float32, scaled row by row if so configured."""
     for chunk_nF in source.feat(piece):
         with np.errstate(over="ignore"):
-            feat_nF = chunk_nF.astype(np.float32)
-        bad = np.argwhere(~np.isfinite(feat_nF))
-        if len(bad):
+            feat_nF = chunk_nF.astype(np.float32, copy=False)
+        if not np.isfinite(feat_nF).all():
+            bad = np.argwhere(~np.isfinite(feat_nF))
             raise InputError(
                 f"{source.name}: {len(bad):,} features are NaN, infinite or beyond float32; "
                 f"the first is of row {row + bad[0, 0]}, column {bad[0, 1]}"
             )
         if scale:
-            sums_n = np.abs(feat_nF.astype(np.float64)).sum(axis=1, keepdims=True)
+            sums_n = np.abs(feat_nF).sum(axis=1, keepdims=True, dtype=np.float64)
             feat_nF = (feat_nF / np.where(sums_n > 0, sums_n, 1)).astype(np.float32)
         yield feat_nF
         row += len(feat_nF)

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from rbm_dist.errors import InputError
 from rbm_dist.graph import edges
 
-NONE_UNSEEN = np.zeros(1000, bool)
-
 
 def merged(url: str, chunks: list, num_nodes: int, undirected: bool, unseen_N: np.ndarray) -> tuple[sp.csc_array, int]:
     runs = edges.write_runs(url, chunks, num_nodes, undirected, unseen_N)
@@ -57,12 +55,11 @@ def test_runs_merge_to_the_matrix_of_the_edges(data: st.DataObject, num_nodes: i
 
 
 def test_ids_near_the_limit_do_not_overflow(tmp_path: Path) -> None:
-    """2³¹ nodes: a packed edge then uses all 63 bits. (`unseen_N` stands for so many nodes by strides of zero.)"""
+    """2³¹ nodes: a packed edge then uses all 63 bits."""
     num_nodes = edges.MAX_NODES
-    none_unseen = np.broadcast_to(np.zeros(1, bool), num_nodes)
     last = num_nodes - 1
     chunks = [(np.array([last, 0, last - 1]), np.array([0, last, last]))]
-    runs = edges.write_runs(str(tmp_path / "run"), chunks, num_nodes, True, none_unseen)
+    runs = edges.write_runs(str(tmp_path / "run"), chunks, num_nodes, True, None)
     words = np.load(runs[0].url)
     shift = edges._shift(num_nodes)
     found = sorted({(int(word >> 1) & (1 << (shift - 1)) - 1, int(word) >> shift) for word in words})
@@ -72,13 +69,13 @@ def test_ids_near_the_limit_do_not_overflow(tmp_path: Path) -> None:
 
 def test_more_nodes_than_a_word_holds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at most 2,147,483,648"):
-        edges.write_runs(str(tmp_path / "run"), [], edges.MAX_NODES + 1, True, NONE_UNSEEN)
+        edges.write_runs(str(tmp_path / "run"), [], edges.MAX_NODES + 1, True, None)
 
 
 @pytest.mark.parametrize("bad", [-1, 1000])
 def test_an_id_out_of_range_is_refused(tmp_path: Path, bad: int) -> None:
     with pytest.raises(InputError, match=rf"1 node ids are out of range, first {bad} \(valid: 0 to 999\)"):
-        edges.write_runs(str(tmp_path / "run"), [(np.array([1, bad]), np.array([2, 3]))], 1000, False, NONE_UNSEEN)
+        edges.write_runs(str(tmp_path / "run"), [(np.array([1, bad]), np.array([2, 3]))], 1000, False, None)
 
 
 def test_a_merge_holds_few_edges_but_for_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +83,7 @@ def test_a_merge_holds_few_edges_but_for_one_node(tmp_path: Path, monkeypatch: p
     hub = np.full(400, 7)
     rng = np.random.default_rng(0)
     chunks = [(np.arange(400) + 100, hub), (rng.integers(0, 1000, 300), rng.integers(0, 1000, 300))]
-    runs = edges.write_runs(str(tmp_path / "run"), chunks, 1000, False, NONE_UNSEEN)
+    runs = edges.write_runs(str(tmp_path / "run"), chunks, 1000, False, None)
     merges = edges.plan_merges(runs, 1000)
     for wanted in merges:
         assert sum(stop - first for *_, first, stop in wanted.slices) <= 50 or wanted.high == wanted.low + 1
