@@ -41,7 +41,8 @@ def write_runs(
 ) -> list[Run]:
     """Sort chunks of (sources, destinations) into runs `<url>-00000.npy` …, with every edge's reverse if `undirected`.
 
-    unseen_N: `[N]` bool, or None if there are none; edges from these nodes to others are left out. Raises `InputError` for an id out of range.
+    unseen_N: `[N]` bool, or None if there are none; edges from these nodes to others are left out. Raises
+    `InputError` for an id out of range.
     """
     if num_nodes > MAX_NODES:
         raise InputError(f"{url}: {num_nodes:,} nodes; at most {MAX_NODES:,} are supported")
