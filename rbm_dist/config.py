@@ -195,6 +195,9 @@ class PartitionConfig(Section):
         "fast", description="of kaminpar; terapart: a compressed graph, for less memory"
     )
     passes: Count = Field(5, description="of streaming: passes over the graph after the first")
+    features: Literal["float32", "float16", "int8"] = Field(
+        "float32", description="how dense features are stored; int8: with a scale per column"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -337,6 +340,12 @@ class ClusterConfig(Section):
     memory_store: Literal["actor", "in_process"] = Field(
         "actor",
         description="where the routing memory lives: one Ray actor, or a copy per worker kept equal by all-reduce",
+    )
+    shard_servers: Count = Field(
+        0, description="actors that serve the parts to workers on other hosts; 0: every worker maps all parts itself"
+    )
+    cache_mb: Count = Field(
+        0, description="megabytes of other hosts' feature rows that a worker keeps, those sampled most often"
     )
     checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
     max_failures: Count = Field(3, description="times that lost workers are replaced")
