@@ -32,7 +32,7 @@ def measure(quick: bool) -> list[Row]:
     csc = synthetic(*((200_000, 25) if quick else (2_450_000, 47)))
     feat_NF = np.random.default_rng(1).random((csc.num_nodes, FEATURES), np.float32)
     seeds = [np.random.default_rng(i).choice(csc.num_nodes, SEEDS, replace=False) for i in range(8)]
-    sampler = NumbaSampler([csc], np.array([0, csc.num_nodes]))
+    sampler = NumbaSampler({0: csc}, np.array([0, csc.num_nodes]))
     budget_s = 3.0 if quick else 15.0
 
     def batch(index: int) -> np.ndarray:

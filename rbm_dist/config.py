@@ -382,6 +382,11 @@ class Config(Section):
             )
         if self.soft_labels.inference == "exact" and fanout is not None:
             raise ValueError("soft_labels.fanout: exact inference takes every neighbour; remove it or use 'sampled'")
+        if self.cluster.shard_servers and self.teacher.sampler != "numba":
+            raise ValueError(
+                f"teacher.sampler: {self.teacher.sampler} needs all parts on every host; use numba, "
+                "or cluster.shard_servers: 0"
+            )
         if self.student.objective == "krd" and not self.soft_labels.entropy_change:
             raise ValueError("student.objective: krd needs soft_labels.entropy_change: true")
         if self.student.similarity > 0 and not self.soft_labels.hidden:
