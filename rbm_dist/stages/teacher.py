@@ -150,7 +150,8 @@ def train_teacher(
     )
     parts = mesh.parts(store.num_parts)
     store.hold(parts)
-    keep_hot(store, config, train.epoch(parts, config.seed, 0), config.teacher.fanout)
+    steps = [*train.epoch(parts, config.seed, 0), *val.epoch(parts, config.seed, None)]
+    keep_hot(store, config, steps, config.teacher.fanout)
     first = checkpoints.resume()
     if mesh.rank == 0:
         reporter.begin("teacher", checkpoints.history)
@@ -230,11 +231,12 @@ def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Co
 
 
 def keep_hot(store: GraphStore, config: Config, steps: list[list[np.ndarray]], fanout: tuple[int, ...]) -> None:
-    """Keep the feature rows of other hosts' nodes that the first of these steps need most, if so configured."""
+    """Keep the feature rows of other hosts' nodes that these steps need most, if so configured."""
     budget = config.cluster.cache_mb * 10**6
     if budget and len(store.held_parts) < store.num_parts and not store.sparse_features:
-        batches = ((np.concatenate(shares), key(config.seed, _HOT, step)) for step, shares in enumerate(steps))
-        fill_hot(store, "feat", budget, itertools.islice(batches, _HOT_BATCHES), fanout)
+        draws = (key(config.seed, _HOT, draw) for draw in range(_HOT_BATCHES))
+        batches = zip(map(np.concatenate, itertools.cycle(steps)), draws, strict=False)
+        fill_hot(store, "feat", budget, batches, fanout)
 
 
 @torch.no_grad()
