@@ -24,7 +24,7 @@ from pyarrow import csv
 from rbm_dist import storage
 from rbm_dist.config import OgbConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL, count_classes, whole_labels
 from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
 
 _ARCHIVES = "http://snap.stanford.edu/ogb/data/nodeproppred"
@@ -82,17 +82,11 @@ def open_ogb(config: OgbConfig) -> StreamedSource:
 
 
 def _nodes(url: str, dataset: _Dataset, num_nodes: int, read_label: Callable[[], np.ndarray]) -> Nodes:
-    given_N = read_label()
-    label_N = np.where(np.isnan(given_N), -1, given_N).astype(np.int64)
-    bad = np.flatnonzero((label_N < -1) | (label_N >= dataset.num_classes) | ((given_N != label_N) & (label_N != -1)))
     what = storage.join(url, "raw", dataset.files[1 if dataset.files == _NPZ else 2])
+    label_N = whole_labels(read_label(), what)
     if len(label_N) != num_nodes:
         raise InputError(f"{what}: {len(label_N):,} labels for {num_nodes:,} nodes")
-    if len(bad):
-        raise InputError(
-            f"{what}: label {given_N[bad[0]]:g} of node {bad[0]} is not a class "
-            f"(0 to {dataset.num_classes - 1}; NaN means none)"
-        )
+    count_classes(label_N, what, dataset.num_classes)
     split_N = np.full(num_nodes, NO_SPLIT, np.int8)
     for name, code in _SPLITS.items():
         part = storage.join(url, "split", dataset.split, f"{name}.csv.gz")

@@ -15,7 +15,7 @@ from rbm_dist.config import SyntheticConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.random_bits import generator, key, mix
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
 
 PIECE_EDGES = 1 << 20

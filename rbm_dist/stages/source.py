@@ -17,7 +17,7 @@ from rbm_dist.graph import source as source_
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.edges import Merge
 from rbm_dist.graph.shards import ORIG_NAME
-from rbm_dist.graph.source import UNSEEN
+from rbm_dist.graph.splits import SPLIT_NAMES, UNSEEN, check_split, hidden_split, split_per_class
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.stages.run import Files, Run
@@ -78,7 +78,7 @@ def _write_facts(
 ) -> storage.FileInfo:
     names = ("num_nodes", "num_edges", "num_features", "num_classes", "dropped_self_loops", "dropped_duplicates")
     facts: dict[str, Any] = dict(zip(names, counts + dropped, strict=True))
-    facts["split"] = {name: int(np.sum(split_N == code)) for code, name in source_.SPLIT_NAMES.items()}
+    facts["split"] = {name: int(np.sum(split_N == code)) for code, name in SPLIT_NAMES.items()}
     return storage.write_json(storage.join(url, "source.json"), facts)
 
 
@@ -105,10 +105,10 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
         label, split = nodes.label, nodes.split
         if split is None:
             settings = config.source
-            split = source_.split_per_class(label, settings.train_per_class, settings.val_per_class, config.seed)
-        source_.check_split(source.name, label, split)
+            split = split_per_class(label, settings.train_per_class, settings.val_per_class, config.seed)
+        check_split(source.name, label, split)
         if config.source.unseen_share:
-            split = source_.hidden_split(split, config.source.unseen_share, config.seed)
+            split = hidden_split(split, config.source.unseen_share, config.seed)
         arrays = {"label": label, "split": split, "orig_id": nodes.orig_id}
         if nodes.orig_id.dtype.kind == "S":
             arrays |= {"orig_id": np.arange(source.num_nodes), ORIG_NAME: nodes.orig_id}

@@ -17,7 +17,7 @@ from rbm_dist.config import OgbConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import ogb
 from rbm_dist.graph.ogb import open_ogb
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 
 N, F, M = 60, 7, 200
@@ -197,12 +197,12 @@ MALFORMED_CSV = {
     "features cut off": (cut_off("node-feat.csv.gz"), r"raw/node-feat\.csv\.gz: "),
     "a row of features too few": (broken_csv("node-feat", lambda lines: lines[1:]), "59 rows, 60 expected"),
     "a label too many": (broken_csv("node-label", lambda lines: [*lines, "1"]), r"label\.csv\.gz: 61 labels for 60"),
-    "a label out of range": (broken_csv("node-label", first("40")), r"label 40 of node 0 .*0 to 39"),
-    "a label below": (broken_csv("node-label", first("-2")), r"label -2 of node 0"),
-    "half a label": (broken_csv("node-label", first("1.5")), r"node-label\.csv\.gz: label 1\.5 of node 0"),
+    "a label out of range": (broken_csv("node-label", first("40")), "node 0: class 40 is .*num_classes: 40"),
+    "a label below": (broken_csv("node-label", first("-2")), r"label\.csv\.gz, node 0: class -2 is out of range"),
+    "half a label": (broken_csv("node-label", first("1.5")), r"label\.csv\.gz, node 0: 1\.5 is not a class"),
     "a split out of range": (broken_csv("valid", first("60")), r"split/time/valid\.csv\.gz: node 60 is out of range"),
     "a node in two splits": (broken_csv("test", first(str(Truth("").ids["train"][0]))), r"test\.csv\.gz: .*two splits"),
-    "a split node without a label": (broken_csv("node-label", lambda lines: ["nan"] * N), "has no label"),
+    "a split node without a label": (broken_csv("node-label", lambda lines: ["1", *["nan"] * (N - 1)]), "has no label"),
     "two graphs": (broken_csv("num-node-list", lambda lines: ["30", "30"]), r"node-list\.csv\.gz: .*found those of 2"),
     "no gzip": (lambda folder: (folder / "raw" / "edge.csv.gz").write_text("1,2\n"), r"edge\.csv\.gz: not a whole"),
     "an empty file": (lambda folder: (folder / "raw" / "node-feat.csv.gz").write_bytes(b""), r"node-feat\.csv\.gz: "),

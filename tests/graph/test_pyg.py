@@ -16,7 +16,7 @@ from rbm_dist.config import PygConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import pyg
 from rbm_dist.graph.pyg import from_data, open_pyg
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 
 _FAKE = "torch_geometric.datasets.FakeDataset"
@@ -141,13 +141,13 @@ REFUSED = {
     "edges of floats": ({"edge_index": torch.zeros(2, 5)}, "edge_index: two rows of integers .*float32"),
     "one label for the graph": ({"y": torch.tensor([1])}, r"y: one class per node .*\(10,\), found \(1,\)"),
     "several labels": ({"y": torch.ones(10, 3)}, r"y: .*found \(10, 3\).*several labels per node"),
-    "half a label": ({"y": torch.full((10,), 0.5)}, "y: 0.5 of node 0 is not a class"),
-    "a label below -1": ({"y": torch.full((10,), -2)}, "y: -2 of node 0"),
+    "half a label": ({"y": torch.full((10,), 0.5)}, "y, node 0: 0.5 is not a class"),
+    "a label below -1": ({"y": torch.full((10,), -2)}, "y, node 0: class -2 is out of range"),
     "labels nowhere": ({"y": torch.full((10,), -1)}, "y: no node has a label"),
     "one mask": ({"val_mask": None, "test_mask": None}, "val_mask, test_mask missing beside other masks"),
     "masks of ids": ({"train_mask": torch.arange(4)}, r"train_mask: 10 booleans expected, found int64 of shape \(4,\)"),
     "a column too few": (
-        {"val_mask": torch.ones(10, 2, dtype=torch.bool)}, r"val_mask: .*shape \(10, 2\); source.mask_column: 2"
+        {"val_mask": torch.ones(10, 2, dtype=torch.bool)}, r"val_mask: no column 2 .*\(10, 2\); change source"
     ),
     "a node in two masks": ({"test_mask": torch.arange(10) < 1}, "test_mask: node 0 is in two splits"),
     "a masked node without a label": ({"y": torch.arange(10) - 1}, "train_mask: node 0 has no label"),

@@ -7,13 +7,12 @@ import networkx as nx
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from rbm_dist.config import DigitsConfig, NpzConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL, SourceGraph, hide_unseen, read, split_per_class
+from rbm_dist.graph.source import SourceGraph, hide_unseen, read
+from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.storage import copy_in
 from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
 
@@ -113,32 +112,6 @@ def test_real_graph(
         )
         start += len(chunk)
     assert start == num_nodes
-
-
-@given(
-    label=st.lists(st.integers(-1, 4), min_size=1, max_size=120),
-    train=st.integers(1, 12),
-    val=st.integers(1, 12),
-    seed=st.integers(0, 2**31),
-)
-def test_split_per_class(label: list[int], train: int, val: int, seed: int) -> None:
-    label_N = np.array(label)
-    split = split_per_class(label_N, train, val, seed)
-    assert np.array_equal(split == -1, label_N == -1)
-    for cls in set(label) - {-1}:
-        count, (in_train, in_val, in_test) = label.count(cls), np.bincount(split[label_N == cls], minlength=3)
-        if count > train + val:
-            assert (in_train, in_val) == (train, val)
-        else:
-            assert in_train >= 1
-            assert abs(in_test - count / 3) < 2
-            assert abs(in_train - in_val * train / val) <= 1 + train / val
-    np.testing.assert_array_equal(split_per_class(label_N, train, val, seed), split)
-
-
-def test_another_seed_splits_otherwise(tmp_path: Path) -> None:
-    label = np.zeros(200, int)
-    assert not np.array_equal(split_per_class(label, 20, 30, seed=0), split_per_class(label, 20, 30, seed=1))
 
 
 def test_the_public_split_is_kept(tmp_path: Path) -> None:

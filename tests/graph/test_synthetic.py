@@ -13,7 +13,7 @@ from rbm_dist.config import SyntheticConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import synthetic
 from rbm_dist.graph.csc import Csc, build, destinations
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.synthetic import communities, open_synthetic
 

@@ -18,7 +18,7 @@ from rbm_dist import storage
 from rbm_dist.config import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import node_ids, table_files, tables
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.tables import open_tables
 
@@ -419,10 +419,10 @@ WRONG: dict[str, tuple[Callable[[str], None], dict[str, Any], str]] = {
     "a feature of another kind": (
         text("nodes.csv", "id,label,x\n10,0,1\n20,1,\n30,0,2\n"), CSV, "nodes.csv: row 1, column x: the feature is"
     ),
-    "a label below -1": (with_nodes(label=[0, 1, -2, 1]), {}, "row 2, column label: -2 is out of range"),
+    "a label below -1": (with_nodes(label=[0, 1, -2, 1]), {}, "row 2, column label: class -2 is out of range"),
     "half a label": (with_nodes(label=[0, 1, 0.5, 1]), {}, "row 2, column label: classes are whole .* found 0.5"),
     "a gap in the labels": (with_nodes(label=[0, 2, 0, 2]), {}, "class 2 occurs but class 1 does not"),
-    "beyond num_classes": (with_nodes(), {"num_classes": 1}, "row 1, column label: 1 is out of range for .*: 1"),
+    "beyond num_classes": (with_nodes(), {"num_classes": 1}, "row 1, column label: class 1 is out of range for .*: 1"),
     "more names": (with_nodes(label=list("abcd")), {"num_classes": 3}, r"4 classes \(a, b, c, d .*num_classes is 3"),
     "no labels": (with_nodes(label=[None] * 4, split=[None] * 4), {}, "column label: no node has a label"),
     "dates": (with_nodes(label=pa.array([1] * 4, pa.date32())), {}, "column 'label': classes.*, found date32"),

@@ -10,7 +10,7 @@ from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc, edges, source
-from rbm_dist.graph.source import TEST, UNSEEN
+from rbm_dist.graph.splits import TEST, UNSEEN
 from rbm_dist.graph.staged import StagedSource
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.stages.source import below, over_here, stage_source
