@@ -3,16 +3,13 @@
 Self-loops and duplicate edges are dropped (and counted), isolated nodes are kept, node ids are the input's row numbers.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from rbm_dist import storage
 from rbm_dist.config import (
     DigitsConfig,
     NpzConfig,
@@ -27,16 +24,9 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph import regions
 from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.npz import read_npz
 from rbm_dist.graph.ogb import open_ogb
-from rbm_dist.graph.splits import (
-    MASKS,
-    UNSEEN,
-    check_split,
-    count_classes,
-    hidden_split,
-    split_of_masks,
-    split_per_class,
-)
+from rbm_dist.graph.splits import UNSEEN, check_split, hidden_split, split_per_class
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.synthetic import open_synthetic
 from rbm_dist.graph.tables import open_tables
@@ -142,30 +132,8 @@ def _read_regions(config: RegionsConfig, seed: int) -> SourceGraph:
 
 
 def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
-    path = config.path
-    arrays = _load_npz(path)
-    adj = _csr(arrays, "adj", path)
-    num_nodes = adj.shape[0]
-    if adj.shape[0] != adj.shape[1]:
-        raise InputError(f"{path}: adj_shape: an adjacency matrix is square, found {adj.shape[0]} × {adj.shape[1]}")
-    if num_nodes == 0:
-        raise InputError(f"{path}: adj_shape: the graph has no nodes")
-    attr = _csr(arrays, "attr", path)
-    if attr.shape[0] != num_nodes:
-        raise InputError(f"{path}: attr_shape: {attr.shape[0]:,} feature rows for {num_nodes:,} nodes")
-    if attr.shape[1] == 0:
-        raise InputError(f"{path}: attr_shape: nodes have no features; a graph-free student needs some")
-    with np.errstate(over="ignore"):
-        attr.data = attr.data.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(attr.data))
-    if len(bad):
-        row = int(np.searchsorted(attr.indptr, bad[0], side="right")) - 1
-        raise InputError(
-            f"{path}: attr_data: {len(bad):,} features are NaN, infinite or beyond float32; "
-            f"the first is of node {row}, column {attr.indices[bad[0]]}"
-        )
-    label, num_classes = _labels(arrays, num_nodes, config)
-    split = split_of_masks({name: arrays[name] for name in MASKS if name in arrays}, label, path)
+    given = read_npz(config.path, config.num_classes)
+    adj, attr, label, split = given.adj, given.attr, given.label, given.split
     orig_id = None
     if config.largest_component:
         orig_id = _largest_component(adj)
@@ -175,7 +143,7 @@ def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
         split = split_per_class(label, config.train_per_class, config.val_per_class, seed)
     links = adj.tocoo()
     graph = _assemble(
-        links.row, links.col, len(label), config.undirected, attr, label, num_classes, split, config.normalize
+        links.row, links.col, len(label), config.undirected, attr, label, given.num_classes, split, config.normalize
     )
     return replace(graph, orig_id=orig_id)
 
@@ -224,63 +192,3 @@ def _assemble(
         dropped_duplicates=len(src) - loops - distinct,
         sparse_feat=sparse,
     )
-
-
-def _load_npz(path: str) -> dict[str, np.ndarray]:
-    fs, inner = storage.filesystem(path)
-    required = [f"{kind}_{part}" for kind in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
-    required.append("labels")
-    try:
-        content = fs.cat_file(inner)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (source.path)") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # of many kinds: zipfile's, zlib's, numpy's
-        raise InputError(f"{path}: not a whole .npz archive: {error}") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise InputError(f"{path}: not an .npz archive")
-    missing = [name for name in required if name not in archive.files]
-    if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
-    masks = [name for name in MASKS if name in archive.files]
-    return {name: _member(archive, name, path) for name in [*required, *masks]}
-
-
-def _member(archive: Any, name: str, path: str) -> np.ndarray:
-    try:
-        array = archive[name]
-    except Exception as error:  # of many kinds, as above
-        raise InputError(f"{path}: {name}: not a whole, plain array: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: {name}: not an array")
-    return array
-
-
-def _csr(arrays: dict[str, np.ndarray], kind: str, path: str) -> sp.csr_array:
-    data, indices, indptr, shape = (arrays[f"{kind}_{part}"] for part in ("data", "indices", "indptr", "shape"))
-    if shape.shape != (2,) or not np.issubdtype(shape.dtype, np.integer) or np.any(shape < 0):
-        raise InputError(f"{path}: {kind}_shape: two sizes expected, found {shape.dtype} of shape {shape.shape}")
-    rows, columns = (int(size) for size in shape)
-    wrong = csc_.problem(indptr, indices, rows, columns)
-    if wrong:
-        raise InputError(f"{path}: {kind}: {wrong}")
-    if data.shape != indices.shape:
-        raise InputError(f"{path}: {kind}_data: shape {data.shape}, but {kind}_indices has shape {indices.shape}")
-    if data.dtype.kind not in "fiub":
-        raise InputError(f"{path}: {kind}_data: values must be numbers, found dtype {data.dtype}")
-    if data.dtype == np.float16:  # unknown to scipy.sparse
-        data = data.astype(np.float32)
-    return sp.csr_array((data, indices, indptr), shape=(rows, columns))
-
-
-def _labels(arrays: dict[str, np.ndarray], num_nodes: int, config: NpzConfig) -> tuple[np.ndarray, int]:
-    path, label = config.path, arrays["labels"]
-    if not np.issubdtype(label.dtype, np.integer):
-        raise InputError(f"{path}: labels: class ids must be integers, found dtype {label.dtype}")
-    if label.shape != (num_nodes,):
-        raise InputError(f"{path}: labels: shape {label.shape}, expected ({num_nodes},)")
-    label = label.astype(np.int64)
-    return label, count_classes(label, f"{path}: labels", config.num_classes)

@@ -13,7 +13,6 @@ from rbm_dist.config import DigitsConfig, NpzConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.source import SourceGraph, hide_unseen, read
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
-from rbm_dist.storage import copy_in
 from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
 
 
@@ -152,21 +151,6 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
     assert (graph.csc.num_nodes, graph.csc.num_edges) == (NODES, 0)
 
 
-def test_columns_in_any_order(tmp_path: Path) -> None:
-    arrays = npz_arrays()
-    for kind in ("adj", "attr"):
-        order = np.concatenate(
-            [np.arange(*pair)[::-1] for pair in np.c_[arrays[f"{kind}_indptr"][:-1], arrays[f"{kind}_indptr"][1:]]]
-        )
-        arrays[f"{kind}_indices"], arrays[f"{kind}_data"] = (
-            arrays[f"{kind}_indices"][order],
-            arrays[f"{kind}_data"][order],
-        )
-    graph, plain = read_npz(tmp_path, arrays), read_npz(tmp_path, npz_arrays())
-    np.testing.assert_array_equal(graph.csc.indices, plain.csc.indices)
-    np.testing.assert_array_equal(features(graph), features(plain))
-
-
 @pytest.mark.parametrize("normalize", ["row", "none"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "uint8", "bool"])
 def test_features_of_any_number_type(tmp_path: Path, dtype: str, normalize: str) -> None:
@@ -177,13 +161,6 @@ def test_features_of_any_number_type(tmp_path: Path, dtype: str, normalize: str)
     graph = read_npz(tmp_path, npz_arrays() | {"attr_data": values}, normalize=normalize)
     assert features(graph).dtype == np.float32
     np.testing.assert_allclose(features(graph), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "bool"])
-def test_links_of_any_number_type(tmp_path: Path, dtype: str) -> None:
-    arrays = npz_arrays()
-    graph = read_npz(tmp_path, arrays | {"adj_data": arrays["adj_data"].astype(dtype)})
-    assert graph.csc.num_edges == 2 * NODES
 
 
 def test_rows_are_normalised_by_magnitude_and_empty_ones_stay_zero(tmp_path: Path) -> None:
@@ -263,26 +240,8 @@ def test_features_can_be_read_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(features(graph), features(graph))
 
 
-def test_classes_that_do_not_occur_need_num_classes(tmp_path: Path) -> None:
-    assert read_npz(tmp_path, npz_arrays()).num_classes == 2
-    assert read_npz(tmp_path, npz_arrays() | {"labels": LABELS * 3}, num_classes=5).num_classes == 5
-
-
 def test_unlabelled_nodes_are_in_no_split(tmp_path: Path) -> None:
     label = LABELS.copy()
     label[[4, 5]] = -1
     graph = read_npz(tmp_path, without_masks(npz_arrays()) | {"labels": label}, train_per_class=1, val_per_class=1)
     assert np.flatnonzero(graph.split == -1).tolist() == [4, 5]
-
-
-def test_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
-    names = np.array([{"a": 1}, None], object)  # the published files carry pickled names of nodes and classes
-    assert read_npz(tmp_path, npz_arrays() | {"node_names": names}).csc.num_nodes == NODES
-
-
-def test_remote_files_are_read(s3_url: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "graph.npz", **npz_arrays())
-    copy_in(tmp_path / "graph.npz", f"{s3_url}/graph.npz")
-    assert read(NpzConfig(path=f"{s3_url}/graph.npz"), seed=0).csc.num_nodes == NODES
-    with pytest.raises(InputError, match=r"nothing\.npz: no such file"):
-        read(NpzConfig(path=f"{s3_url}/nothing.npz"), seed=0)
