@@ -22,10 +22,10 @@ import pyarrow as pa
 from pyarrow import csv
 
 from rbm_dist import storage
-from rbm_dist.config import OgbConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL, count_classes, whole_labels
 from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.source_config import OgbConfig
 
 _ARCHIVES = "http://snap.stanford.edu/ogb/data/nodeproppred"
 _SPLITS = {"train": TRAIN, "valid": VAL, "test": TEST}

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config import PygConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import MASKS, count_classes, split_of_masks, whole_labels
 from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.source_config import PygConfig
 
 PIECE_EDGES = 1 << 22
 PIECE_ROWS = 1 << 17

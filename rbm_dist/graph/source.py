@@ -10,16 +10,6 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from rbm_dist.config import (
-    DigitsConfig,
-    NpzConfig,
-    OgbConfig,
-    PygConfig,
-    RegionsConfig,
-    SourceSection,
-    SyntheticConfig,
-    TablesConfig,
-)
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph import regions
@@ -30,6 +20,16 @@ from rbm_dist.graph.splits import UNSEEN, check_split, hidden_split, split_per_c
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.synthetic import open_synthetic
 from rbm_dist.graph.tables import open_tables
+from rbm_dist.source_config import (
+    DigitsConfig,
+    NpzConfig,
+    OgbConfig,
+    PygConfig,
+    RegionsConfig,
+    SourceSection,
+    SyntheticConfig,
+    TablesConfig,
+)
 
 _FEATURE_ROWS = 8192
 # Features of which fewer are non-zero are kept as a sparse matrix, on disk and in the first layer of every model.

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from rbm_dist import storage
-from rbm_dist.config import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import node_columns, node_ids, table_files, table_schema
 from rbm_dist.graph.node_columns import Labels
@@ -24,6 +23,7 @@ from rbm_dist.graph.splits import NO_SPLIT, count_classes
 from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
 from rbm_dist.graph.table_files import Columns, Piece
 from rbm_dist.graph.table_schema import NodeColumns
+from rbm_dist.source_config import TablesConfig
 
 _EDGES = 1 << 18  # edges in a chunk
 _VALUES = 1 << 21  # features in a chunk

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rbm_dist.config import NpzConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.source import SourceGraph, read
+from rbm_dist.source_config import NpzConfig
 from tests.graph.npz_input import NODES, Arrays, npz_arrays, with_edges, without_masks
 
 

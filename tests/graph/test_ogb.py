@@ -13,12 +13,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from rbm_dist.config import OgbConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import ogb
 from rbm_dist.graph.ogb import open_ogb
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.source_config import OgbConfig
 
 N, F, M = 60, 7, 200
 _FOLDERS = {"ogbn-arxiv": "time", "ogbn-products": "sales_ranking", "ogbn-papers100M": "time"}

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.datasets import FakeDataset, KarateClub
 
-from rbm_dist.config import PygConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import pyg
 from rbm_dist.graph.pyg import from_data, open_pyg
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.source_config import PygConfig
 
 _FAKE = "torch_geometric.datasets.FakeDataset"
 

@@ -9,10 +9,10 @@ import pytest
 import scipy.sparse as sp
 from sklearn.datasets import load_digits
 
-from rbm_dist.config import DigitsConfig, NpzConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.source import SourceGraph, hide_unseen, read
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
+from rbm_dist.source_config import DigitsConfig, NpzConfig
 from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
 
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 
-from rbm_dist.config import SyntheticConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import synthetic
 from rbm_dist.graph.csc import Csc, build, destinations
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.synthetic import communities, open_synthetic
+from rbm_dist.source_config import SyntheticConfig
 
 _CONFIG = SyntheticConfig(num_nodes=40_000, num_features=16, num_classes=5, num_communities=20, degree=20)
 

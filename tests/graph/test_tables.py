@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rbm_dist import storage
-from rbm_dist.config import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import node_ids, table_files, tables
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.tables import open_tables
+from rbm_dist.source_config import TablesConfig
 
 Table = dict[str, list[Any]]
 SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST, None: NO_SPLIT}
