@@ -17,6 +17,21 @@ class SourceSection(Section):
         0.0, description="inductive setting: share of the test nodes that training never sees, nor their edges"
     )
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether the reverse of every edge is an edge too, as long as no node is unseen."""
+        return True
+
+
+class GivenEdges(SourceSection):
+    """A source whose edges are the caller's, in one direction or in both."""
+
+    undirected: bool = Field(True, description="add the reverse of every edge")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.undirected
+
 
 class DigitsConfig(SourceSection):
     """scikit-learn's 1,797 digit images as a graph of nearest neighbours; needs no file."""
@@ -25,12 +40,11 @@ class DigitsConfig(SourceSection):
     neighbors: Positive = Field(10, description="nearest neighbours that each image is linked to")
 
 
-class NpzConfig(SourceSection):
+class NpzConfig(GivenEdges):
     """A sparse `.npz` graph: `adj_*` and `attr_*` in CSR, `labels`, and masks where a public split exists."""
 
     kind: Literal["npz"] = "npz"
     path: str = Field(description="the file; any fsspec URL")
-    undirected: bool = Field(True, description="add the reverse of every edge")
     num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
     largest_component: bool = Field(False, description="keep only the largest connected component")
 
@@ -81,24 +95,22 @@ class SyntheticConfig(SourceSection):
         return self
 
 
-class OgbConfig(SourceSection):
+class OgbConfig(GivenEdges):
     """A node classification dataset of the Open Graph Benchmark, read from the folder that its archive holds."""
 
     kind: Literal["ogb"] = "ogb"
     normalize: Literal["row", "none"] = "none"
     name: str = Field(description="ogbn-arxiv, ogbn-products or ogbn-papers100M")
     root: str = Field("dataset", description="OGB's folder of datasets; any fsspec URL")
-    undirected: bool = Field(True, description="add the reverse of every edge")
 
 
-class PygConfig(SourceSection):
+class PygConfig(GivenEdges):
     """A dataset of PyG with one graph: a class of datasets, or the file of a saved `Data`."""
 
     kind: Literal["pyg"] = "pyg"
     dataset: str | None = Field(None, description="class of the dataset, such as torch_geometric.datasets.Planetoid")
     arguments: dict[str, Any] = Field({}, description="what the class is called with")
     path: str | None = Field(None, description="in place of a dataset: a file that torch.save wrote; any fsspec URL")
-    undirected: bool = Field(True, description="add the reverse of every edge")
     mask_column: Count = Field(0, description="which split, where the masks have a column for each of several")
 
     @model_validator(mode="after")
@@ -110,7 +122,7 @@ class PygConfig(SourceSection):
         return self
 
 
-class TablesConfig(SourceSection):
+class TablesConfig(GivenEdges):
     """A node table and an edge list, in one or many files each: Parquet, CSV (also .csv.gz) or npy."""
 
     kind: Literal["tables"] = "tables"
@@ -132,7 +144,6 @@ class TablesConfig(SourceSection):
     )
     src: str = Field("src", description="column of the edges' sources, as node ids")
     dst: str = Field("dst", description="column of the edges' destinations")
-    undirected: bool = Field(True, description="add the reverse of every edge")
     num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from rbm_dist.errors import InputError
 from rbm_dist.graph.source import SourceGraph, hide_unseen, read
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
-from rbm_dist.source_config import DigitsConfig, NpzConfig
+from rbm_dist.source_config import DigitsConfig, NpzConfig, RegionsConfig
 from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
 
 
@@ -138,6 +138,20 @@ def test_self_loops_and_duplicates_are_dropped_and_counted(tmp_path: Path, undir
     graph = read_npz(tmp_path, with_edges(npz_arrays(), edges), undirected=undirected)
     assert (graph.dropped_self_loops, graph.dropped_duplicates) == (3, 2)
     assert edges_of(graph) == {(0, 1), (1, 0), (3, 4)} | ({(4, 3)} if undirected else set())
+
+
+@pytest.mark.parametrize("kind", ["digits", "regions", "npz", "npz, one way"])
+def test_a_source_says_whether_its_graph_is_symmetric(tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "graph.npz", **with_edges(npz_arrays(), [(0, 1), (2, 3)]))
+    config = {
+        "digits": DigitsConfig(neighbors=3),
+        "regions": RegionsConfig(num_nodes=300, num_regions=2, num_classes=2),
+        "npz": NpzConfig(path=f"{tmp_path}/graph.npz"),
+        "npz, one way": NpzConfig(path=f"{tmp_path}/graph.npz", undirected=False),
+    }[kind]
+    links = edges_of(read(config, seed=0))
+    assert links
+    assert config.symmetric == (links == {(dst, src) for src, dst in links})
 
 
 def test_isolated_nodes_are_kept(tmp_path: Path) -> None:
