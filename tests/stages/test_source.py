@@ -14,6 +14,7 @@ from rbm_dist.graph.splits import TEST, UNSEEN
 from rbm_dist.graph.staged import StagedSource
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.stages.source import below, over_here, stage_source
+from tests.graph.pieces import read_edges, read_features
 
 SOURCE = {
     "kind": "synthetic",
@@ -52,23 +53,18 @@ def test_what_is_staged_is_the_graph(tmp_path: Path, undirected: bool, monkeypat
         one_way = StreamedSource(**{**graph.__dict__, "undirected": False})
         monkeypatch.setattr(source, "open_streamed", lambda *_: one_way)
     found = staged(tmp_path, settings)
-    src, dst = (np.concatenate(ends) for ends in zip(*all_edges(graph), strict=True))
+    src, dst = read_edges(graph)
     expected = csc.build(src, dst, 3000, undirected)
     np.testing.assert_array_equal(found.csc.indptr, expected.indptr)
     np.testing.assert_array_equal(found.csc.indices, expected.indices)
     np.testing.assert_array_equal(found.per_row["label"], graph.nodes().label)
-    rows = np.concatenate([rows for piece in range(len(graph.feat_offsets) - 1) for rows in graph.feat(piece)])
-    np.testing.assert_array_equal(found.feat[0:3000], rows.astype(np.float32))
+    np.testing.assert_array_equal(found.feat[0:3000], read_features(graph).astype(np.float32))
     facts = storage.read_json(f"{tmp_path}/source.json")
     distinct = len({(u, v) for u, v in zip(src.tolist(), dst.tolist(), strict=True) if u != v})
     assert facts["dropped_self_loops"] == np.sum(src == dst)
     assert facts["dropped_duplicates"] == np.sum(src != dst) - distinct
     assert (facts["num_nodes"], facts["num_edges"]) == (3000, expected.num_edges)
     assert not (tmp_path / "work").exists()
-
-
-def all_edges(graph: StreamedSource) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [chunk for piece in range(graph.num_edge_pieces) for chunk in graph.edges(piece)]
 
 
 def test_unseen_nodes_cannot_be_reached(tmp_path: Path) -> None:
