@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import IO, Any
@@ -24,7 +24,7 @@ from pyarrow import csv
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL, count_classes, whole_labels
-from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource, fingerprint
 from rbm_dist.source_config import OgbConfig
 
 _ARCHIVES = "http://snap.stanford.edu/ogb/data/nodeproppred"
@@ -76,9 +76,11 @@ def open_ogb(config: OgbConfig) -> StreamedSource:
     """
     url, dataset = ogb_folder(config), _DATASETS[config.name]
     splits = [f"split/{dataset.split}/{name}.csv.gz" for name in _SPLITS]
-    _ensure(url, config, [*(f"raw/{name}" for name in dataset.files), *splits])
-    opened = _open_npz if dataset.files == _NPZ else _open_csv
-    return opened(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
+    names = [*(f"raw/{name}" for name in dataset.files), *splits]
+    _ensure(url, config, names)
+    read = _open_npz if dataset.files == _NPZ else _open_csv
+    source = read(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
+    return replace(source, fingerprint=fingerprint(config, [storage.stamp(storage.join(url, name)) for name in names]))
 
 
 def _nodes(url: str, dataset: _Dataset, num_nodes: int, read_label: Callable[[], np.ndarray]) -> Nodes:

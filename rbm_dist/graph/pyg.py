@@ -6,6 +6,7 @@ PyG itself holds such a graph in memory. Its arrays are written to the scratch f
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import MASKS, count_classes, split_of_masks, whole_labels
-from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource, fingerprint
 from rbm_dist.source_config import PygConfig
 
 PIECE_EDGES = 1 << 22
@@ -28,15 +29,20 @@ _CHUNK_ROWS = 1 << 13
 def open_pyg(config: PygConfig, scratch: str) -> StreamedSource:
     """The configured graph. It is loaded by the first call for a scratch folder; later ones map what that one wrote.
 
+    The file of a saved graph is loaded again when it is changed.
+
     Raises `InputError` if it cannot be loaded, or for what `from_data` refuses.
     """
     name = config.path or str(config.dataset)
+    made_of = fingerprint(config, [storage.stamp(config.path)] if config.path else [])
+    folder = storage.join(scratch, f"pyg-{made_of}")
 
     def work() -> dict[str, Any]:
         data = _load_file(config.path) if config.path else _load_dataset(name, config.arguments)
-        return _write(data, name, scratch, config.mask_column)
+        return _write(data, name, folder, config.mask_column)
 
-    return _open(storage.once(storage.join(scratch, "pyg.json"), work), name, scratch, config.undirected)
+    facts = storage.once(storage.join(folder, "pyg.json"), work)
+    return replace(_open(facts, name, folder, config.undirected), fingerprint=made_of)
 
 
 def from_data(data: Any, name: str, scratch: str, undirected: bool = True, mask_column: int = 0) -> StreamedSource:

@@ -4,8 +4,6 @@ The first to open it reads the ids, labels and split of all nodes once and leave
 folder that is named after the configuration and the files; all others map them. Features and edges are read in pieces.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +18,7 @@ from rbm_dist.graph import node_columns, node_ids, table_files, table_schema
 from rbm_dist.graph.node_columns import Labels
 from rbm_dist.graph.node_ids import NodeIds
 from rbm_dist.graph.splits import NO_SPLIT, count_classes
-from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource, fingerprint
 from rbm_dist.graph.table_files import Columns, Piece
 from rbm_dist.graph.table_schema import NodeColumns
 from rbm_dist.source_config import TablesConfig
@@ -41,8 +39,8 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
     """
     node_files = table_files.find(config.nodes, "source.nodes")
     edge_files = table_files.find(config.edges, "source.edges")
-    made_from = json.dumps([config.model_dump(mode="json"), node_files, edge_files])
-    folder = storage.join(scratch, f"tables-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}")
+    made_of = fingerprint(config, node_files + edge_files)
+    folder = storage.join(scratch, f"tables-{made_of}")
     work = partial(_derive, config, [file[0] for file in node_files], [file[0] for file in edge_files], folder)
     facts = storage.once(storage.join(folder, "tables.json"), work)
     tables = _Tables(config, folder, facts)
@@ -57,6 +55,7 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
         feat_offsets=np.array(facts["offsets"], np.int64),
         feat=tables.feat,
         undirected=config.undirected,
+        fingerprint=made_of,
     )
 
 

@@ -94,6 +94,14 @@ def test_a_folder_in_ogbs_layout(name: str, tmp_path: Path) -> None:
     assert (nodes.label.dtype, nodes.split.dtype) == (np.int64, np.int8)
 
 
+def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
+    write_folder(tmp_path, "ogbn-arxiv")
+    found = [open_ogb(OgbConfig(name="ogbn-arxiv", root=str(tmp_path))).fingerprint for _ in range(2)]
+    write_csv(tmp_path / "ogbn_arxiv" / "raw" / "edge.csv.gz", Truth("ogbn-arxiv").edge_index.T[1:])
+    found.append(open_ogb(OgbConfig(name="ogbn-arxiv", root=str(tmp_path))).fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("stored", [False, True])
 def test_pieces_and_chunks_of_an_npz(order: str, stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
