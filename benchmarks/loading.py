@@ -11,7 +11,7 @@ clock, so run it on an idle machine; its price is seen in CPU time.
 import functools
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import chain, cycle, repeat
 
 import numpy as np
 import torch
@@ -86,12 +86,7 @@ def neighbor_loader(csc: Csc, feat_NF: np.ndarray, seeds: list[np.ndarray]) -> C
         data, list(FANOUT), input_nodes=torch.from_numpy(np.concatenate(seeds)), batch_size=SEEDS, is_sorted=True
     )
     next(iter(loader))
-
-    def batches():  # type: ignore[no-untyped-def]
-        while True:
-            yield from loader
-
-    return functools.partial(next, batches())
+    return functools.partial(next, chain.from_iterable(repeat(loader)))
 
 
 if __name__ == "__main__":

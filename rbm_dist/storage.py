@@ -61,6 +61,23 @@ def exists(url: str) -> bool:
     return bool(fs.exists(path))
 
 
+def stamp(url: str, info: dict[str, Any] | None = None) -> tuple[str, int, str]:
+    """A file's URL, bytes, and time of change or ETag: what tells it from one that was there before.
+
+    `info`: fsspec's, where it is at hand. Raises `InputError` if there is no such file.
+    """
+    if info is None:
+        fs, path = filesystem(url)
+        try:
+            info = fs.info(path)
+        except FileNotFoundError:
+            raise InputError(f"{url}: no such file") from None
+        except OSError as error:
+            raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
+    names = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
+    return url, int(info["size"] or 0), str(next((info[name] for name in names if name in info), ""))
+
+
 def listdir(url: str) -> list[str]:
     """Names in a directory, sorted; empty if it is not there."""
     fs, path = filesystem(url)

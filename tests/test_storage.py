@@ -158,6 +158,17 @@ def test_json_that_was_cut_off_is_named(url: str, content: bytes) -> None:
         storage.read_json(f"{url}/b.json")
 
 
+def test_a_stamp_tells_a_file_from_the_one_before(url: str) -> None:
+    storage.write_json(f"{url}/a.json", 1)
+    stamps = [storage.stamp(f"{url}/a.json") for _ in range(2)]
+    storage.write_json(f"{url}/a.json", 2)  # of as many bytes
+    stamps.append(storage.stamp(f"{url}/a.json"))
+    assert stamps[0] == stamps[1] != stamps[2]
+    assert stamps[2][:2] == (f"{url}/a.json", 2)
+    with pytest.raises(InputError, match=r"b\.json: no such file"):
+        storage.stamp(f"{url}/b.json")
+
+
 def test_listing_and_removing(url: str) -> None:
     assert storage.listdir(url) == []
     for name in ("b.json", "a/c.json", "a/d.json"):

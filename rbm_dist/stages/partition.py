@@ -56,7 +56,7 @@ def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) 
     def work() -> dict[str, Any]:
         source = StagedSource.open(source_url, files)
         # An unseen node's edges lead to it, not from it.
-        symmetric = getattr(config.source, "undirected", True) and not config.source.unseen_share
+        symmetric = config.source.symmetric and not config.source.unseen_share
         part_N = partition(source.csc, config.partition, config.seed, symmetric)
         numbering = Numbering.of(part_N, config.partition.num_parts)
         arrays = {"part": part_N, "new_id": numbering.new_id}

@@ -23,7 +23,7 @@ from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.errors import InputError
 from rbm_dist.graph.random_bits import generator, key
-from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL
+from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.keyed_dropout import derive_keys

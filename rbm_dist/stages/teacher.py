@@ -21,7 +21,7 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph.hot_rows import fill_hot
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import key
-from rbm_dist.graph.source import TRAIN, VAL
+from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_normal

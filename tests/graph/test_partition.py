@@ -11,12 +11,13 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from rbm_dist.config import NpzConfig, PartitionConfig
+from rbm_dist.config import PartitionConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph import partition as partition_
 from rbm_dist.graph.csc import Csc, build
 from rbm_dist.graph.partition import PARTITIONERS, available_memory, edge_cut, memory_needed, partition
 from rbm_dist.graph.source import read
+from rbm_dist.source_config import NpzConfig
 
 METHODS = sorted(PARTITIONERS)
 

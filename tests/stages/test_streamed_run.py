@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_to_the_same_graph(tables: tuple[Path, set[tuple[st
     process = subprocess.Popen(
         command("partition", str(config)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    wait_for(lambda: len(list((run / "source" / "work").glob("run-*.json"))) >= 2, process)
+    wait_for(lambda: len(list((run / "source" / "work").glob("*/run-*.json"))) >= 2, process)
     process.kill()
     process.communicate()
     done = rbm_dist("partition", str(config))
