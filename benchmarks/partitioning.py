@@ -5,9 +5,9 @@ is installed; and the edges they cut on real graphs, where there are any.
 
 Time and memory are those of a process of its own and of its children, from the graph on disk to the parts; memory is
 the largest resident set over the one before, mapped pages included. There are two synthetic graphs. `planted` has 8
-groups that hold 75 % of the edges at random: its floor is a cut of 25 %, and as there is nothing to coarsen, a multilevel
-method takes the most memory. `communities` is the source `synthetic`: communities of some 2,500 nodes, degrees by a power
-law. Judge quality on the real graphs (RBM_DIST_DATA, or beside the repository), by the mean of 5 seeds.
+groups that hold 75 % of the edges at random: its floor is a cut of 25 %, and a multilevel method takes the most memory,
+for there is nothing to coarsen. `communities` is the source `synthetic`: communities of some 2,500 nodes, degrees by a
+power law. Judge quality on the real graphs (RBM_DIST_DATA, or beside the repository), by the mean of 5 seeds.
 """
 
 import importlib.util
