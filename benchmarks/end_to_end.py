@@ -5,8 +5,9 @@ and gathered over the mapped parts: fan-out [15, 10, 5], batches of 1,024 traini
     python -m benchmarks.end_to_end [--quick] [--json FILE]
 
 Rates are per second of CPU time, so that other work on the machine matters little; times on the clock are printed. The
-floor of a stage is one sequential write of the finished shards with their checksums; that of batches, the same parts
-copied into memory. Memory is what the process holds of its own (RssAnon). Takes 20 GB of disk and 8 GB of memory.
+floor of a stage is one sequential write of the finished shards with their checksums; that of batches, the edges of all
+parts and the features of one copied into memory. Memory is what the process holds of its own (RssAnon). Takes 20 GB of
+disk.
 """
 
 import tempfile
@@ -135,8 +136,9 @@ def batch_rows(store: GraphStore, batches: int) -> list[Row]:
             remote += int(is_remote_N[nodes].sum())
             fetched += int(fetched_N[nodes].sum())
     parts = [Csc(*(np.array(store.array(name, p)) for name in ("indptr", "indices"))) for p in range(PARTS)]
-    feat_NF = np.concatenate([store.array("feat", p) for p in range(PARTS)])
-    deque(each_batch(seeds[batches:], NumbaSampler(parts, store.offsets).sample, lambda ids: feat_NF[ids], held), 0)
+    feat_nF = np.array(store.array("feat", 0))
+    sampler = NumbaSampler(parts, store.offsets)
+    deque(each_batch(seeds[batches:], sampler.sample, lambda ids: feat_nF[ids % len(feat_nF)], held), 0)
     share = remote / mapped.nodes
     sample_speed, gather_speed = mapped.edges / mapped.sample_s / 1e6, mapped.nodes / mapped.gather_s / 1e6
     return [
