@@ -4,9 +4,10 @@ is installed; and the edges they cut on real graphs, where there are any.
     python -m benchmarks.partitioning [--quick] [--json FILE]
 
 Time and memory are those of a process of its own and of its children, from the graph on disk to the parts; memory is
-the largest resident set over the one before, mapped pages included. The synthetic graph has 8 groups that hold 75 % of
-the edges, so its floor is a cut of 25 %: judge quality on the real graphs (RBM_DIST_DATA, or beside the repository), by
-the mean of 5 seeds.
+the largest resident set over the one before, mapped pages included. There are two synthetic graphs. `planted` has 8
+groups that hold 75 % of the edges at random: its floor is a cut of 25 %, and a multilevel method takes the most memory,
+for there is nothing to coarsen. `communities` is the source `synthetic`: communities of some 2,500 nodes, degrees by a
+power law. Judge quality on the real graphs (RBM_DIST_DATA, or beside the repository), by the mean of 5 seeds.
 """
 
 import importlib.util
@@ -25,9 +26,10 @@ import numpy as np
 import psutil
 
 from benchmarks.report import Row, main
-from rbm_dist.config import PartitionConfig
+from rbm_dist.config import Config, PartitionConfig
 from rbm_dist.graph.csc import Csc, build, destinations
 from rbm_dist.graph.partition import edge_cut, memory_needed, partition
+from rbm_dist.stages.source import over_here, stage_source
 
 PARTS = 8
 SEEDS = 5  # of the cuts on real graphs, which differ by several per cent from seed to seed
@@ -117,8 +119,15 @@ def cost_of_its_own(method: str, folder: Path) -> Cost:
         return pool.submit(cost, method, folder).result()
 
 
-def write_planted(folder: Path, num_nodes: int, num_edges: int) -> Csc:
-    """Write a graph of 8 equal groups over shuffled ids, about `num_edges` edges (each in both directions)."""
+def write_communities(folder: Path, num_nodes: int, num_edges: int) -> None:
+    """Write a graph of the source `synthetic`, about `num_edges` edges (both directions counted)."""
+    source = {"kind": "synthetic", "num_nodes": num_nodes, "degree": num_edges / num_nodes, "num_features": 1}
+    source |= {"num_communities": max(num_nodes // 2500, 47)}
+    stage_source(Config.model_validate({"run_dir": str(folder), "source": source}), str(folder), over_here)
+
+
+def write_planted(folder: Path, num_nodes: int, num_edges: int) -> None:
+    """Write a graph of 8 equal groups over shuffled ids, about `num_edges` edges (both directions counted)."""
     rng, size, pairs = np.random.default_rng(0), num_nodes // PARTS, num_edges // 2
     order = rng.permutation(num_nodes).astype(np.int32)
     src = rng.integers(0, num_nodes, pairs, np.int32)
@@ -128,7 +137,6 @@ def write_planted(folder: Path, num_nodes: int, num_edges: int) -> Csc:
     folder.mkdir(exist_ok=True)
     np.save(folder / "indptr.npy", csc.indptr)
     np.save(folder / "indices.npy", csc.indices)
-    return csc
 
 
 def measure(quick: bool) -> list[Row]:
@@ -137,29 +145,37 @@ def measure(quick: bool) -> list[Row]:
         methods.append("METIS")
     else:
         print("METIS is left out, and what is compared with it: pymetis is not installed")
-    return synthetic_rows(methods, *((100_000, 3_000_000) if quick else (2_400_000, 57_000_000))) + real_rows(methods)
+    size = (100_000, 3_000_000) if quick else (2_400_000, 57_000_000)
+    rows = [
+        row
+        for name, write in (("planted", write_planted), ("communities", write_communities))
+        for row in synthetic_rows(methods, name, write, *size)
+    ]
+    return rows + real_rows(methods)
 
 
-def synthetic_rows(methods: list[str], num_nodes: int, num_edges: int) -> list[Row]:
+def synthetic_rows(
+    methods: list[str], graph: str, write: Callable[[Path, int, int], None], num_nodes: int, num_edges: int
+) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        write(folder, num_nodes, num_edges)
         write_planted(folder / "small", 800, 8_000)
-        num_edges = write_planted(folder, num_nodes, num_edges).num_edges
+        num_edges = open_graph(folder).num_edges
         costs = {method: cost_of_its_own(method, folder) for method in methods}
     rows = []
     metis = costs.get("METIS")
     for method in CPU_TARGET:
         own = costs[method]
+        name = f"{graph}, {method}"
         if metis:
-            rows.append(
-                Row(f"{method} vs METIS: time", own.cpu_s, "CPU s", metis.cpu_s / own.cpu_s, CPU_TARGET[method])
-            )
-            ratio = metis.memory / own.memory
-            rows.append(Row(f"{method} vs METIS: memory", own.memory / 1e6, "MB", ratio, MEMORY_TARGET))
+            cpu, memory = metis.cpu_s / own.cpu_s, metis.memory / own.memory
+            rows.append(Row(f"{name} vs METIS: time", own.cpu_s, "CPU s", cpu, CPU_TARGET[method]))
+            rows.append(Row(f"{name} vs METIS: memory", own.memory / 1e6, "MB", memory, MEMORY_TARGET))
         if method != "streaming":  # whose estimate leaves out the mapped graph
             needed = memory_needed(CONFIGS[method], num_nodes, num_edges, symmetric=True)
-            rows.append(Row(f"{method}: memory, estimate vs peak", needed / 1e6, "MB", needed / own.memory, 1.0))
-    return rows + cut_rows("synthetic", {method: found.cut for method, found in costs.items()})
+            rows.append(Row(f"{name}: memory, estimate vs peak", needed / 1e6, "MB", needed / own.memory, 1.0))
+    return rows + cut_rows(graph, {method: found.cut for method, found in costs.items()})
 
 
 def real_rows(methods: list[str]) -> list[Row]:

@@ -1,11 +1,15 @@
 """Neighbour sampling with relabelling: the built-in kernel against a vectorised torch sampler and, where installed,
-pyg-lib and torch-sparse; CPU time of one thread, on a synthetic graph with skewed degrees.
+pyg-lib and torch-sparse; CPU time of one thread, on a synthetic graph with skewed degrees. And two threads with a
+sampler each against one, which can only be seen on the clock: run it on an idle machine with two free cores.
 
     python -m benchmarks.sampling [--quick] [--json FILE]
 
 Floor: each sampled edge is one random read of `indices` and one of the relabelling map; both miss the caches on a large
 graph, so the kernel is bound by memory latency.
 """
+
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,6 +22,7 @@ from rbm_dist.graph.sampler_backends import make_sampler
 
 FANOUT = (15, 10, 5)
 SEEDS = 1024
+THREADS = 2
 
 
 def synthetic(num_nodes: int, mean_degree: int) -> Csc:
@@ -84,6 +89,7 @@ def measure(quick: bool) -> list[Row]:
     edges = np.mean([sum(own.sample(batch, FANOUT, 0).edges_per_hop) for batch in batches])
     mine = cost(own)
     rows = [Row("vs vectorised torch", edges / mine / 1e6, "M edges per CPU s", cost(TorchSampler(csc)) / mine, 2.0)]
+    rows.append(scaling([NumbaSampler([csc], offsets) for _ in range(THREADS)], batches, 5 if quick else 15))
     for name, target in (("pyg_lib", 3.0), ("torch_sparse", 10.0)):
         try:
             rows.append(
@@ -98,6 +104,23 @@ def measure(quick: bool) -> list[Row]:
         except InputError as error:
             print(f"{name} is left out: {error}")
     return rows
+
+
+def scaling(samplers: list[NumbaSampler], batches: list[np.ndarray], turns: int) -> Row:
+    """Edges per second of several threads against one; the ratio is per thread."""
+
+    def edges(sampler: NumbaSampler) -> int:
+        return sum(sum(sampler.sample(batch, FANOUT, key).edges_per_hop) for key, batch in enumerate(batches))
+
+    def speed(pool: ThreadPoolExecutor, count: int) -> float:
+        start = time.perf_counter()
+        return sum(pool.map(edges, samplers[:count])) / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        speed(pool, THREADS)
+        # By turns, so that what else the machine does falls on both.
+        one, all_of = np.median([(speed(pool, 1), speed(pool, THREADS)) for _ in range(turns)], axis=0)
+    return Row(f"{THREADS} threads vs 1, per thread", all_of / 1e6, "M edges per s", all_of / one / THREADS, 0.8)
 
 
 if __name__ == "__main__":

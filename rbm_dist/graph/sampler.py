@@ -110,10 +110,13 @@ class NumbaSampler:
         for at, count, found in answers:
             counts[away[at]] = count
             pieces.append((away[at], found))
+        pieces += [
+            (at, _look_up(self._parts[part].indices, edges)) for (part, at), edges in zip(here, picked, strict=True)
+        ]
+        if len(pieces) == 1 and here:  # in the order of `ids`
+            return counts, pieces[0][1]
         ends = np.cumsum(counts)
         sources = np.empty(ends[-1] if len(ends) else 0, np.int64)
-        for (part, at), edges in zip(here, picked, strict=True):
-            _look_up(self._parts[part].indices, edges, at, counts, ends, sources)
         for at, found in pieces:
             _place(found, at, counts, ends, sources)
         return counts, sources
@@ -171,13 +174,12 @@ def _pick(indptr, ids, at, first_id, counts, key):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _look_up(indices, edges, at, counts, ends, sources):  # type: ignore[no-untyped-def]
-    start = 0
-    for i in at:
-        begin = ends[i] - counts[i]
-        for j in range(counts[i]):
-            sources[begin + j] = indices[edges[start + j]]
-        start += counts[i]
+def _look_up(indices, edges):  # type: ignore[no-untyped-def]
+    # A loop of reads alone, so that their cache misses overlap.
+    sources = np.empty(len(edges), np.int64)
+    for e in range(len(edges)):
+        sources[e] = indices[edges[e]]
+    return sources
 
 
 @njit(cache=True, nogil=True)
