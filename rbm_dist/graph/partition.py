@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numba import njit
 
 from rbm_dist.config import PartitionConfig
 from rbm_dist.errors import InputError, RunError, disk_full
@@ -98,11 +97,6 @@ def kaminpar_parts(csc: Csc, config: PartitionConfig, seed: int, symmetric: bool
             reason = "killed, as when memory runs out" if done.returncode == -9 else done.stderr.strip()[-500:]
             raise RunError(f"partition: KaMinPar ended with code {done.returncode}: {reason}")
         return np.load(result)
-
-
-def edge_cut(csc: Csc, part_N: np.ndarray) -> int:
-    """Edges whose ends lie in different parts."""
-    return int(_edge_cut(csc.indptr, csc.indices, part_N))
 
 
 def memory_needed(config: PartitionConfig, num_nodes: int, num_edges: int, symmetric: bool = False) -> int:
@@ -200,15 +194,6 @@ def _write_parhip(path: Path, csc: Csc, balance: str, symmetric: bool) -> None:
 def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(array), _CHUNK):
         yield array[start : start + _CHUNK]
-
-
-@njit(cache=True, nogil=True)
-def _edge_cut(indptr, indices, part_N):  # type: ignore[no-untyped-def]
-    cut = 0
-    for v in range(len(part_N)):
-        for e in range(indptr[v], indptr[v + 1]):
-            cut += part_N[indices[e]] != part_N[v]
-    return cut
 
 
 PARTITIONERS: dict[str, Partitioner] = {

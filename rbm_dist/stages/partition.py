@@ -10,7 +10,7 @@ from rbm_dist.config import Config
 from rbm_dist.graph import shuffle
 from rbm_dist.graph.partition import partition
 from rbm_dist.graph.partition_report import partition_report
-from rbm_dist.graph.shuffle import SPILL, Numbering, Spill
+from rbm_dist.graph.shuffle import SPILL, Layout, Numbering, Spill
 from rbm_dist.graph.staged import StagedSource
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.source import Over, below, over_tasks
@@ -40,12 +40,14 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     ]
     spills = over("chunks", spill_chunk, chunks)
     source = StagedSource.open(source_url, files)
-    parts = [(graph_url, part, spill_url, spills, source.feat.shape[1]) for part in range(num_parts)]
+    layout = Layout.of(source)
+    # Made as they are handed over: all at once, they would have a slice per array, chunk and part.
+    parts = ((graph_url, part, spill_url, shuffle.plan_part(spills, part), layout) for part in range(num_parts))
     written: Files = {}
     for part_files in over("parts", shuffle.write_part, parts):
         written |= part_files
     num_classes = storage.read_json(storage.join(source_url, "source.json"))["num_classes"]
-    shuffle.write_index(graph_url, assigned["offsets"], source, num_classes, written, assigned["report"])
+    shuffle.write_index(graph_url, assigned["offsets"], source, num_classes, written, assigned["report"], layout)
     storage.remove(spill_url)
     return {**written, "graph.json": storage.file_info(storage.join(graph_url, "graph.json"))}
 

@@ -4,7 +4,7 @@ A small source is read by one task. A streamed one by many: its edges are sorted
 features are checked and scaled piece by piece; each task's result is kept, so that none is done twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,24 +24,24 @@ from rbm_dist.stages.run import Files, Run
 
 _WORK = "work"
 
-Over = Callable[[str, Callable[..., Any], list[tuple]], list[Any]]
+Over = Callable[[str, Callable[..., Any], Iterable[tuple]], list[Any]]
 """`over(unit, function, arguments)`: the function's results for all arguments, in order. In Ray tasks, or here."""
 
 
 def over_tasks(run: Run, stage: str) -> Over:
     """Calls in Ray tasks, with progress."""
 
-    def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
-        def show(done: int) -> None:
-            if len(arguments) > 1:
-                run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
+    def over(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
+        def show(done: int, total: int) -> None:
+            if total > 1:
+                run.reporter.progress(f"{stage}: {unit}", done, total, unit)
 
         return run_tasks(stage, function, arguments, run.timeout_s, show)
 
     return over
 
 
-def over_here(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+def over_here(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
     """Calls in this process, one after another."""
     return [function(*each) for each in arguments]
 
