@@ -11,7 +11,8 @@ import numpy as np
 
 from rbm_dist import storage
 from rbm_dist.graph.csc import Csc, id_dtype
-from rbm_dist.graph.shards import ORIG_NAME, PER_ROW, SPARSE_FEAT, VERSION, part_name
+from rbm_dist.graph.quantised import encode, scales
+from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, PER_ROW, QUANTISED, SPARSE_FEAT, VERSION, part_name
 from rbm_dist.graph.staged import RowPieces, StagedSource
 
 SPILL = "spill"
@@ -44,6 +45,7 @@ class Spill:
 
     files: dict[str, tuple[str, storage.FileInfo]]  # by array: URL and checksum
     starts: dict[str, np.ndarray]  # by array: [P + 1]
+    feat_max: np.ndarray  # [F] float32, the largest magnitude in each column; [0] of sparse features
 
 
 Slices = dict[str, list[tuple[str, storage.FileInfo, int, int]]]
@@ -56,17 +58,22 @@ class Layout:
 
     dtypes: dict[str, str]  # by array
     num_features: int
+    feat_scale: np.ndarray | None  # [F] float32, if dense features are stored as int8
 
     @classmethod
-    def of(cls, source: StagedSource) -> "Layout":
+    def of(cls, source: StagedSource, features: str, feat_max_F: np.ndarray) -> "Layout":
+        """features: the dtype of dense ones, whose largest magnitudes are `feat_max_F`.
+
+        Raises `InputError` if they do not fit it.
+        """
         dtypes = {"indptr": "int64", "indices": str(source.csc.indices.dtype)}
         dtypes |= {name: str(array.dtype) for name, array in source.per_row.items()}
         if isinstance(source.feat, RowPieces):
-            dtypes["feat"] = "float32"
+            dtypes["feat"] = features
         else:
             index = str(id_dtype(max(source.feat.nnz, *source.feat.shape)))
             dtypes |= dict(zip(SPARSE_FEAT, (index, index, "float32", "int64"), strict=True))
-        return cls(dtypes, source.feat.shape[1])
+        return cls(dtypes, source.feat.shape[1], scales(features, feat_max_F))
 
 
 def chunk_bounds(indptr: np.ndarray) -> np.ndarray:
@@ -85,7 +92,8 @@ def spill_chunk(url: str, chunk: int, first: int, stop: int, source: StagedSourc
     done = storage.once(f"{folder}.json", lambda: _spill(folder, slice(first, stop), source, numbering))
     by_row = np.array(done["starts"]["rows"])
     starts = {name: np.array(done["starts"][name]) if name in done["starts"] else by_row for name in done["files"]}
-    return Spill({name: (f"{folder}/{name}.npy", info) for name, info in done["files"].items()}, starts)
+    files = {name: (f"{folder}/{name}.npy", info) for name, info in done["files"].items()}
+    return Spill(files, starts, np.array(done["feat_max"], np.float32))
 
 
 def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -> dict[str, Any]:
@@ -100,15 +108,17 @@ def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -
     arrays = {"degree": degree, "indices": sources}
     starts = {"rows": row_starts, "indices": np.concatenate([[0], np.cumsum(degree)])[row_starts]}
     if isinstance(source.feat, RowPieces):
-        arrays["feat"] = source.feat[first:stop][order]
+        arrays["feat"] = feat_nF = source.feat[first:stop][order]
+        feat_max = np.maximum(feat_nF.max(axis=0), -feat_nF.min(axis=0))
     else:
-        feat = source.feat[first:stop][order]
+        feat, feat_max = source.feat[first:stop][order], np.empty(0)
         arrays |= {"feat_counts": np.diff(feat.indptr), "feat_indices": feat.indices, "feat_values": feat.data}
         starts |= dict.fromkeys(("feat_indices", "feat_values"), feat.indptr[row_starts])
     arrays |= {name: array[first:stop][order] for name, array in source.per_row.items()}
     return {
         "files": {name: storage.write_array(f"{folder}/{name}.npy", array) for name, array in arrays.items()},
         "starts": {name: array.tolist() for name, array in starts.items()},
+        "feat_max": feat_max.tolist(),
     }
 
 
@@ -155,7 +165,8 @@ def _merge(url: str, part: int, slices: Slices, layout: Layout) -> dict[str, sto
     offsets("indptr", "degree")
     copy("indices")
     if "feat" in slices:
-        copy("feat", layout.num_features)
+        shape = (rows, layout.num_features)
+        write("feat", shape, (encode(piece, layout.dtypes["feat"], layout.feat_scale) for piece in pieces("feat")))
     else:
         offsets("feat_indptr", "feat_counts")
         copy("feat_indices")
@@ -174,12 +185,14 @@ def write_index(
     files: dict[str, storage.FileInfo],
     report: dict[str, Any],
     layout: Layout,
-) -> None:
-    """Write `graph.json`: from here on the graph is there."""
-    storage.write_json(
+) -> dict[str, storage.FileInfo]:
+    """Write `graph.json`: from here on the graph is there. Gives all files, by their path below `url`."""
+    if layout.feat_scale is not None:
+        files = {**files, FEAT_SCALE: storage.write_array(storage.join(url, FEAT_SCALE), layout.feat_scale)}
+    index = storage.write_json(
         storage.join(url, "graph.json"),
         {
-            "version": VERSION,
+            "version": VERSION if layout.dtypes.get("feat", "float32") == "float32" else QUANTISED,
             "num_nodes": source.csc.num_nodes,
             "num_edges": source.csc.num_edges,
             "num_features": layout.num_features,
@@ -191,6 +204,7 @@ def write_index(
             "files": files,
         },
     )
+    return {**files, "graph.json": index}
 
 
 def _in_edges(rows: Csc, order: np.ndarray, new_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ file `<name>.json` written when the array is complete in all parts.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,9 +15,10 @@ from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.quantised import decode
 from rbm_dist.graph.sampler import Sample, Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
-from rbm_dist.graph.shards import ORIG_NAME, SPARSE_FEAT, VERSION, part_name, sparse_matrix
+from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, QUANTISED, SPARSE_FEAT, VERSION, part_name, sparse_matrix
 
 # Checked when they are used: arrays that have not one row per node.
 _NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
@@ -48,8 +50,10 @@ class GraphStore:
         Raises `InputError` if it is not there, of another version, or (with `verify`) if a file is damaged.
         """
         index = storage.read_json(storage.join(url, "graph.json"))
-        if not isinstance(index, dict) or index.get("version") != VERSION:
-            raise InputError(f"{url}/graph.json: not a graph of layout version {VERSION}; partition the source again")
+        if not isinstance(index, dict) or index.get("version") not in (VERSION, QUANTISED):
+            raise InputError(
+                f"{url}/graph.json: not a graph of layout version {VERSION} or {QUANTISED}; partition the source again"
+            )
         if verify:
             storage.verify(url, index["files"])
         return cls(url, index, sampler)
@@ -59,7 +63,7 @@ class GraphStore:
         return np.arange(self.offsets[part], self.offsets[part + 1])
 
     def array(self, name: str, part: int) -> np.ndarray:
-        """The rows of a named array that a part owns, memory-mapped, in the order of `ids(part)`.
+        """The rows of a named array that a part owns, memory-mapped, in the order of `ids(part)`; `feat` as stored.
 
         Raises `InputError` if the array is missing, truncated, or has not one row per node.
         """
@@ -76,12 +80,16 @@ class GraphStore:
         return self._arrays[name, part]
 
     def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory.
+        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory; `feat` as float32.
 
         Raises `ValueError` if an id is out of range.
         """
         if name == "feat" and self.sparse_features:
             return self._gather_sparse(ids).toarray()
+        rows = self._gather_stored(name, ids)
+        return decode(rows, self._feat_scale) if name == "feat" else rows
+
+    def _gather_stored(self, name: str, ids: np.ndarray) -> np.ndarray:
         self._check(ids)
         first = self.array(name, 0)
         if self.num_parts == 1:
@@ -92,6 +100,11 @@ class GraphStore:
             at = np.flatnonzero(owner == part)
             rows[at] = self.array(name, part)[ids[at] - self.offsets[part]]
         return rows
+
+    @cached_property
+    def _feat_scale(self) -> np.ndarray | None:
+        info = self._files.get(FEAT_SCALE)
+        return None if info is None else storage.open_array(storage.join(self.url, FEAT_SCALE), info)[:]
 
     def inputs(self, ids: np.ndarray, names: tuple[str, ...] = ("feat",)) -> np.ndarray | sp.csr_array:
         """The rows of some arrays side by side, `[len(ids), Σ widths]`; sparse if sparse features are among them."""
