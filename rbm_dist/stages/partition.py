@@ -57,7 +57,7 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     written = shuffle.write_index(
         graph_url, assigned["offsets"], source, num_classes, written, assigned["report"], layout
     )
-    storage.remove(spill_url)
+    storage.remove_work(spill_url)
     return written
 
 

@@ -94,7 +94,7 @@ def _stage_streamed(config: Config, url: str, over: Over) -> Files:
     feats = over("feature pieces", _stage_feat, [(config, url, piece) for piece in range(nodes["num_feat_pieces"])])
     (files,) = over("joins", _join, [(url, nodes, [run.__dict__ for run in runs], merged)])
     files |= {staged.feat_piece(piece): info for piece, info in enumerate(feats)}
-    storage.remove(storage.join(url, _WORK))
+    storage.remove_work(storage.join(url, _WORK))
     return files
 
 

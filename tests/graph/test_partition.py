@@ -159,6 +159,22 @@ def test_kaminpar_says_nothing_on_the_terminal(communities: Csc, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
 
 
+_KILLED = """
+import numpy as np
+from rbm_dist.config import PartitionConfig
+from rbm_dist.graph import partition as module
+from rbm_dist.graph.csc import build
+module._SOLVE = "import os; os.kill(os.getppid(), 9)"
+module.partition(build(np.arange(99), np.arange(1, 100), 100, undirected=True), PartitionConfig(), 0)
+"""
+
+
+def test_a_kill_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", _KILLED], check=False).returncode == -9
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_graph_without_edges(method: str) -> None:
     csc = Csc(np.zeros(11, np.int64), np.empty(0, np.int32))

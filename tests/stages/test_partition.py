@@ -1,4 +1,4 @@
-"""The stage `partition` in this process: what it refuses."""
+"""The stage `partition` in this process: what it refuses, and what a kill at its very end leaves."""
 
 from pathlib import Path
 
@@ -29,6 +29,23 @@ def test_sparse_features_are_kept_as_float32_only(tmp_path: Path, features: str)
     ):
         partitioned(tmp_path, with_sparse_features(small_graph()), features=features)
     partitioned(tmp_path, with_sparse_features(small_graph()))
+
+
+def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = partitioned(tmp_path / "whole", small_graph())
+
+    def cut_off(url: str) -> None:
+        assert url.endswith("graph/spill")
+        for path in [*Path(url).rglob("*.npy"), *Path(url).glob("chunk-*.json")]:  # in an order of its own
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            partitioned(tmp_path / "cut", small_graph())
+    assert partitioned(tmp_path / "cut", small_graph()) == whole
+    assert not (tmp_path / "cut" / "graph" / "spill").exists()
 
 
 @pytest.mark.parametrize("features", ["float32", "int8"])
