@@ -283,11 +283,13 @@ def copy_in(local: str | Path, url: str) -> FileInfo:
 @contextmanager
 def _writing_to(cache: Path) -> Iterator[None]:
     """Hold a lock of the cache that all who write there share; the kernel takes it from whoever is killed."""
-    cache.mkdir(parents=True, exist_ok=True)
+    with _explained(str(cache)):
+        cache.mkdir(parents=True, exist_ok=True)
     _sweep(str(cache))
     handle = os.open(cache, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        with suppress(OSError):  # where folders cannot be locked, such as on NFS, nothing is swept
+            fcntl.flock(handle, fcntl.LOCK_SH)
         yield
     finally:
         os.close(handle)
@@ -297,7 +299,7 @@ def _writing_to(cache: Path) -> Iterator[None]:
 def _sweep(cache: str) -> None:
     """Delete what killed writers left in the cache, unless others are writing there."""
     handle = os.open(cache, os.O_RDONLY)
-    with suppress(BlockingIOError):
+    with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_temporary(cache)
     os.close(handle)
