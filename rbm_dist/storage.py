@@ -5,6 +5,8 @@ Files are written under a temporary name and renamed; object stores commit on cl
 """
 
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -204,6 +206,15 @@ def once(url: str, work: Callable[[], Any]) -> Any:
     return result
 
 
+def remove_work(url: str) -> None:
+    """Delete a folder of work that `once` kept. What it kept goes first: it must not outlive the files it speaks of."""
+    fs, path = filesystem(url)
+    kept = [name for name in fs.find(path) if name.endswith(".json")]
+    if kept:
+        fs.rm(kept)
+    remove(url)
+
+
 def write_array(url: str, array: np.ndarray) -> FileInfo:
     """Write one `.npy` array atomically."""
     return write_chunks(url, array.dtype, array.shape, [array])
@@ -286,6 +297,31 @@ def copy_in(local: str | Path, url: str) -> FileInfo:
     return stream.info
 
 
+@contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    """Hold a lock of the cache that all who write there share; the kernel takes it from whoever is killed."""
+    with _explained(str(cache)):
+        cache.mkdir(parents=True, exist_ok=True)
+    _sweep(str(cache))
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where folders cannot be locked, such as on NFS, nothing is swept
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+@functools.cache  # once per process, as it looks at every file
+def _sweep(cache: str) -> None:
+    """Delete what killed writers left in the cache, unless others are writing there."""
+    handle = os.open(cache, os.O_RDONLY)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_temporary(cache)
+    os.close(handle)
+
+
 def _cached(url: str, info: FileInfo | None) -> str:
     fs, path = filesystem(url)
     folder = Path(tempfile.gettempdir()) / f"rbm-dist-cache-{os.getuid()}"
@@ -293,7 +329,7 @@ def _cached(url: str, info: FileInfo | None) -> str:
     target = folder / f"{name}.npy"
     if not target.exists():
         try:
-            with fs.open(path, "rb") as source, atomic_writer(str(target)) as stream:
+            with _writing_to(folder), fs.open(path, "rb") as source, atomic_writer(str(target)) as stream:
                 while chunk := source.read(_CHUNK):
                     stream.write(chunk)
                 if info and stream.info != info:

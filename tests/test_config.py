@@ -10,7 +10,7 @@ import yaml
 
 from rbm_dist.config import Config, flatten, load
 from rbm_dist.errors import InputError
-from rbm_dist.source_config import DigitsConfig, NpzConfig
+from rbm_dist.source_config import DigitsConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -7,6 +7,7 @@ file `<name>.json` written when the array is complete in all parts.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -17,9 +18,10 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.hot_rows import HotRows
+from rbm_dist.graph.quantised import decode
 from rbm_dist.graph.sampler import NumbaSampler, RemoteEdges, Sample, Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
-from rbm_dist.graph.shards import ORIG_NAME, SPARSE_FEAT, VERSION, part_name, sparse_matrix
+from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, QUANTISED, SPARSE_FEAT, VERSION, part_name, sparse_matrix
 
 # Checked when they are used: arrays that have not one row per node.
 _NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
@@ -73,8 +75,10 @@ class GraphStore:
         Raises `InputError` if it is not there, of another version, or (with `verify`) if a file is damaged.
         """
         index = storage.read_json(storage.join(url, "graph.json"))
-        if not isinstance(index, dict) or index.get("version") != VERSION:
-            raise InputError(f"{url}/graph.json: not a graph of layout version {VERSION}; partition the source again")
+        if not isinstance(index, dict) or index.get("version") not in (VERSION, QUANTISED):
+            raise InputError(
+                f"{url}/graph.json: not a graph of layout version {VERSION} or {QUANTISED}; partition the source again"
+            )
         if verify:
             storage.verify(url, index["files"])
         return cls(url, index, sampler, parts, remote)
@@ -103,7 +107,7 @@ class GraphStore:
         return np.arange(self.offsets[part], self.offsets[part + 1])
 
     def array(self, name: str, part: int) -> np.ndarray:
-        """The rows of a named array that a part owns, memory-mapped, in the order of `ids(part)`.
+        """The rows of a named array that a part owns, memory-mapped, in the order of `ids(part)`; `feat` as stored.
 
         Read from storage, whoever holds the part.
         Raises `InputError` if the array is missing, truncated, or has not one row per node.
@@ -121,12 +125,14 @@ class GraphStore:
         return self._arrays[name, part]
 
     def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """StoredRows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory.
+        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory; `feat` as float32.
 
         Raises `ValueError` if an id is out of range.
         """
         rows = self.stored_rows(name, ids)
-        return rows if isinstance(rows, np.ndarray) else rows.toarray()
+        if not isinstance(rows, np.ndarray):
+            return rows.toarray()
+        return decode(rows, self._feat_scale) if name == "feat" else rows
 
     def stored_rows(self, name: str, ids: np.ndarray) -> StoredRows:
         """The rows that `gather` gives, as they are stored."""
@@ -186,6 +192,11 @@ class GraphStore:
         """Unmap an array whose files changed."""
         self._arrays = {key: value for key, value in self._arrays.items() if key[0] != name}
         self._files = {file: info for file, info in self._files.items() if not file.endswith(f"/{name}.npy")}
+
+    @cached_property
+    def _feat_scale(self) -> np.ndarray | None:
+        info = self._files.get(FEAT_SCALE)
+        return None if info is None else storage.open_array(storage.join(self.url, FEAT_SCALE), info)[:]
 
     def _opened_sampler(self) -> Sampler:
         if self._sampler is None:

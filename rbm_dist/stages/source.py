@@ -6,7 +6,7 @@ input's files are the same.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,24 +27,24 @@ from rbm_dist.stages.run import Files, Run
 _WORK = "work"
 _log = logging.getLogger(__name__)
 
-Over = Callable[[str, Callable[..., Any], list[tuple]], list[Any]]
+Over = Callable[[str, Callable[..., Any], Iterable[tuple]], list[Any]]
 """`over(unit, function, arguments)`: the function's results for all arguments, in order. In Ray tasks, or here."""
 
 
 def over_tasks(run: Run, stage: str) -> Over:
     """Calls in Ray tasks, with progress."""
 
-    def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
-        def show(done: int) -> None:
-            if len(arguments) > 1:
-                run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
+    def over(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
+        def show(done: int, total: int) -> None:
+            if total > 1:
+                run.reporter.progress(f"{stage}: {unit}", done, total, unit)
 
         return run_tasks(stage, function, arguments, run.timeout_s, show)
 
     return over
 
 
-def over_here(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+def over_here(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
     """Calls in this process, one after another."""
     return [function(*each) for each in arguments]
 
@@ -102,7 +102,7 @@ def _stage_streamed(config: Config, url: str, over: Over) -> Files:
     )
     (files,) = over("joins", _join, [(url, nodes, [run.__dict__ for run in runs], merged)])
     files |= {staged.feat_piece(piece): info for piece, info in enumerate(feats)}
-    storage.remove(storage.join(url, _WORK))
+    storage.remove_work(storage.join(url, _WORK))
     return files
 
 

@@ -130,7 +130,9 @@ def test_no_store_where_none_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ['{"version": 99}', "[]", '"graph"'])
 def test_another_layout_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "graph.json").write_text(content)
-    with pytest.raises(InputError, match=r"graph\.json: not a graph of layout version 2; partition the source again"):
+    with pytest.raises(
+        InputError, match=r"graph\.json: not a graph of layout version 2 or 3; partition the source again"
+    ):
         GraphStore.open(str(tmp_path))
 
 

@@ -103,6 +103,22 @@ def test_a_feature_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytes
         stage_source(config(), str(tmp_path), over_here)
 
 
+def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stage_source(config(), str(tmp_path / "whole"), over_here)
+
+    def cut_off(url: str) -> None:
+        for path in [*Path(url).glob("*.npy"), *Path(url).glob("merge-*.json")]:  # in an order of its own
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            stage_source(config(), str(tmp_path / "cut"), over_here)
+    assert stage_source(config(), str(tmp_path / "cut"), over_here) == whole
+    assert not (tmp_path / "cut" / "work").exists()
+
+
 def test_a_stage_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staged(tmp_path / "whole", config())
     real, calls = edges.merge, []
