@@ -1,10 +1,13 @@
 """A store of which other hosts hold some parts gives exactly what one gives that holds them all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rbm_dist.graph.hot_rows import fill_hot
 from rbm_dist.graph.store import GraphStore
 from tests.graph.other_host import OtherHost
 from tests.small_graph import small_graph, small_store, with_sparse_features, write_graph
@@ -47,6 +50,18 @@ def test_sparse_rows(sparse_url: str, held: set[int], ids: np.ndarray) -> None:
     rows = partial.inputs(ids)
     assert not isinstance(rows, np.ndarray)
     np.testing.assert_array_equal(rows.toarray(), whole.gather("feat", ids))
+    np.testing.assert_array_equal(partial.gather("feat", ids), whole.gather("feat", ids))
+
+
+def test_rows_travel_as_they_are_stored(tmp_path: Path) -> None:
+    part_N = np.random.default_rng(3).integers(0, NUM_PARTS, 240)
+    url, ids = write_graph(str(tmp_path), small_graph(), part_N, "int8").url, np.arange(0, 240, 3)
+    whole, partial = GraphStore.open(url), GraphStore.open(url, parts=[2], remote=OtherHost(url))
+    assert partial.stored_rows("feat", ids).dtype == np.int8
+    np.testing.assert_array_equal(partial.gather("feat", ids), whole.gather("feat", ids))
+    fill_hot(partial, "feat", 10**6, [(whole.ids(2)[:20], 1)], (-1, -1))
+    assert partial.hot is not None
+    assert partial.hot.find(ids)[1].dtype == np.int8
     np.testing.assert_array_equal(partial.gather("feat", ids), whole.gather("feat", ids))
 
 
