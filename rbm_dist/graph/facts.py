@@ -15,6 +15,7 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph import node_columns, source, table_files, table_schema
 from rbm_dist.graph.edges import RUN_EDGES
 from rbm_dist.graph.source import TRAIN, VAL
+from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.table_files import Piece
 
 _BLOCK = 1 << 20  # bytes of text, or rows, that are read of a table
@@ -31,7 +32,9 @@ class SourceFacts:
     num_train: int
     num_val: int
     streamed: bool
-    edge_piece: int = RUN_EDGES  # given edges that a task holds at once
+    edge_pieces: int = 1  # tasks that read edges, and features
+    feat_pieces: int = 1
+    edge_piece: int = RUN_EDGES  # given edges that such a task holds at once
     nonzeros: int | None = None  # stored features where they are sparse
     id_bytes: int = 0  # per node, of the caller's ids and their index
     note: str = ""  # where the figures come from, if they are not the source's own
@@ -66,24 +69,26 @@ def _synthetic(config: SyntheticConfig, seed: int) -> SourceFacts:
     train, val = (round(share * config.num_nodes) for share in (config.train_share, config.val_share))
     return SourceFacts(
         config.num_nodes, 2 * (opened.num_edges or 0), config.num_features, config.num_classes, train, val, True,
-        PIECE_EDGES,
+        *_pieces(opened), PIECE_EDGES,
     )  # fmt: skip
 
 
 def _ogb(config: OgbConfig) -> SourceFacts:
-    from rbm_dist.graph.ogb import ogb_folder, open_ogb
+    from rbm_dist.graph.ogb import PIECE_EDGES, PIECE_VALUES, ogb_folder, open_ogb
 
     folder, ways = ogb_folder(config), 1 + config.undirected  # which refuses other datasets
     nodes, edges, features, classes, train, val = _PUBLISHED[config.name]
     if not storage.exists(folder):
+        pieces = (-(-edges // PIECE_EDGES), -(-nodes * features // PIECE_VALUES))
         return SourceFacts(
-            nodes, ways * edges, features, classes, train, val, True, note=f"published sizes of {config.name}"
+            nodes, ways * edges, features, classes, train, val, True, *pieces, note=f"published sizes of {config.name}"
         )
     opened = open_ogb(config)
     train, val = (round(count / nodes * opened.num_nodes) for count in (train, val))
     return SourceFacts(
-        opened.num_nodes, ways * (opened.num_edges or 0), opened.num_features, opened.num_classes, train, val, True
-    )
+        opened.num_nodes, ways * (opened.num_edges or 0), opened.num_features, opened.num_classes, train, val, True,
+        *_pieces(opened),
+    )  # fmt: skip
 
 
 def _pyg(config: PygConfig, seed: int) -> SourceFacts:
@@ -97,7 +102,9 @@ def _pyg(config: PygConfig, seed: int) -> SourceFacts:
             split = source.split_per_class(nodes.label, config.train_per_class, config.val_per_class, seed)
         train, val = (int(np.sum(split == code)) for code in (TRAIN, VAL))
         edges = (1 + config.undirected) * (opened.num_edges or 0)
-        return SourceFacts(opened.num_nodes, edges, opened.num_features, opened.num_classes, train, val, True)
+        return SourceFacts(
+            opened.num_nodes, edges, opened.num_features, opened.num_classes, train, val, True, *_pieces(opened)
+        )
 
 
 def _whole(config: SourceSection, seed: int) -> SourceFacts:
@@ -138,8 +145,13 @@ def _tables(config: TablesConfig) -> SourceFacts:
     if table_files.num_rows([*pieces, *edge_pieces]) is None:
         note = f"rows of CSV are estimated from sizes{'; ' * bool(note)}{note}"
     return SourceFacts(
-        num_nodes, (1 + config.undirected) * num_edges, width, classes, train, val, True, id_bytes=id_bytes, note=note
-    )
+        num_nodes, (1 + config.undirected) * num_edges, width, classes, train, val, True, len(edge_pieces), len(pieces),
+        id_bytes=id_bytes, note=note,
+    )  # fmt: skip
+
+
+def _pieces(opened: StreamedSource) -> tuple[int, int]:
+    return opened.num_edge_pieces, len(opened.feat_offsets) - 1
 
 
 def _rows(pieces: list[Piece], files: list[tuple[str, int, str]]) -> int:

@@ -45,7 +45,7 @@ def plan_table(plan: dict[str, Any]) -> Group:
         ),
     ]
     wanted = plan["hosts_wanted"]
-    advised = f"{wanted} such host{'s' * (wanted > 1)}" if wanted else "larger hosts"
+    advised = f"{wanted} such host{'s' * (wanted > 1)}" if wanted else "larger hosts or another configuration"
     lines.append(
         Text(
             f"advised: partition.num_parts: {plan['parts']} or more, {advised}, up to {plan['workers']} workers "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rbm_dist import storage
-from rbm_dist.config import Config, SyntheticConfig
+from rbm_dist.config import Config
 from rbm_dist.graph.edges import MERGED_EDGES
 from rbm_dist.graph.encodings import arrays
 from rbm_dist.graph.facts import SourceFacts
@@ -144,12 +144,11 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
 
     memory = plan_memory
     if facts.streamed:
-        feature_pieces = facts.num_nodes / (1 << 17 if isinstance(config.source, SyntheticConfig) else 1 << 22)
         steps = [
             tasks("node table task", 1, memory.node_task(config, facts)),
-            tasks("sorting task", facts.num_edges / 2 / facts.edge_piece, memory.sort_task(config, facts)),
+            tasks("sorting task", facts.edge_pieces, memory.sort_task(config, facts)),
             tasks("merging task", facts.num_edges / MERGED_EDGES, memory.merge_task(facts)),
-            tasks("feature task", feature_pieces, memory.feature_task(config, facts)),
+            tasks("feature task", facts.feat_pieces, memory.feature_task(config, facts)),
         ]
     else:
         steps = [tasks("source task", 1, memory.whole_source(facts))]

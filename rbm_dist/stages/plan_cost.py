@@ -63,7 +63,7 @@ class Costs:
         return 25 * facts.num_nodes + 4 * facts.num_edges + feat
 
     def _source_s(self) -> float:
-        return self.facts.num_edges / _SOURCE_EDGES / self._at_once(self.facts.num_edges / (1 << 22))
+        return self.facts.num_edges / _SOURCE_EDGES / self._at_once(self.facts.edge_pieces)
 
     def _partition_s(self) -> float:
         facts, settings = self.facts, self.config.partition

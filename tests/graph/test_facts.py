@@ -78,7 +78,7 @@ def test_npy_by_its_headers(tmp_path: Path) -> None:
 
 def test_synthetic_by_its_keys() -> None:
     config = SyntheticConfig(num_nodes=10_000, num_communities=47, degree=10)
-    assert source_facts(config, 0) == SourceFacts(10_000, 100_000, 100, 47, 800, 200, True, 1 << 20)
+    assert source_facts(config, 0) == SourceFacts(10_000, 100_000, 100, 47, 800, 200, True, 1, 1, 1 << 20)
 
 
 def test_pyg_is_loaded(tmp_path: Path) -> None:
