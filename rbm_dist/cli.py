@@ -1,4 +1,7 @@
-"""The commands. Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted, 143 terminated."""
+"""The commands.
+
+Exit codes: 0 done, 1 the run failed or does not fit, 2 the input cannot be used, 130 interrupted, 143 terminated.
+"""
 
 import json
 import signal
@@ -68,6 +71,32 @@ _stage_command("soft_labels", "soft-labels", "Write the teacher's class distribu
 _stage_command("encodings", "encodings", "Compute the configured positional encodings and propagated labels.")
 _stage_command("student", "student", "Train the students on the soft labels.")
 _stage_command("evaluate", "evaluate", "Measure accuracy, latency and expert load.")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    hosts: Annotated[int, typer.Option(min=1, help="Machines, all alike.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of each; default: of this one.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each.")] = 0,
+    cores: Annotated[int | None, typer.Option(min=1, help="Cores of each; default: of this one.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write it as JSON.")] = None,
+) -> None:
+    """Estimate disk, memory, network and time of each stage before anything runs. Exit code 1: it would not fit."""
+    loaded = load(config, overrides)
+    from rbm_dist import storage
+    from rbm_dist.graph.facts import source_facts
+    from rbm_dist.report.plan_table import plan_table
+    from rbm_dist.stages.plan import make_plan, these_hosts
+
+    facts = source_facts(loaded.source, loaded.seed)
+    made = make_plan(loaded, facts, these_hosts(loaded.run_dir, hosts, memory, cores, gpus)).as_json()
+    if json_file:
+        storage.write_json(json_file, made)
+    Console().print(plan_table(made), highlight=False)
+    if made["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command()

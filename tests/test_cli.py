@@ -39,7 +39,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
     stages = ["source", "partition", "teacher", "soft-labels", "encodings", "student", "evaluate"]
-    for command in ["run", "predict", "inspect", "experiment", "config", *stages]:
+    for command in ["run", "plan", "predict", "inspect", "experiment", "config", *stages]:
         assert f" {command} " in shown
         assert run(monkeypatch, command, "--help") == 0
         assert command in capsys.readouterr().out
@@ -80,7 +80,9 @@ def test_config_prints_the_schema(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert json.loads(capsys.readouterr().out) == Config.model_json_schema()
 
 
-@pytest.mark.parametrize("command", ["config", "run", "source", "partition", "teacher", "soft-labels", "student"])
+@pytest.mark.parametrize(
+    "command", ["config", "plan", "run", "source", "partition", "teacher", "soft-labels", "student"]
+)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,6 +114,23 @@ def test_a_command_that_is_not_whole_is_exit_code_2(
     shown = capsys.readouterr()
     assert shown.err
     assert "Traceback" not in shown.err
+
+
+def test_plan_says_whether_a_run_fits(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "source={kind: ogb, name: ogbn-papers100M, root: nowhere}"
+    report = config_path.parent / "plan.json"
+    assert run(monkeypatch, "plan", str(config_path), "--memory", "16", "--cores", "4", "--json", str(report)) == 0
+    assert "it fits" in capsys.readouterr().out
+    assert json.loads(report.read_text())["facts"]["num_nodes"] == 1797
+    assert run(monkeypatch, "plan", str(config_path), source, "--hosts", "2", "--memory", "8") == 1
+    shown = capsys.readouterr().out
+    assert "published sizes of ogbn-papers100M" in shown
+    assert "does not fit: partition: needs " in shown
+    assert run(monkeypatch, "plan", str(config_path), "source={kind: npz, path: no.npz}") == 2
+    assert capsys.readouterr().err == "error: no.npz: no such file (source.path)\n"
+    assert not (config_path.parent / "run").exists()
 
 
 @pytest.mark.parametrize("exists", [True, False])

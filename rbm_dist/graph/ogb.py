@@ -115,6 +115,7 @@ def _open_csv(raw: str, config: OgbConfig, nodes: Callable[..., Nodes]) -> Strea
         num_features=width,
         num_classes=_DATASETS[config.name].num_classes,
         nodes=partial(nodes, num_nodes, partial(_csv_labels, label)),
+        num_edges=num_edges,
         num_edge_pieces=1,  # as gzip is read from its start
         edges=partial(_csv_edges, edge, num_edges),
         feat_offsets=np.array([0, num_nodes]),
@@ -201,6 +202,7 @@ def _open_npz(raw: str, config: OgbConfig, nodes: Callable[..., Nodes]) -> Strea
         num_features=width,
         num_classes=_DATASETS[config.name].num_classes,
         nodes=partial(nodes, num_nodes, partial(_npz_labels, label)),
+        num_edges=num_edges,
         num_edge_pieces=-(-num_edges // PIECE_EDGES),
         edges=partial(_npz_edges, data),
         feat_offsets=np.array([*range(0, num_nodes, rows), num_nodes]),

@@ -4,6 +4,7 @@ KaMinPar works in memory, which is estimated before it starts; the streaming par
 graph. METIS is not offered: it cuts no better than KaMinPar and takes several times its memory.
 """
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ from rbm_dist.graph.csc import Csc, build, destinations
 from rbm_dist.graph.random_bits import generator
 
 _CHUNK = 1 << 22
-# Bytes per node and per edge (both directions counted) at KaMinPar's peak, with the result and the pages of the mapped
-# graph and file: bounds on measurements of random graphs of 0.05 to 3 M edges, mean degree 3 to 100, in 8 and 64 parts.
-_KAMINPAR_BYTES = {"fast": (150, 46), "default": (115, 30), "terapart": (115, 24)}
-_KAMINPAR_BASE = 40_000_000  # of which 30 for a process of its own
+# Bytes per node and per edge (both directions counted) that KaMinPar's process holds at its peak, fitted to graphs with
+# communities (`graph/synthetic.py`) of 2 to 57 M edges, mean degree 4 to 50. A graph without any structure does not
+# shrink as it is coarsened and takes up to three times that. `fast` splits a large graph where parts are many.
+_KAMINPAR_BYTES = {"fast": (150, 9.3), "default": (50, 15.0), "terapart": (50, 11.5)}
+_MANY_PARTS_BYTES = 7  # per edge, of `fast`: none of it for 8 parts, all of it for 64
+_KAMINPAR_BASE = 20_000_000
 _REVERSE_BYTES = 24  # per edge, of adding the reverse of every edge
 
 
@@ -107,7 +110,7 @@ def kaminpar_parts(csc: Csc, config: PartitionConfig, seed: int, symmetric: bool
 
 
 def memory_needed(config: PartitionConfig, num_nodes: int, num_edges: int, symmetric: bool = False) -> int:
-    """Bytes that `partition` takes at its peak, estimated from above.
+    """Bytes that `partition` holds at its peak, mapped files not counted: about, for a graph with communities.
 
     num_edges: of the `Csc`, so both directions of an undirected edge; if not symmetric, KaMinPar may see twice as many.
     """
@@ -116,12 +119,15 @@ def memory_needed(config: PartitionConfig, num_nodes: int, num_edges: int, symme
     if config.method == "random":
         return 16 * num_nodes
     per_node, per_edge = _KAMINPAR_BYTES[config.preset]
+    if config.preset == "fast":
+        per_edge += _MANY_PARTS_BYTES * min(max(math.log2(config.num_parts / 8) / 3, 0), 1)
     if config.balance != "nodes":
         per_node += 16
     if config.num_parts > 256:  # the result is a list, and Python shares the integers up to 256 only
         per_node += 32
     edges = num_edges if symmetric else 2 * num_edges
-    return _KAMINPAR_BASE + per_node * num_nodes + max(per_edge * edges, 0 if symmetric else _REVERSE_BYTES * num_edges)
+    reverse = 0 if symmetric else _REVERSE_BYTES * num_edges
+    return _KAMINPAR_BASE + per_node * num_nodes + round(max(per_edge * edges, reverse))
 
 
 def available_memory(root: Path = Path("/")) -> int:

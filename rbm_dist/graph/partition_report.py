@@ -19,12 +19,11 @@ def partition_report(csc: Csc, part_N: np.ndarray, num_parts: int) -> dict[str, 
     edges for every 64 parts.
     """
     cut, halo_P = 0, np.zeros(num_parts, np.int64)
-    edges_P = np.zeros(num_parts, np.int64)
+    nodes_P, edges_P = np.zeros((2, num_parts), np.int64)
     for first in range(0, num_parts, _GROUP):
         readers_N = np.zeros(csc.num_nodes, np.uint64)
-        cut += _mark(csc.indptr, csc.indices, part_N, first, readers_N, edges_P)
+        cut += _mark(csc.indptr, csc.indices, part_N, first, readers_N, nodes_P, edges_P)
         _count_bits(readers_N, halo_P[first : first + _GROUP])
-    nodes_P = np.bincount(part_N, minlength=num_parts)
     return {
         "edge_cut": int(cut),
         "cut_share": cut / max(csc.num_edges, 1),
@@ -43,13 +42,14 @@ def _balance(size_P: np.ndarray) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _mark(indptr, indices, part_N, first, readers_N, edges_P):  # type: ignore[no-untyped-def]
-    """Count the edges of the parts from `first` on; set bit i of each node that part `first + i` reads remotely."""
+def _mark(indptr, indices, part_N, first, readers_N, nodes_P, edges_P):  # type: ignore[no-untyped-def]
+    """Count nodes and edges of the parts from `first` on; set bit i of a node that part `first + i` reads remotely."""
     cut = 0
     for v in range(len(part_N)):
         part = part_N[v]
         if first <= part < first + _GROUP:
             bit = np.uint64(1) << np.uint64(part - first)
+            nodes_P[part] += 1
             edges_P[part] += indptr[v + 1] - indptr[v]
             for e in range(indptr[v], indptr[v + 1]):
                 u = indices[e]

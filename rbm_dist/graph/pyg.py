@@ -64,6 +64,7 @@ def _open(facts: dict[str, Any], name: str, scratch: str, undirected: bool) -> S
         num_features=facts["num_features"],
         num_classes=facts["num_classes"],
         nodes=partial(_nodes, arrays),
+        num_edges=facts["num_edges"],
         num_edge_pieces=-(-facts["num_edges"] // PIECE_EDGES),
         edges=partial(_edges, *arrays["edge_index"]),
         feat_offsets=np.array([*range(0, rows, PIECE_ROWS), rows]),

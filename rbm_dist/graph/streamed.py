@@ -34,6 +34,7 @@ class StreamedSource:
     num_features: int
     num_classes: int
     nodes: Callable[[], Nodes]
+    num_edges: int | None  # as given, what will be dropped included; None: not known before they are read
     num_edge_pieces: int
     edges: Callable[[int], Iterator[Edges]]  # of a piece, in chunks; self-loops and duplicates are allowed
     feat_offsets: np.ndarray  # [pieces + 1] int64: piece i has the rows feat_offsets[i] to feat_offsets[i + 1]

@@ -49,6 +49,7 @@ def open_synthetic(config: SyntheticConfig, seed: int) -> StreamedSource:
         num_features=config.num_features,
         num_classes=config.num_classes,
         nodes=partial(_nodes, config, seed),
+        num_edges=_num_edges(config),
         num_edge_pieces=-(-_num_edges(config) // PIECE_EDGES),
         edges=partial(_edges, config, seed),
         feat_offsets=np.array([*pieces, config.num_nodes], np.int64),

@@ -6,7 +6,7 @@ Besides a batch, a reader holds one row group of Parquet as it is stored, or a f
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +45,12 @@ class Piece:
     def at(self, before: int, row: int) -> str:
         """For messages: where a row of a batch is, of which so many rows of the piece are before."""
         return f"{self.file}: row {self.start + before + row}"
+
+
+def num_rows(pieces: Iterable[Piece]) -> int | None:
+    """How many rows some pieces have; None where that is not known before they are read (CSV)."""
+    rows = [piece.rows for piece in pieces]
+    return None if -1 in rows else sum(rows)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
         num_features=sum(width for _, width, _ in facts["features"]),
         num_classes=facts["num_classes"],
         nodes=tables.nodes,
+        num_edges=table_files.num_rows(Piece(**piece) for piece in facts["edge_pieces"]),
         num_edge_pieces=len(facts["edge_pieces"]),
         edges=tables.edges,
         feat_offsets=np.array(facts["offsets"], np.int64),

@@ -1,0 +1,232 @@
+"""What each kind of process holds at its peak: bytes of anonymous memory over its base, as formulas of what it does.
+
+N nodes, E directed edges, F features, C classes, P parts. Each formula follows the arrays that are alive at the worst
+line of the code that it names. Tests compare them with measurements.
+"""
+
+import itertools
+import math
+
+from rbm_dist.config import Config
+from rbm_dist.graph import partition
+from rbm_dist.graph.edges import MERGED_EDGES, RUN_EDGES
+from rbm_dist.graph.facts import SourceFacts
+from rbm_dist.graph.propagate import _BYTES as PROPAGATED_BYTES
+from rbm_dist.graph.shuffle import _CHUNK_EDGES as CHUNK_EDGES
+from rbm_dist.graph.shuffle import _CHUNK_ROWS as CHUNK_ROWS
+from rbm_dist.source_config import OgbConfig, SyntheticConfig, TablesConfig
+
+_ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready and one in the making (`Prefetch`)
+# Measured on degrees that follow a power law: samples repeat nodes as often as if half of the nodes had all edges, and
+# a node that was found over an edge has twice the mean degree.
+_ATTRACTING, _FOUND = 0.5, 2.0
+_PREDICTED_ROWS = 65_536
+_STATES = 8  # copies of a model's parameters: gradient, Adam's two, the best, and those of a checkpoint being written
+
+
+def sampled(facts: SourceFacts, seeds: int, fanout: tuple[int, ...]) -> tuple[float, float, float]:
+    """Expected nodes and edges of a sampled neighbourhood, and its nodes but those of the last hop."""
+    degree, attracting = facts.num_edges / facts.num_nodes, max(1.0, _ATTRACTING * facts.num_nodes)
+    nodes, frontier, edges, inner = float(seeds), float(seeds), 0.0, float(seeds)
+    for width in fanout:
+        inner = nodes
+        # A skewed degree is often below the fan-out even where its mean is not.
+        edges += frontier * (degree if width < 0 else -width * math.expm1(-degree / width) if width else 0)
+        found = attracting * -math.expm1(-(seeds + edges) / attracting)
+        found = min(max(found, nodes), facts.num_nodes)
+        nodes, frontier = found, found - nodes
+        degree = _FOUND * facts.num_edges / facts.num_nodes
+    return nodes, edges, inner
+
+
+def feature_bytes(facts: SourceFacts) -> float:
+    """Of a node's features in memory."""
+    if facts.nonzeros is None:
+        return 4.0 * facts.num_features
+    return 32 * facts.nonzeros / facts.num_nodes  # value, 64-bit column and row, and scipy's own
+
+
+def input_width(config: Config, facts: SourceFacts) -> int:
+    """Columns of a student's input."""
+    widths = {"feat": facts.num_features, "pos": config.encodings.positional_dim, "prop": facts.num_classes}
+    return sum(widths[name] for name in config.student.inputs)
+
+
+# ------------------------------------------------------------------------------------------- source and partition
+def whole_source(facts: SourceFacts) -> float:
+    """`source.read`: the edges as scipy builds a CSC of them, features in float64 and float32."""
+    values = facts.nonzeros or facts.num_nodes * facts.num_features
+    return 40 * facts.num_edges + 32 * values
+
+
+def node_task(config: Config, facts: SourceFacts) -> float:
+    """`_stage_nodes`: label, split and id of every node."""
+    match config.source:
+        case SyntheticConfig():
+            per_node = 18
+        case OgbConfig():
+            per_node = 25  # labels as given, without NaN, and as integers
+        case TablesConfig():
+            per_node = 80 + facts.id_bytes
+        case _:
+            per_node = 34
+    return per_node * facts.num_nodes
+
+
+def sort_task(config: Config, facts: SourceFacts) -> float:
+    """`edges.write_runs`: the chunks, both ends in 64 bits, those kept, and the words of either direction."""
+    held = 8 if isinstance(config.source, SyntheticConfig) else 16  # ids of the chunks: 32 or 64 bits
+    run = min(RUN_EDGES, facts.edge_piece, _given(config, facts))
+    return (57 + held if _undirected(config) else 49 + held) * run
+
+
+def merge_task(facts: SourceFacts) -> float:
+    """`edges.merge`: words, their copy without duplicates, and which those are."""
+    return 17 * min(MERGED_EDGES, facts.num_edges)
+
+
+def feature_task(config: Config, facts: SourceFacts) -> float:
+    """`_stage_feat`: a few copies of a chunk of rows."""
+    values = 2**21 if isinstance(config.source, TablesConfig) else max(2**20, 2**13 * facts.num_features)
+    return 16 * values
+
+
+def assign_task(config: Config, facts: SourceFacts) -> float:
+    """`assign_parts`: the partitioner, or then the parts, the new ids and the readers of every node."""
+    symmetric = _undirected(config) and not config.source.unseen_share
+    needed = 0
+    if config.partition.num_parts > 1:
+        needed = partition.memory_needed(config.partition, facts.num_nodes, facts.num_edges, symmetric)
+    return max(needed, 16 * facts.num_nodes)
+
+
+def chunk_task(facts: SourceFacts) -> float:
+    """`shuffle.spill_chunk`: edges as sorted 64-bit words, or rows of features in another order."""
+    rows = min(CHUNK_ROWS, facts.num_nodes)
+    edges = min(CHUNK_EDGES, rows * facts.num_edges / facts.num_nodes)
+    return max(32 * edges, 4 * edges + rows * (feature_bytes(facts) + 33))
+
+
+def part_task(config: Config, facts: SourceFacts) -> float:
+    """`shuffle.write_part`: the degrees of a part's nodes and their sums; the rest passes through mapped."""
+    return 24 * facts.num_nodes / config.partition.num_parts * (1 + config.partition.imbalance)
+
+
+# --------------------------------------------------------------------------------------------- teacher, soft labels
+def _batch(facts: SourceFacts, nodes: float, edges: float) -> float:
+    """`SampledRows`: inputs and ids of the nodes, both ends of the edges."""
+    return nodes * (feature_bytes(facts) + 8) + 16 * edges
+
+
+def seeds_of_sample(config: Config, count: int) -> int:
+    """Seeds that are sampled together where `count` nodes are gone through: what a part gives to a step."""
+    steps = max(1, -(-count // config.teacher.batch_size))
+    return max(1, round(count / steps / config.partition.num_parts))
+
+
+def teacher_worker(config: Config, facts: SourceFacts) -> float:
+    """`train_teacher`: positions of the sampler, training and validation nodes, batches ahead, and the messages."""
+    teacher = config.teacher
+    seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
+    nodes, edges, inner = sampled(facts, seeds, teacher.fanout)
+    narrow, mapped = min(facts.num_features, teacher.hidden), facts.num_features > teacher.hidden
+    messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
+    states = 4 * inner * (facts.num_features + 4 * teacher.hidden)
+    ids = 8 * (facts.num_train + facts.num_val) * (1 + 1 / config.cluster.train_workers)
+    model = 4 * _STATES * teacher_parameters(config, facts)
+    return 4 * facts.num_nodes + ids + _ALIVE * _batch(facts, nodes, edges) + messages + states + model
+
+
+def inference_actor(config: Config, facts: SourceFacts) -> float:
+    """`soft_labels._make_worker`: positions of the sampler, batches ahead, and the messages of a layer."""
+    settings, hidden, fanout = config.soft_labels, config.teacher.hidden, config.soft_labels.fanout
+    seeds = min(settings.batch_size, math.ceil(facts.num_nodes / config.partition.num_parts))
+    if settings.inference == "exact":
+        nodes, edges, inner = sampled(facts, seeds, (-1,))
+    else:
+        nodes, edges, inner = sampled(facts, seeds, fanout or config.teacher.fanout)
+    narrow, mapped = min(facts.num_features, hidden), facts.num_features > hidden
+    messages = 4 * narrow * (edges + mapped * nodes)
+    states = 4 * inner * (facts.num_features + 2 * hidden)
+    noise = 0.0
+    if settings.entropy_change:  # `keyed_normal`: two uniform draws and their hashes
+        noise = 6 * 4 * nodes * facts.num_features
+    return 4 * facts.num_nodes + _ALIVE * _batch(facts, nodes, edges) + max(messages + states, noise)
+
+
+def encoding_task(config: Config, facts: SourceFacts) -> float:
+    """`propagate`: gathered rows, their sums, means and scaled copies, each in bounded batches."""
+    settings, needs = config.encodings, [0.0]
+    per_part = facts.num_nodes / config.partition.num_parts
+    if settings.positional == "deepwalk":  # the graph, and two vectors and a dictionary entry per node
+        needs.append(8 * facts.num_edges + facts.num_nodes * (12 * settings.positional_dim + 500))
+    if settings.positional == "fastrp":
+        needs.append(5 * min(PROPAGATED_BYTES, 4 * settings.positional_dim * per_part))
+    if settings.label_propagation:
+        needs.append(5 * min(PROPAGATED_BYTES, 4 * settings.folds * facts.num_classes * per_part))
+    return max(needs)
+
+
+# --------------------------------------------------------------------------------------------- student, evaluate
+def layer_widths(config: Config, facts: SourceFacts, kind: str) -> list[tuple[int, int]]:
+    """Inputs and outputs of a student's layers."""
+    hidden = config.student.hidden * (int(kind.removeprefix("mlp_x")) if kind.startswith("mlp_x") else 1)
+    widths = [input_width(config, facts), *[hidden] * (config.student.num_layers - 1), facts.num_classes]
+    return list(itertools.pairwise(widths))
+
+
+def student_worker(config: Config, facts: SourceFacts) -> float:
+    """`train_students`: ids of all nodes and this rank's in another order; then k-means on rank 0, or a step."""
+    settings, workers = config.student, config.cluster.train_workers
+    ids = 8 * facts.num_nodes * (1 + 1 / workers) + 8 * facts.num_val
+    rows = min(settings.batch_size, facts.num_nodes) / workers
+    steps = []
+    for kind in settings.models:
+        widths = layer_widths(config, facts, kind)
+        floats = sum(3 * d + 4 * o for d, o in widths)  # as it came, dropout, with it; outputs and their gradients
+        if kind in ("rbm", "moe"):  # a row goes to k experts
+            floats = settings.top_k * floats + sum(2 * (d + o) for d, o in widths)
+        steps.append(4 * rows * floats + 4 * _STATES * student_parameters(config, facts, kind))
+    if "rbm" in settings.models:
+        inputs = [d for d, _ in layer_widths(config, facts, "rbm")]
+        kept = min(settings.kmeans_rows, facts.num_nodes)
+        steps.append(4 * kept * (sum(inputs) + 3 * max(inputs)))  # all layers' inputs; one scaled, and k-means
+    return ids + max(steps)
+
+
+def evaluate_task(config: Config, facts: SourceFacts) -> float:
+    """`_evaluate`: predictions of so many rows, by dispatch and with all experts in one product."""
+    settings, rows = config.student, min(_PREDICTED_ROWS, facts.num_nodes)
+    floats = []
+    for kind in settings.models:
+        for d, o in layer_widths(config, facts, kind):
+            floats.append(d + 3 * o)
+            if kind == "rbm":
+                floats.append(2 * d + settings.top_k * (d + 4 * o))
+                if settings.num_experts <= 4 * settings.top_k:
+                    floats.append(d + (settings.num_experts + 3) * o)
+    return 4 * facts.num_nodes + 4 * rows * max(floats)
+
+
+def teacher_parameters(config: Config, facts: SourceFacts) -> int:
+    """Numbers in the teacher."""
+    hidden = config.teacher.hidden
+    widths = [facts.num_features, *[hidden] * (len(config.teacher.fanout) - 1), facts.num_classes]
+    return sum(2 * d * o + o for d, o in itertools.pairwise(widths))
+
+
+def student_parameters(config: Config, facts: SourceFacts, kind: str) -> int:
+    """Numbers in a student, memories included."""
+    settings, total = config.student, 0
+    experts = settings.num_experts if kind in ("rbm", "moe") else 1
+    for d, o in layer_widths(config, facts, kind):
+        total += experts * (d * o + o + (d if experts > 1 else 0))
+    return total * (settings.ensemble_size if kind == "ensemble" else 1)
+
+
+def _undirected(config: Config) -> bool:
+    return bool(getattr(config.source, "undirected", True))
+
+
+def _given(config: Config, facts: SourceFacts) -> float:
+    return facts.num_edges / (2 if _undirected(config) else 1)

@@ -1,0 +1,246 @@
+"""The estimates of memory and disk against what the stages' own functions take, each in a fresh process."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rbm_dist import storage
+from rbm_dist.config import Config
+from rbm_dist.graph.facts import source_facts
+from rbm_dist.graph.partition import memory_needed
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.serve.artifact import empty_student, save_student, save_weights
+from rbm_dist.stages import plan_memory
+from rbm_dist.stages.evaluate import _evaluate
+from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.partition import write_graph
+from rbm_dist.stages.plan_cost import Costs
+from rbm_dist.stages.run import Run
+from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.source import below, over_here, stage_source
+from rbm_dist.stages.student import train_students
+from rbm_dist.stages.teacher import build_teacher, train_teacher
+from tests.stages.held import held
+
+SHARE, NOISE = 0.25, 30e6  # of what is measured; what the allocator keeps or finds at hand
+TINY = {"num_nodes": 4000, "degree": 8, "num_communities": 47}
+
+
+def configured(url: Path, source: dict[str, Any], **sections: dict[str, Any]) -> Config:
+    cluster = {"train_workers": 1, "inference_workers": 1, "memory_store": "in_process", "checkpoint_every": 1}
+    partition = {"method": "streaming", "num_parts": 4, "passes": 0} | sections.pop("partition", {})
+    return Config.model_validate(
+        {"run_dir": str(url), "source": {"kind": "synthetic", **source}, "partition": partition, "cluster": cluster}
+        | sections
+    )
+
+
+def make_graph(config: Config, over: Callable = over_here) -> None:
+    url = config.run_dir
+    files = below(stage_source(config, f"{url}/source", over), "source")
+    write_graph(config, f"{url}/source", files, f"{url}/graph", over)
+
+
+def soften(url: str) -> None:
+    """Soft labels without a teacher."""
+    store = GraphStore.open(f"{url}/graph")
+    files = []
+    for part in range(store.num_parts):
+        soft = np.random.default_rng(part).random((len(store.ids(part)), store.num_classes), np.float32)
+        files.append(
+            store.write_part("soft", part, np.dtype(np.float32), soft.shape[1:], [soft / soft.sum(1)[:, None]])
+        )
+    store.publish("soft", files)
+
+
+def untrained(config: Config) -> None:
+    """A teacher and an RbM that have learned nothing."""
+    store = GraphStore.open(f"{config.run_dir}/graph")
+    save_weights(f"{config.run_dir}/teacher/model.safetensors", build_teacher(config, store))
+    facts = {
+        "kind": "rbm", "inputs": ["feat"], "num_features": store.num_features, "num_classes": store.num_classes,
+        "hidden": 128, "num_layers": 2, "norm": "layer", "num_experts": 8, "top_k": 3, "routing_temperature": 1.0,
+        "input_attention": False, "ensemble_size": 3,
+    }  # fmt: skip
+    save_student(f"{config.run_dir}/student/rbm", empty_student(**facts), facts)
+
+
+def teach(config: Config) -> None:
+    train_teacher(Mesh.single(), MetricsRecorder(), config, f"{config.run_dir}/graph", f"{config.run_dir}/teacher")
+
+
+class EnoughError(Exception):
+    """So many batches tell how much memory they take."""
+
+
+class FewBatches(MetricsRecorder):
+    def add(self, loop: str, amount: int, total: int, unit: str) -> None:
+        self.left = getattr(self, "left", 8) - 1
+        if not self.left:
+            raise EnoughError
+
+
+def infer(config: Config) -> None:
+    def first_part(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+        return [make_worker()(0)]
+
+    with contextlib.suppress(EnoughError):
+        write_soft_labels(Run(config, config.run_dir, FewBatches()), first_part)
+
+
+def study(config: Config) -> None:
+    url = f"{config.run_dir}/student-{config.student.models[0]}-{config.student.kmeans_rows}"
+    train_students(Mesh.single(), MetricsRecorder(), config, f"{config.run_dir}/graph", url)
+
+
+def check(what: str, estimate: float, measured: int) -> None:
+    assert abs(estimate - measured) <= SHARE * measured + NOISE, f"{what}: {estimate:,.0f}, measured {measured:,}"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where warming up happens."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """A graph for what trains: few edges, many features."""
+    source = {
+        "num_nodes": 300_000, "degree": 16, "num_communities": 120, "num_features": 128, "train_share": 0.03,
+        "val_share": 0.01,
+    }  # fmt: skip
+    url = tmp_path_factory.mktemp("wide")
+    make_graph(configured(url, source))
+    return source, str(url)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"num_nodes": 500_000, "degree": 48.0, "num_communities": 200, "num_features": 32},
+        {"num_nodes": 1_200_000, "degree": 8.0, "num_communities": 480, "num_features": 8},
+    ],
+    ids=["dense", "large"],
+)
+def test_source_and_partition(source: dict[str, Any], tmp_path: Path, tiny: Path) -> None:
+    config, measured = configured(tmp_path, source), {}
+    (tmp_path / "graph").mkdir()
+
+    def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+        warm = configured(tiny / f"{tmp_path.name}-{len(measured)}", TINY)
+        results, measured[unit] = held([(make_graph, (warm,))], [(function, each) for each in arguments])
+        return results
+
+    make_graph(config, over)
+    facts = source_facts(config.source, config.seed)
+    estimates = {
+        "node tables": plan_memory.node_task(config, facts),
+        "edge pieces": plan_memory.sort_task(config, facts),
+        "merges": plan_memory.merge_task(facts),
+        "feature pieces": plan_memory.feature_task(config, facts),
+        "assignment": plan_memory.assign_task(config, facts),
+        "chunks": plan_memory.chunk_task(facts),
+        "parts": plan_memory.part_task(config, facts),
+    }
+    for unit, estimate in estimates.items():
+        check(unit, estimate, measured[unit])
+    costs = Costs(config, facts, 1, 1)
+    for kept, folder in ((costs.source()[1], "source"), (costs.partition()[1], "graph")):
+        on_disk = sum(file.stat().st_size for file in (tmp_path / folder).rglob("*.npy"))
+        assert on_disk <= kept <= 1.1 * on_disk, folder
+
+
+@pytest.mark.parametrize("batch_size", [4096, 8192])
+def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, batch_size: int) -> None:
+    source, url = wide
+    warm = configured(tiny / f"teacher-{batch_size}", source | TINY, teacher={"epochs": 1})
+    make_graph(warm)
+    config = configured(Path(url), source, teacher={"epochs": 1, "batch_size": batch_size})
+    storage.remove(f"{url}/teacher")
+    _, measured = held([(teach, (warm,))], [(teach, (config,))])
+    check("teacher", plan_memory.teacher_worker(config, source_facts(config.source, 0)), measured)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 2048}, {"batch_size": 1024, "fanout": [15, 20]}])
+def test_soft_labels(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[str, Any]) -> None:
+    source, url = wide
+    warm = configured(tiny / f"soft-{settings['batch_size']}", source | TINY)
+    config = configured(Path(url), source, soft_labels=settings)
+    make_graph(warm)
+    for each in (warm, config):
+        untrained(each)
+        reset_soft_labels(each.run_dir)
+    _, measured = held([(infer, (warm,))], [(infer, (config,))])
+    check("soft labels", plan_memory.inference_actor(config, source_facts(config.source, 0)), measured)
+
+
+def test_evaluate(wide: tuple[dict[str, Any], str], tiny: Path) -> None:
+    source, url = wide
+    warm, config = (configured(each, source, student={"models": ["rbm"]}) for each in (tiny / "evaluate", Path(url)))
+    make_graph(configured(tiny / "evaluate", source | TINY))
+    for each in (warm, config):
+        untrained(each)
+        soften(each.run_dir)
+    _, measured = held([(_evaluate, (warm, warm.run_dir))], [(_evaluate, (config, url))])
+    check("evaluate", plan_memory.evaluate_task(config, source_facts(config.source, 0)), measured)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"models": ["mlp"], "batch_size": 60_000},
+        {"models": ["rbm"], "batch_size": 20_000, "kmeans_rows": 1000},
+        {"models": ["rbm"], "batch_size": 2048, "kmeans_rows": 80_000, "num_experts": 2, "top_k": 1},
+    ],
+    ids=["mlp", "step", "k-means"],
+)
+def test_student(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[str, Any]) -> None:
+    source, url = wide
+    settings = {"epochs": 2, "pretrain_epochs": 1, **settings}
+    name = f"student-{settings['models'][0]}-{settings['batch_size']}"
+    warm = configured(tiny / name, source | TINY, student=settings | {"batch_size": 512, "kmeans_rows": 500})
+    make_graph(warm)
+    config = configured(Path(url), source, student=settings)
+    for each in (warm, config):
+        soften(each.run_dir)
+    _, measured = held([(study, (warm,))], [(study, (config,))])
+    check("student", plan_memory.student_worker(config, source_facts(config.source, 0)), measured)
+
+
+@pytest.mark.parametrize(("num_nodes", "degree", "num_parts"), [(300_000, 30.0, 8), (800_000, 12.0, 64)])
+def test_kaminpar(num_nodes: int, degree: float, num_parts: int, tmp_path: Path) -> None:
+    """Its own process, which here is the one that is watched."""
+    source = {"num_nodes": num_nodes, "degree": degree, "num_communities": num_nodes // 2500, "num_features": 1}
+    config = configured(tmp_path, source, partition={"method": "kaminpar", "num_parts": num_parts})
+    stage_source(config, f"{tmp_path}/source", over_here)
+    for preset in ("fast", "default", "terapart"):
+        settings = config.partition.model_copy(update={"preset": preset})
+        _, measured = held([], [(solve, (f"{tmp_path}/source", settings.model_dump()))])
+        num_edges = storage.read_json(f"{tmp_path}/source/source.json")["num_edges"]
+        needed = memory_needed(settings, num_nodes, num_edges, symmetric=True)
+        assert 0.75 * needed - NOISE <= measured <= 1.25 * needed + NOISE, f"{preset}: {needed:,}, {measured:,}"
+
+
+def solve(url: str, settings: dict[str, Any]) -> None:
+    """Partition in this process."""
+    import kaminpar
+
+    from rbm_dist.config import PartitionConfig
+    from rbm_dist.graph.csc import Csc
+    from rbm_dist.graph.partition import _write_parhip
+
+    config = PartitionConfig(**settings)
+    path = Path(url) / "graph.parhip"
+    csc = Csc(*(np.load(f"{url}/{name}.npy", mmap_mode="r") for name in ("indptr", "indices")))
+    with open(path, "wb") as stream:
+        _write_parhip(stream, csc, "nodes", True)
+    graph = kaminpar.load_graph(str(path), kaminpar.GraphFileFormat.PARHIP, config.preset == "terapart")
+    kaminpar.reseed(0)
+    solver = kaminpar.KaMinPar(1, kaminpar.context_by_name(config.preset))
+    np.asarray(solver.compute_partition(graph, config.num_parts, config.imbalance), np.int32)
