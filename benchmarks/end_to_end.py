@@ -159,7 +159,7 @@ def batch_rows(store: GraphStore, batches: int) -> list[Row]:
         Row("gathers of mapped parts", gather_speed, "M rows per CPU s", held.gather_s / mapped.gather_s, 0.5),
         Row("batches: memory held", peak.bytes / 1e6, "MB", MEMORY / peak.bytes, 1.0),
         Row(
-            "nodes of a batch, of its edges", mapped.nodes / batches / 1e3, "thousand", mapped.edges / mapped.nodes, 1.0
+            "nodes of a batch, to its edges", mapped.nodes / batches / 1e3, "thousand", mapped.edges / mapped.nodes, 1.0
         ),
         Row("of these in other parts, to chance", 100 * share, "%", (1 - 1 / PARTS) / share, 1.0),
         Row(f"and not of the {KEPT:.0%} kept", 100 * fetched / mapped.nodes, "%", remote / fetched, 1.0),
