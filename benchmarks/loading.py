@@ -11,7 +11,7 @@ clock, so run it on an idle machine; its price is seen in CPU time.
 import functools
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import chain, cycle, repeat
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def measure(quick: bool) -> list[Row]:
     csc = synthetic(*((200_000, 25) if quick else (2_450_000, 47)))
     feat_NF = np.random.default_rng(1).random((csc.num_nodes, FEATURES), np.float32)
     seeds = [np.random.default_rng(i).choice(csc.num_nodes, SEEDS, replace=False) for i in range(8)]
-    sampler = NumbaSampler([csc], np.array([0, csc.num_nodes]))
+    sampler = NumbaSampler({0: csc}, np.array([0, csc.num_nodes]))
     budget_s = 3.0 if quick else 15.0
 
     def batch(index: int) -> np.ndarray:
@@ -86,12 +86,7 @@ def neighbor_loader(csc: Csc, feat_NF: np.ndarray, seeds: list[np.ndarray]) -> C
         data, list(FANOUT), input_nodes=torch.from_numpy(np.concatenate(seeds)), batch_size=SEEDS, is_sorted=True
     )
     next(iter(loader))
-
-    def batches():  # type: ignore[no-untyped-def]
-        while True:
-            yield from loader
-
-    return functools.partial(next, batches())
+    return functools.partial(next, chain.from_iterable(repeat(loader)))
 
 
 if __name__ == "__main__":

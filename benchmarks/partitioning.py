@@ -28,7 +28,8 @@ import psutil
 from benchmarks.report import Row, main
 from rbm_dist.config import Config, PartitionConfig
 from rbm_dist.graph.csc import Csc, build, destinations
-from rbm_dist.graph.partition import edge_cut, memory_needed, partition
+from rbm_dist.graph.partition import memory_needed, partition
+from rbm_dist.graph.partition_report import partition_report
 from rbm_dist.stages.source import over_here, stage_source
 
 PARTS = 8
@@ -110,7 +111,7 @@ def cost(method: str, folder: Path) -> Cost:
     memory = peak(lambda: parts.append(assign(method, csc)))
     start = cpu_s()  # apart, as the watcher takes time too
     assign(method, open_graph(folder))
-    return Cost(cpu_s() - start, memory, edge_cut(csc, parts[0]) / csc.num_edges)
+    return Cost(cpu_s() - start, memory, partition_report(csc, parts[0], PARTS)["cut_share"])
 
 
 def cost_of_its_own(method: str, folder: Path) -> Cost:
@@ -188,8 +189,11 @@ def real_rows(methods: list[str]) -> list[Row]:
         with np.load(path, allow_pickle=False) as arrays:
             given = Csc(arrays["adj_indptr"], arrays["adj_indices"])
         csc = build(given.indices, destinations(given), given.num_nodes, undirected=True)
-        cuts = {m: [edge_cut(csc, assign(m, csc, seed)) for seed in range(SEEDS)] for m in methods}
-        rows += cut_rows(path.stem, {m: float(np.mean(cut)) / csc.num_edges for m, cut in cuts.items()})
+        cuts = {
+            m: [partition_report(csc, assign(m, csc, seed), PARTS)["cut_share"] for seed in range(SEEDS)]
+            for m in methods
+        }
+        rows += cut_rows(path.stem, {m: float(np.mean(cut)) for m, cut in cuts.items()})
     return rows
 
 

@@ -85,7 +85,7 @@ def measure(quick: bool) -> list[Row]:
 
         return seconds(call, budget_s)
 
-    own = NumbaSampler([csc], offsets)
+    own = NumbaSampler({0: csc}, offsets)
     edges = np.mean([sum(own.sample(batch, FANOUT, 0).edges_per_hop) for batch in batches])
     mine = cost(own)
     rows = [Row("vs vectorised torch", edges / mine / 1e6, "M edges per CPU s", cost(TorchSampler(csc)) / mine, 2.0)]
@@ -97,7 +97,7 @@ def measure(quick: bool) -> list[Row]:
                     f"vs {name}",
                     edges / mine / 1e6,
                     "M edges per CPU s",
-                    cost(make_sampler(name, [csc], offsets)) / mine,
+                    cost(make_sampler(name, {0: csc}, offsets)) / mine,
                     target,
                 )
             )

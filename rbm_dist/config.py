@@ -8,176 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
 
+from rbm_dist.config_fields import NUMBER, Count, Fanout, Fraction, Positive, Rate, Section, Share, Weight
 from rbm_dist.errors import InputError
-
-
-def _not_a_boolean(value: Any) -> Any:
-    # pydantic would read `lr: true` as 1.0.
-    if isinstance(value, bool):
-        raise PydanticCustomError("boolean", "Input should be a number")
-    return value
-
-
-_NUMBER = BeforeValidator(_not_a_boolean)
-Fraction = Annotated[float, Field(ge=0, lt=1), _NUMBER]
-Share = Annotated[float, Field(ge=0, le=1), _NUMBER]
-Positive = Annotated[int, Field(ge=1), _NUMBER]
-Count = Annotated[int, Field(ge=0), _NUMBER]
-Rate = Annotated[float, Field(gt=0), _NUMBER]
-Weight = Annotated[float, Field(ge=0), _NUMBER]
-# At least one layer; 0 draws nothing and -1 takes every in-neighbour.
-Fanout = Annotated[tuple[Annotated[int, Field(ge=-1), _NUMBER], ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A section of the configuration: immutable, refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SourceSection(Section):
-    """What every source has: how nodes are split when the input has no split, and how features are scaled."""
-
-    train_per_class: Positive = 20
-    val_per_class: Positive = 30
-    normalize: Literal["row", "none"] = Field("row", description="row: each node's features sum to 1 in magnitude")
-    unseen_share: Fraction = Field(
-        0.0, description="inductive setting: share of the test nodes that training never sees, nor their edges"
-    )
-
-
-class DigitsConfig(SourceSection):
-    """scikit-learn's 1,797 digit images as a graph of nearest neighbours; needs no file."""
-
-    kind: Literal["digits"] = "digits"
-    neighbors: Positive = Field(10, description="nearest neighbours that each image is linked to")
-
-
-class NpzConfig(SourceSection):
-    """A sparse `.npz` graph: `adj_*` and `attr_*` in CSR, `labels`, and masks where a public split exists."""
-
-    kind: Literal["npz"] = "npz"
-    path: str = Field(description="the file; any fsspec URL")
-    undirected: bool = Field(True, description="add the reverse of every edge")
-    num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
-    largest_component: bool = Field(False, description="keep only the largest connected component")
-
-
-class RegionsConfig(SourceSection):
-    """A synthetic graph: feature space falls into regions, each with its own linear rule from features to class."""
-
-    kind: Literal["regions"] = "regions"
-    normalize: Literal["row", "none"] = "none"
-    num_nodes: Positive = 200_000
-    num_features: Positive = 32
-    num_classes: Positive = 8
-    num_regions: Positive = Field(16, description="clusters of the feature space, each with a rule of its own")
-    degree: Positive = Field(10, description="mean number of neighbours")
-    homophily: Share = Field(0.8, description="share of the edges that join nodes of one class and region")
-    noise: Weight = Field(0.3, le=100, description="standard deviation of the noise on a feature; the residual's is 1")
-
-
-class SyntheticConfig(SourceSection):
-    """A synthetic graph of any size, made piece by piece: planted communities and degrees that follow a power law."""
-
-    kind: Literal["synthetic"] = "synthetic"
-    normalize: Literal["row", "none"] = "none"
-    num_nodes: Positive = 1_000_000
-    num_features: Positive = 100
-    num_classes: Annotated[int, Field(ge=2), _NUMBER] = 47
-    num_communities: Annotated[int, Field(ge=2), _NUMBER] = Field(
-        188, description="groups of linked nodes, uneven in size; each belongs to one class"
-    )
-    degree: Rate = Field(25.0, description="mean number of neighbours, before duplicates are dropped")
-    power: Annotated[float, Field(gt=2, le=10), _NUMBER] = Field(2.5, description="exponent of the degrees' power law")
-    homophily: Share = Field(0.7, description="share of the edges that lie within a community")
-    noise: Weight = Field(0.5, description="standard deviation of a feature's noise; a community's centre has norm 1")
-    label_noise: Fraction = Field(0.0, description="share of the nodes whose label is that of another class")
-    train_share: Share = Field(0.08, description="of all nodes; those in no split have no label")
-    val_share: Share = 0.02
-    test_share: Share = 0.9
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.num_communities < self.num_classes:
-            raise ValueError(
-                f"source.num_communities: {self.num_communities:,} for {self.num_classes:,} classes; each needs one"
-            )
-        total = self.train_share + self.val_share + self.test_share
-        if total > 1 + 1e-9:
-            raise ValueError(f"source: train_share, val_share and test_share add up to {total:g}, which is more than 1")
-        return self
-
-
-class OgbConfig(SourceSection):
-    """A node classification dataset of the Open Graph Benchmark, read from the folder that its archive holds."""
-
-    kind: Literal["ogb"] = "ogb"
-    normalize: Literal["row", "none"] = "none"
-    name: str = Field(description="ogbn-arxiv, ogbn-products or ogbn-papers100M")
-    root: str = Field("dataset", description="OGB's folder of datasets; any fsspec URL")
-    undirected: bool = Field(True, description="add the reverse of every edge")
-
-
-class PygConfig(SourceSection):
-    """A dataset of PyG with one graph: a class of datasets, or the file of a saved `Data`."""
-
-    kind: Literal["pyg"] = "pyg"
-    dataset: str | None = Field(None, description="class of the dataset, such as torch_geometric.datasets.Planetoid")
-    arguments: dict[str, Any] = Field({}, description="what the class is called with")
-    path: str | None = Field(None, description="in place of a dataset: a file that torch.save wrote; any fsspec URL")
-    undirected: bool = Field(True, description="add the reverse of every edge")
-    mask_column: Count = Field(0, description="which split, where the masks have a column for each of several")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if (self.dataset is None) == (self.path is None):
-            raise ValueError("source: kind pyg needs either `dataset` or `path`")
-        if self.path is not None and self.arguments:
-            raise ValueError("source.arguments: are for a dataset; a saved file (source.path) takes none")
-        return self
-
-
-class TablesConfig(SourceSection):
-    """A node table and an edge list, in one or many files each: Parquet, CSV (also .csv.gz) or npy."""
-
-    kind: Literal["tables"] = "tables"
-    normalize: Literal["row", "none"] = "none"
-    nodes: str = Field(
-        description="file, folder or pattern (`*`), any fsspec URL; npy: a folder of feat*.npy, label.npy and, where "
-        "there are any, split.npy and id.npy"
-    )
-    edges: str = Field(description="file, folder or pattern; npy: arrays of shape [2, m] or [m, 2]")
-    id: str | None = Field("id", description="column of node ids, integers or strings; null: ids are row numbers")
-    label: str = Field(
-        "label", description="column of classes: integers from 0, or names, numbered in sorted order; empty or -1: none"
-    )
-    split: str | None = Field(
-        "split", description="column of train, val, test or nothing; if there is no such column, a split is drawn"
-    )
-    features: tuple[str, ...] | None = Field(
-        None, min_length=1, description="columns of numbers or of lists of numbers; default: all others that are"
-    )
-    src: str = Field("src", description="column of the edges' sources, as node ids")
-    dst: str = Field("dst", description="column of the edges' destinations")
-    undirected: bool = Field(True, description="add the reverse of every edge")
-    num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        for names in ([self.id, self.label, self.split, *(self.features or ())], [self.src, self.dst]):
-            for name in names:
-                if name is not None and names.count(name) > 1:
-                    raise ValueError(f"source: column '{name}' is named for two things")
-        return self
-
-
-SourceConfig = (
-    DigitsConfig | NpzConfig | RegionsConfig | SyntheticConfig | OgbConfig | PygConfig | TablesConfig
-)  # fmt: skip
+from rbm_dist.source_config import DigitsConfig, SourceConfig
 
 
 class PartitionConfig(Section):
@@ -185,7 +20,7 @@ class PartitionConfig(Section):
         "kaminpar", description="kaminpar: in memory, fewest edges cut; streaming: passes over the graph on disk"
     )
     num_parts: Positive = 4
-    imbalance: Annotated[float, Field(gt=0, le=1), _NUMBER] = Field(
+    imbalance: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
         0.03, description="how far a part may exceed the mean size"
     )
     balance: Literal["nodes", "edges", "both"] = Field(
@@ -247,7 +82,7 @@ class EncodingsConfig(Section):
     label_propagation: bool = Field(False, description="propagated training labels, a node's own left out (CoHOp)")
     damping: Fraction = Field(0.9, description="label propagation: what a step keeps of the neighbours")
     iterations: Positive = Field(10, description="steps of label propagation")
-    folds: Annotated[int, Field(ge=2), _NUMBER] = Field(
+    folds: Annotated[int, Field(ge=2), NUMBER] = Field(
         5, description="training labels are left out in so many groups, each for its own nodes"
     )
 
@@ -255,9 +90,7 @@ class EncodingsConfig(Section):
 class KrdConfig(Section):
     """Reliable sampling (Wu et al., 2023): a neighbour j teaches with probability `1 − δ_j^q`."""
 
-    fanout: Annotated[int, Field(ge=-1), _NUMBER] = Field(
-        -1, description="in-neighbours that can teach a node; -1: all"
-    )
+    fanout: Annotated[int, Field(ge=-1), NUMBER] = Field(-1, description="in-neighbours that can teach a node; -1: all")
     initial_power: Rate = Field(1.0, description="q before it is fitted")
     momentum: Fraction = Field(0.9, description="what a fit keeps of the power before")
     min_update_epoch: Count = Field(10, description="the first epoch after which q is fitted")
@@ -364,7 +197,7 @@ class Config(Section):
     """A whole run."""
 
     run_dir: str = Field(min_length=1, description="where everything is written; any fsspec URL")
-    seed: Annotated[int, Field(ge=0, lt=2**31), _NUMBER] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31), NUMBER] = 0
     source: Annotated[SourceConfig, Field(discriminator="kind")] = DigitsConfig()
     partition: PartitionConfig = PartitionConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -382,6 +215,11 @@ class Config(Section):
             )
         if self.soft_labels.inference == "exact" and fanout is not None:
             raise ValueError("soft_labels.fanout: exact inference takes every neighbour; remove it or use 'sampled'")
+        if self.cluster.shard_servers and self.teacher.sampler != "numba":
+            raise ValueError(
+                f"teacher.sampler: {self.teacher.sampler} needs all parts on every host; use numba, "
+                "or cluster.shard_servers: 0"
+            )
         if self.student.objective == "krd" and not self.soft_labels.entropy_change:
             raise ValueError("student.objective: krd needs soft_labels.entropy_change: true")
         if self.student.similarity > 0 and not self.soft_labels.hidden:

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic_core import PydanticCustomError
 
 from rbm_dist import storage
-from rbm_dist.config import Config, Count, Rate, Section, read_tree, refusals
+from rbm_dist.config import Config, read_tree, refusals
+from rbm_dist.config_fields import Count, Rate, Section
 from rbm_dist.errors import InputError
 
 PREPARED = ("seed", "source", "partition", "teacher", "soft_labels", "encodings")

@@ -5,6 +5,8 @@ Files are written under a temporary name and renamed; object stores commit on cl
 """
 
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -59,6 +61,23 @@ def join(url: str, *names: str) -> str:
 def exists(url: str) -> bool:
     fs, path = filesystem(url)
     return bool(fs.exists(path))
+
+
+def stamp(url: str, info: dict[str, Any] | None = None) -> tuple[str, int, str]:
+    """A file's URL, bytes, and time of change or ETag: what tells it from one that was there before.
+
+    `info`: fsspec's, where it is at hand. Raises `InputError` if there is no such file.
+    """
+    if info is None:
+        fs, path = filesystem(url)
+        try:
+            info = fs.info(path)
+        except FileNotFoundError:
+            raise InputError(f"{url}: no such file") from None
+        except OSError as error:
+            raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
+    names = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
+    return url, int(info["size"] or 0), str(next((info[name] for name in names if name in info), ""))
 
 
 def listdir(url: str) -> list[str]:
@@ -187,6 +206,15 @@ def once(url: str, work: Callable[[], Any]) -> Any:
     return result
 
 
+def remove_work(url: str) -> None:
+    """Delete a folder of work that `once` kept. What it kept goes first: it must not outlive the files it speaks of."""
+    fs, path = filesystem(url)
+    kept = [name for name in fs.find(path) if name.endswith(".json")]
+    if kept:
+        fs.rm(kept)
+    remove(url)
+
+
 def write_array(url: str, array: np.ndarray) -> FileInfo:
     """Write one `.npy` array atomically."""
     return write_chunks(url, array.dtype, array.shape, [array])
@@ -269,6 +297,31 @@ def copy_in(local: str | Path, url: str) -> FileInfo:
     return stream.info
 
 
+@contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    """Hold a lock of the cache that all who write there share; the kernel takes it from whoever is killed."""
+    with _explained(str(cache)):
+        cache.mkdir(parents=True, exist_ok=True)
+    _sweep(str(cache))
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where folders cannot be locked, such as on NFS, nothing is swept
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+@functools.cache  # once per process, as it looks at every file
+def _sweep(cache: str) -> None:
+    """Delete what killed writers left in the cache, unless others are writing there."""
+    handle = os.open(cache, os.O_RDONLY)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_temporary(cache)
+    os.close(handle)
+
+
 def _cached(url: str, info: FileInfo | None) -> str:
     fs, path = filesystem(url)
     folder = Path(tempfile.gettempdir()) / f"rbm-dist-cache-{os.getuid()}"
@@ -276,7 +329,7 @@ def _cached(url: str, info: FileInfo | None) -> str:
     target = folder / f"{name}.npy"
     if not target.exists():
         try:
-            with fs.open(path, "rb") as source, atomic_writer(str(target)) as stream:
+            with _writing_to(folder), fs.open(path, "rb") as source, atomic_writer(str(target)) as stream:
                 while chunk := source.read(_CHUNK):
                     stream.write(chunk)
                 if info and stream.info != info:

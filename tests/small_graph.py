@@ -1,5 +1,6 @@
 """A small random graph on disk, with soft labels, for tests that need a whole store."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,8 @@ import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.graph import csc, shuffle
+from rbm_dist.graph.partition_report import partition_report
+from rbm_dist.graph.shuffle import Layout, Numbering
 from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.staged import StagedSource, write_source
 from rbm_dist.graph.store import GraphStore
@@ -44,11 +47,29 @@ def with_sparse_features(graph: SourceGraph, num_features: int = 40, density: fl
     )
 
 
-def write_graph(url: str, graph: SourceGraph, part_N: np.ndarray) -> GraphStore:
+def write_graph(url: str, graph: SourceGraph, part_N: np.ndarray, features: str = "float32") -> GraphStore:
     """Write a graph's shards for a given assignment of nodes to parts."""
     source = StagedSource.open(f"{url}/source", write_source(f"{url}/source", graph))
-    shuffle.write(f"{url}/graph", source, part_N, int(part_N.max()) + 1, graph.num_classes)
+    write_shards(f"{url}/graph", source, part_N, int(part_N.max()) + 1, graph.num_classes, features)
     return GraphStore.open(f"{url}/graph")
+
+
+def write_shards(
+    url: str, source: StagedSource, part_N: np.ndarray, num_parts: int, num_classes: int, features: str = "float32"
+) -> None:
+    """Write a staged source as a graph of parts, in this process."""
+    numbering, spill_url = Numbering.of(part_N, num_parts), storage.join(url, shuffle.SPILL)
+    spills = [
+        shuffle.spill_chunk(spill_url, chunk, int(first), int(stop), source, numbering)
+        for chunk, (first, stop) in enumerate(itertools.pairwise(shuffle.chunk_bounds(source.csc.indptr)))
+    ]
+    layout = Layout.of(source, features, np.max([spill.feat_max for spill in spills], axis=0))
+    files: dict[str, storage.FileInfo] = {}
+    for part in range(num_parts):
+        files |= shuffle.write_part(url, part, spill_url, shuffle.plan_part(spills, part), layout)
+    report = partition_report(source.csc, part_N, num_parts)
+    shuffle.write_index(url, numbering.offsets.tolist(), source, num_classes, files, report, layout)
+    storage.remove(spill_url)
 
 
 def small_store(url: str, num_parts: int = 4) -> GraphStore:

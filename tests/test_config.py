@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rbm_dist.config import Config, DigitsConfig, flatten, load
+from rbm_dist.config import Config, flatten, load
 from rbm_dist.errors import InputError
+from rbm_dist.source_config import DigitsConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -6,7 +6,9 @@ from typing import get_args
 
 import pytest
 
-from rbm_dist.config import Config, Section, SourceConfig
+from rbm_dist.config import Config
+from rbm_dist.config_fields import Section
+from rbm_dist.source_config import SourceConfig
 
 ROOT = Path(__file__).parents[1]
 

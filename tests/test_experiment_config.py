@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbm_dist.config import Config, NpzConfig
+from rbm_dist.config import Config
 from rbm_dist.errors import InputError
 from rbm_dist.experiment_config import PREPARED, Trial, load_experiment, merge
+from rbm_dist.source_config import NpzConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
 SMALL = """

@@ -1,9 +1,11 @@
 """Storage: a file is whole or not there, damage is found, and all kinds of storage behave alike."""
 
 import errno
+import fcntl
 import gc
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +121,20 @@ def test_remove_temporary_removes_what_a_killed_writer_left_and_nothing_else(tmp
     storage.remove_temporary(f"{tmp_path}/not/there")
 
 
+def test_of_finished_work_the_records_are_removed_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        storage.once(f"{url}/{name}.json", lambda name=name: storage.write_array(f"{url}/{name}/x.npy", np.arange(3)))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            storage.remove_work(url)
+    assert not any(storage.exists(f"{url}/{name}.json") for name in ("a", "b"))
+    assert all(storage.exists(f"{url}/{name}/x.npy") for name in ("a", "b"))
+    storage.remove_work(url)
+    assert storage.listdir(url) == []
+    storage.remove_work(url)
+
+
 def test_a_full_disk_is_one_message_and_leaves_nothing(small_disk: Path) -> None:
     target = f"{small_disk}/a.npy"
     with pytest.raises(InputError, match=rf"{target}: no space left on the device"):
@@ -156,6 +172,17 @@ def test_json_that_was_cut_off_is_named(url: str, content: bytes) -> None:
         storage.read_json(f"{url}/a.json")
     with pytest.raises(InputError, match=r"b\.json: no such file"):
         storage.read_json(f"{url}/b.json")
+
+
+def test_a_stamp_tells_a_file_from_the_one_before(url: str) -> None:
+    storage.write_json(f"{url}/a.json", 1)
+    stamps = [storage.stamp(f"{url}/a.json") for _ in range(2)]
+    storage.write_json(f"{url}/a.json", 2)  # of as many bytes
+    stamps.append(storage.stamp(f"{url}/a.json"))
+    assert stamps[0] == stamps[1] != stamps[2]
+    assert stamps[2][:2] == (f"{url}/a.json", 2)
+    with pytest.raises(InputError, match=r"b\.json: no such file"):
+        storage.stamp(f"{url}/b.json")
 
 
 def test_listing_and_removing(url: str) -> None:
@@ -313,6 +340,20 @@ def test_a_remote_array_is_fetched_once(s3_url: str, local_cache: Path) -> None:
     assert [path.name for path in cached] == [f"{info['sha256']}.npy"]
     storage.remove(f"{s3_url}/a.npy")
     np.testing.assert_array_equal(storage.open_array(f"{s3_url}/a.npy", info), np.arange(5))
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_what_a_killed_process_left_in_the_cache_is_removed(memory_url: str, local_cache: Path, in_use: bool) -> None:
+    cache = local_cache / f"rbm-dist-cache-{os.getuid()}"
+    left = cache / f"0.npy{storage.TEMPORARY}1"
+    cache.mkdir()
+    left.touch()
+    info = storage.write_array(f"{memory_url}/a.npy", np.arange(3))
+    other = os.open(cache, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH if in_use else fcntl.LOCK_UN)
+    storage.open_array(f"{memory_url}/a.npy", info)
+    os.close(other)
+    assert left.exists() == in_use
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:-1] + b"\x01"], ids=["truncated", "flipped"])

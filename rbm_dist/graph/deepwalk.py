@@ -8,7 +8,7 @@ from numba import njit
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.random_bits import generator, key, mix
-from rbm_dist.graph.source import UNSEEN
+from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 
 _WALKS, _LENGTH, _WINDOW, _EPOCHS = 10, 40, 5, 1

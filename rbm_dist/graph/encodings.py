@@ -23,7 +23,7 @@ from rbm_dist.graph.deepwalk import deepwalk
 from rbm_dist.graph.propagate import batches, mean_of_neighbours
 from rbm_dist.graph.random_bits import key, mix
 from rbm_dist.graph.shards import part_name
-from rbm_dist.graph.source import TRAIN, UNSEEN
+from rbm_dist.graph.splits import TRAIN, UNSEEN
 from rbm_dist.graph.store import GraphStore
 
 POS, PROP = "pos", "prop"

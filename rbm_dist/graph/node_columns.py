@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rbm_dist.errors import InputError
 from rbm_dist.graph.node_ids import is_text
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 
 At = Callable[[int], str]
 """Says where a row is, for messages."""

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import IO, Any
@@ -22,10 +22,10 @@ import pyarrow as pa
 from pyarrow import csv
 
 from rbm_dist import storage
-from rbm_dist.config import OgbConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
-from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL, count_classes, whole_labels
+from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource, fingerprint
+from rbm_dist.source_config import OgbConfig
 
 _ARCHIVES = "http://snap.stanford.edu/ogb/data/nodeproppred"
 _SPLITS = {"train": TRAIN, "valid": VAL, "test": TEST}
@@ -76,23 +76,19 @@ def open_ogb(config: OgbConfig) -> StreamedSource:
     """
     url, dataset = ogb_folder(config), _DATASETS[config.name]
     splits = [f"split/{dataset.split}/{name}.csv.gz" for name in _SPLITS]
-    _ensure(url, config, [*(f"raw/{name}" for name in dataset.files), *splits])
-    opened = _open_npz if dataset.files == _NPZ else _open_csv
-    return opened(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
+    names = [*(f"raw/{name}" for name in dataset.files), *splits]
+    _ensure(url, config, names)
+    read = _open_npz if dataset.files == _NPZ else _open_csv
+    source = read(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
+    return replace(source, fingerprint=fingerprint(config, [storage.stamp(storage.join(url, name)) for name in names]))
 
 
 def _nodes(url: str, dataset: _Dataset, num_nodes: int, read_label: Callable[[], np.ndarray]) -> Nodes:
-    given_N = read_label()
-    label_N = np.where(np.isnan(given_N), -1, given_N).astype(np.int64)
-    bad = np.flatnonzero((label_N < -1) | (label_N >= dataset.num_classes) | ((given_N != label_N) & (label_N != -1)))
     what = storage.join(url, "raw", dataset.files[1 if dataset.files == _NPZ else 2])
+    label_N = whole_labels(read_label(), what)
     if len(label_N) != num_nodes:
         raise InputError(f"{what}: {len(label_N):,} labels for {num_nodes:,} nodes")
-    if len(bad):
-        raise InputError(
-            f"{what}: label {given_N[bad[0]]:g} of node {bad[0]} is not a class "
-            f"(0 to {dataset.num_classes - 1}; NaN means none)"
-        )
+    count_classes(label_N, what, dataset.num_classes)
     split_N = np.full(num_nodes, NO_SPLIT, np.int8)
     for name, code in _SPLITS.items():
         part = storage.join(url, "split", dataset.split, f"{name}.csv.gz")

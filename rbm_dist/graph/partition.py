@@ -9,10 +9,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
-from numba import njit
 
 from rbm_dist.config import PartitionConfig
 from rbm_dist.errors import InputError, RunError, disk_full
@@ -35,10 +34,12 @@ ctypes.CDLL(None).prctl(1, 9)
 import kaminpar, numpy
 path, result, preset, num_parts, imbalance, seed = sys.argv[1:]
 graph = kaminpar.load_graph(path, kaminpar.GraphFileFormat.PARHIP, preset == "terapart")
-os.remove(path)
+os.truncate(path, 0)
 kaminpar.reseed(int(seed))
 solver = kaminpar.KaMinPar(1, kaminpar.context_by_name(preset))
-numpy.save(result, numpy.asarray(solver.compute_partition(graph, int(num_parts), float(imbalance)), numpy.int32))
+part = numpy.asarray(solver.compute_partition(graph, int(num_parts), float(imbalance)), numpy.int32)
+with open(result, "wb") as stream:
+    numpy.save(stream, part)
 """
 
 
@@ -80,29 +81,29 @@ def kaminpar_parts(csc: Csc, config: PartitionConfig, seed: int, symmetric: bool
     Preset `terapart` compresses the graph (Salwasser et al., Tera-Scale Multilevel Graph Partitioning, 2025).
     One thread: with more, its result depends on their timing, and a run that was killed could not be repeated. A
     process of its own: where KaMinPar was used before, the same seed at times gives other parts (default, terapart).
-    The graph passes through a temporary file of 4 bytes per edge and 8 per node (twice that if nodes are weighted).
+    The graph passes through a temporary file of 4 bytes per edge and 8 per node (twice that if nodes are weighted),
+    which has no name, so that nothing is left of it whoever is killed.
     Raises `InputError` if the disk is full, `RunError` if KaMinPar does not end well, such as when memory runs out.
     """
     if csc.num_edges == 0:
         return random_parts(csc, config, seed, symmetric)
-    with tempfile.TemporaryDirectory() as folder:
-        path, result = Path(folder) / "graph.parhip", Path(folder) / "part.npy"
+    with tempfile.TemporaryFile(buffering=0) as graph, tempfile.TemporaryFile(buffering=0) as result:
         try:
-            _write_parhip(path, csc, config.balance, symmetric)
+            _write_parhip(graph, csc, config.balance, symmetric)
         except OSError as error:
-            raise disk_full(error, folder) or error from None
-        arguments = [path, result, config.preset, config.num_parts, config.imbalance, seed]
+            raise disk_full(error, tempfile.gettempdir()) or error from None
+        handles = (graph.fileno(), result.fileno())
+        paths = [f"/proc/self/fd/{handle}" for handle in handles]
+        arguments = [*paths, config.preset, config.num_parts, config.imbalance, seed]
         command = [sys.executable, "-P", "-c", _SOLVE, *map(str, arguments)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=handles
+        )
         if done.returncode:
             reason = "killed, as when memory runs out" if done.returncode == -9 else done.stderr.strip()[-500:]
             raise RunError(f"partition: KaMinPar ended with code {done.returncode}: {reason}")
+        result.seek(0)
         return np.load(result)
-
-
-def edge_cut(csc: Csc, part_N: np.ndarray) -> int:
-    """Edges whose ends lie in different parts."""
-    return int(_edge_cut(csc.indptr, csc.indices, part_N))
 
 
 def memory_needed(config: PartitionConfig, num_nodes: int, num_edges: int, symmetric: bool = False) -> int:
@@ -176,7 +177,7 @@ def _weight(balance: str, csc: Csc) -> tuple[int, int]:
     return {"nodes": (1, 0), "edges": (1, 1), "both": (mean_degree, 1)}[balance]
 
 
-def _write_parhip(path: Path, csc: Csc, balance: str, symmetric: bool) -> None:
+def _write_parhip(stream: IO[bytes], csc: Csc, balance: str, symmetric: bool) -> None:
     # ParHIP binary: version (bit 0: edges have no weights, bit 1: nodes have none, bit 3: 32-bit ids), n, m, then
     # n + 1 offsets in bytes, the targets, and the weights of the nodes.
     graph = csc if symmetric else build(csc.indices, destinations(csc), csc.num_nodes, undirected=True)
@@ -184,31 +185,21 @@ def _write_parhip(path: Path, csc: Csc, balance: str, symmetric: bool) -> None:
     version = 1 | (balance == "nodes") << 1 | (not wide) << 3
     header = np.array([version, graph.num_nodes, graph.num_edges], np.uint64)
     first = header.nbytes + 8 * (graph.num_nodes + 1)
-    with open(path, "wb") as stream:
-        header.tofile(stream)
-        for indptr in _chunks(graph.indptr):
-            (first + indptr * graph.indices.itemsize).astype(np.uint64).tofile(stream)
-        for indices in _chunks(graph.indices):
-            indices.tofile(stream)
-        if balance != "nodes":
-            per_node, per_edge = _weight(balance, csc)
-            for start in range(0, csc.num_nodes, _CHUNK):
-                degree = np.diff(csc.indptr[start : start + _CHUNK + 1])
-                (per_node + per_edge * degree).astype(np.int64).tofile(stream)
+    header.tofile(stream)
+    for indptr in _chunks(graph.indptr):
+        (first + indptr * graph.indices.itemsize).astype(np.uint64).tofile(stream)
+    for indices in _chunks(graph.indices):
+        indices.tofile(stream)
+    if balance != "nodes":
+        per_node, per_edge = _weight(balance, csc)
+        for start in range(0, csc.num_nodes, _CHUNK):
+            degree = np.diff(csc.indptr[start : start + _CHUNK + 1])
+            (per_node + per_edge * degree).astype(np.int64).tofile(stream)
 
 
 def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(array), _CHUNK):
         yield array[start : start + _CHUNK]
-
-
-@njit(cache=True, nogil=True)
-def _edge_cut(indptr, indices, part_N):  # type: ignore[no-untyped-def]
-    cut = 0
-    for v in range(len(part_N)):
-        for e in range(indptr[v], indptr[v + 1]):
-            cut += part_N[indices[e]] != part_N[v]
-    return cut
 
 
 PARTITIONERS: dict[str, Partitioner] = {

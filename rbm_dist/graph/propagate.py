@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rbm_dist.graph.source import UNSEEN
+from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 
 _BYTES = 1 << 25  # of rows gathered, or computed, at a time

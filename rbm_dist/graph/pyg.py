@@ -6,6 +6,7 @@ PyG itself holds such a graph in memory. Its arrays are written to the scratch f
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -15,29 +16,33 @@ import numpy as np
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config import PygConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
-from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.graph.splits import MASKS, count_classes, split_of_masks, whole_labels
+from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource, fingerprint
+from rbm_dist.source_config import PygConfig
 
 PIECE_EDGES = 1 << 22
 PIECE_ROWS = 1 << 17
 _CHUNK_ROWS = 1 << 13
-_MASKS = {TRAIN: "train_mask", VAL: "val_mask", TEST: "test_mask"}
 
 
 def open_pyg(config: PygConfig, scratch: str) -> StreamedSource:
     """The configured graph. It is loaded by the first call for a scratch folder; later ones map what that one wrote.
 
+    The file of a saved graph is loaded again when it is changed.
+
     Raises `InputError` if it cannot be loaded, or for what `from_data` refuses.
     """
     name = config.path or str(config.dataset)
+    made_of = fingerprint(config, [storage.stamp(config.path)] if config.path else [])
+    folder = storage.join(scratch, f"pyg-{made_of}")
 
     def work() -> dict[str, Any]:
         data = _load_file(config.path) if config.path else _load_dataset(name, config.arguments)
-        return _write(data, name, scratch, config.mask_column)
+        return _write(data, name, folder, config.mask_column)
 
-    return _open(storage.once(storage.join(scratch, "pyg.json"), work), name, scratch, config.undirected)
+    facts = storage.once(storage.join(folder, "pyg.json"), work)
+    return replace(_open(facts, name, folder, config.undirected), fingerprint=made_of)
 
 
 def from_data(data: Any, name: str, scratch: str, undirected: bool = True, mask_column: int = 0) -> StreamedSource:
@@ -155,12 +160,15 @@ def _write(data: Any, name: str, scratch: str, mask_column: int) -> dict[str, An
     if feat.dtype not in (torch.float16, torch.float32, torch.float64):
         feat = feat.float()
     label = _label(data.y, len(feat), name)
+    # Its datasets number the classes themselves, and not all need occur.
+    num_classes = count_classes(label, f"{name}: y", max(1, int(label.max()) + 1))
     arrays = {"x": feat.numpy(), "edge_index": edge_index.numpy(), "label": label}
-    split = _split(data, label, name, mask_column)
+    masks = {each: _mask(data[each], f"{name}: {each}", mask_column) for each in MASKS if data.get(each) is not None}
+    split = split_of_masks(masks, label, name)
     if split is not None:
         arrays["split"] = split
     return {
-        "num_nodes": len(label), "num_features": feat.shape[1], "num_classes": int(label.max()) + 1,
+        "num_nodes": len(label), "num_features": feat.shape[1], "num_classes": num_classes,
         "num_edges": edge_index.shape[1],
         "files": {
             each: storage.write_array(storage.join(scratch, f"pyg-{each}.npy"), array)
@@ -177,35 +185,13 @@ def _label(y: torch.Tensor, num_nodes: int, name: str) -> np.ndarray:
             f"{name}: y: one class per node is needed, shape ({num_nodes},), found {tuple(y.shape)}; neither several "
             "labels per node nor one per graph will do"
         )
-    given = y.detach().double().numpy()
-    label = np.where(np.isnan(given), -1, given).astype(np.int64)
-    bad = np.flatnonzero((label < -1) | ((label != given) & ~np.isnan(given)))
-    if len(bad):
-        raise InputError(f"{name}: y: {given[bad[0]]:g} of node {bad[0]} is not a class (-1 or NaN means none)")
-    if label.max() < 0:
-        raise InputError(f"{name}: y: no node has a label, so nothing can be trained")
-    return label
+    return whole_labels(y.detach().double().numpy(), f"{name}: y")
 
 
-def _split(data: Any, label: np.ndarray, name: str, column: int) -> np.ndarray | None:
-    masks = {code: data.get(mask) for code, mask in _MASKS.items()}
-    missing = [_MASKS[code] for code, mask in masks.items() if mask is None]
-    if len(missing) == len(_MASKS):
-        return None
-    if missing:
-        raise InputError(f"{name}: {', '.join(missing)} missing beside other masks; all three are needed, or none")
-    split = np.full(len(label), NO_SPLIT, np.int8)
-    for code, each in masks.items():
-        mask = np.asarray(each)
-        if mask.ndim == 2 and column < mask.shape[1]:
-            mask = mask[:, column]
-        if mask.dtype != bool or mask.shape != label.shape:
-            raise InputError(
-                f"{name}: {_MASKS[code]}: {len(label)} booleans expected, found {mask.dtype} of shape {mask.shape}"
-                + (f"; source.mask_column: {column} is not one of its columns" if mask.ndim == 2 else "")
-            )
-        for wrong, trouble in ((mask & (split != NO_SPLIT), "is in two splits"), (mask & (label < 0), "has no label")):
-            if np.any(wrong):
-                raise InputError(f"{name}: {_MASKS[code]}: node {np.argmax(wrong)} {trouble}")
-        split[mask] = code
-    return split
+def _mask(given: Any, where: str, column: int) -> np.ndarray:
+    mask = np.asarray(given)
+    if mask.ndim != 2:
+        return mask
+    if column >= mask.shape[1]:
+        raise InputError(f"{where}: no column {column} in a mask of shape {mask.shape}; change source.mask_column")
+    return mask[:, column]

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rbm_dist.config import RegionsConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.random_bits import generator
+from rbm_dist.source_config import RegionsConfig
 
 _REGION, _RULES, _ROWS, _EDGES = 0x4E61, 0x4E62, 0x4E63, 0x4E64  # words of the random keys
 _CENTRE_NORM = 8.0  # of each centre, where the residual has standard deviation 1 along every feature

@@ -5,6 +5,7 @@ A draw depends on (key, hop, node) alone, never on the order of the seeds, on th
 Other kernels (pyg-lib, torch-sparse) stand behind the same `Sampler` in `sampler_backends.py`.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,12 +37,29 @@ class Sampler(Protocol):
         ...
 
 
-class NumbaSampler:
-    """The built-in kernel, over a graph cut into parts. Not thread-safe: each thread needs its own."""
+class RemoteEdges(Protocol):
+    """The edges of parts that other hosts hold."""
 
-    def __init__(self, parts: list[Csc], offsets: np.ndarray):
+    def in_edges(self, ids: np.ndarray, width: int, key: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Ask for what `NumbaSampler.in_edges` draws there, at once; the answers come piece by piece.
+
+        A piece: positions in `ids`, ascending; how many edges each of these nodes has; all their sources.
+        """
+        ...
+
+
+class NumbaSampler:
+    """The built-in kernel, over a graph cut into parts. Not thread-safe (`in_edges` is): each thread needs its own.
+
+    parts: those held here, by number. Edges of all others are drawn by `remote`.
+    """
+
+    def __init__(
+        self, parts: Mapping[int, Csc], offsets: np.ndarray, remote: RemoteEdges | None = None
+    ):  # fmt: skip
         self._parts = parts
         self._offsets = offsets
+        self._remote = remote
         # Position of each node in the sample at hand, plus one; 0 where it is absent. Reset after each call.
         self._position = np.zeros(int(offsets[-1]), np.int32)
 
@@ -57,7 +75,7 @@ class NumbaSampler:
         frontier, first, total = seeds, 0, len(seeds)
         try:
             for hop, width in enumerate(fanout):
-                counts, sources = self._hop(frontier, width, np.uint64(mix(np.uint64(key), np.uint64(hop))))
+                counts, sources = self.in_edges(frontier, width, int(mix(np.uint64(key), np.uint64(hop))))
                 src, new = _relabel(self._position, sources, total)
                 all_src.append(src)
                 all_dst.append(np.repeat(np.arange(first, first + len(frontier)), counts))
@@ -70,26 +88,50 @@ class NumbaSampler:
                 _unmark(self._position, ids)
         return Sample(np.concatenate(found), _concatenate(all_src), _concatenate(all_dst), nodes_per_hop, edges_per_hop)
 
-    def _hop(self, frontier: np.ndarray, width: int, key: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-        """Sampled in-edges of every frontier node: how many, and their sources, in the order of the frontier."""
-        counts = np.empty(len(frontier), np.int64)
-        owned = self._owned(frontier)
-        for part, at in owned:
-            _count(self._parts[part].indptr, frontier, at, self._offsets[part], width, counts)
+    def in_edges(self, ids: np.ndarray, width: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `width` in-edges (-1: all) of some nodes: how many of each, and all their sources, both int64.
+
+        key: 64 random bits that, with the node's id, decide its draws.
+        """
+        counts = np.empty(len(ids), np.int64)
+        here, away = self._owned(ids)
+        answers: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]] = iter(())
+        if len(away):
+            if self._remote is None:
+                part = np.searchsorted(self._offsets, ids[away[0]], side="right") - 1
+                raise ValueError(f"part {part} is not held here")
+            answers = self._remote.in_edges(ids[away], width, key)
+        picked = []
+        for part, at in here:  # while the others are asked
+            csc = self._parts[part]
+            _count(csc.indptr, ids, at, self._offsets[part], width, counts)
+            picked.append(_pick(csc.indptr, ids, at, self._offsets[part], counts, np.uint64(key)))
+        pieces = []
+        for at, count, found in answers:
+            counts[away[at]] = count
+            pieces.append((away[at], found))
+        pieces += [
+            (at, _look_up(self._parts[part].indices, edges)) for (part, at), edges in zip(here, picked, strict=True)
+        ]
+        if len(pieces) == 1 and here:  # in the order of `ids`
+            return counts, pieces[0][1]
         ends = np.cumsum(counts)
         sources = np.empty(ends[-1] if len(ends) else 0, np.int64)
-        for part, at in owned:
-            csc = self._parts[part]
-            edges = _pick(csc.indptr, frontier, at, self._offsets[part], counts, key)
-            _look_up(csc.indices, edges, at, counts, ends, sources)
+        for at, found in pieces:
+            _place(found, at, counts, ends, sources)
         return counts, sources
 
-    def _owned(self, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(part, positions in `ids` that it owns), for the parts that own any."""
-        if len(self._parts) == 1:
-            return [(0, np.arange(len(ids)))]
+    def _owned(self, ids: np.ndarray) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
+        """(part, positions in `ids` that it owns) for the parts held here that own any; positions of all others."""
+        if len(self._offsets) == 2 and self._parts:
+            return [(0, np.arange(len(ids)))], np.empty(0, np.int64)
         owner = np.searchsorted(self._offsets, ids, side="right") - 1
-        return [(int(part), np.flatnonzero(owner == part)) for part in np.unique(owner)]
+        owned = [(int(part), np.flatnonzero(owner == part)) for part in np.unique(owner)]
+        away = [at for part, at in owned if part not in self._parts]
+        return (
+            [(part, at) for part, at in owned if part in self._parts],
+            np.sort(np.concatenate(away)) if away else np.empty(0, np.int64),
+        )
 
 
 @njit(cache=True, nogil=True)
@@ -132,18 +174,22 @@ def _pick(indptr, ids, at, first_id, counts, key):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _look_up(indices, edges, at, counts, ends, sources):  # type: ignore[no-untyped-def]
-    # One flat loop of reads, so that more of their misses overlap; then each node's to its place, if others have some.
-    found = sources if len(at) == len(counts) else np.empty(len(edges), np.int64)
+def _look_up(indices, edges):  # type: ignore[no-untyped-def]
+    # A loop of reads alone, so that their cache misses overlap.
+    sources = np.empty(len(edges), np.int64)
     for e in range(len(edges)):
-        found[e] = indices[edges[e]]
-    if len(at) < len(counts):
-        start = 0
-        for i in at:
-            begin = ends[i] - counts[i]
-            for j in range(counts[i]):
-                sources[begin + j] = found[start + j]
-            start += counts[i]
+        sources[e] = indices[edges[e]]
+    return sources
+
+
+@njit(cache=True, nogil=True)
+def _place(found, at, counts, ends, sources):  # type: ignore[no-untyped-def]
+    start = 0
+    for i in at:
+        begin = ends[i] - counts[i]
+        for j in range(counts[i]):
+            sources[begin + j] = found[start + j]
+        start += counts[i]
 
 
 @njit(cache=True, nogil=True)

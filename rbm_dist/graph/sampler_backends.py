@@ -3,21 +3,29 @@
 Both hold the whole graph's CSC in memory, and draw from torch's global generator, seeded by the key and then restored.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.sampler import NumbaSampler, Sample, Sampler
+from rbm_dist.graph.sampler import NumbaSampler, RemoteEdges, Sample, Sampler
 
 
-def make_sampler(name: str, parts: list[Csc], offsets: np.ndarray) -> Sampler:
-    """The kernel of that name. Raises `InputError` if its package is not installed."""
+def make_sampler(
+    name: str, parts: Mapping[int, Csc], offsets: np.ndarray, remote: RemoteEdges | None = None
+) -> Sampler:  # fmt: skip
+    """The kernel of that name over the parts held here. Raises `InputError` if its package is not installed."""
     if name == "numba":
-        return NumbaSampler(parts, offsets)
+        return NumbaSampler(parts, offsets, remote)
+    if len(parts) < len(offsets) - 1:
+        raise InputError(
+            f"teacher.sampler: {name} needs all parts on this host; use numba, or cluster.shard_servers: 0"
+        )
     backend: type[PygLibSampler] | type[TorchSparseSampler] = PygLibSampler if name == "pyg_lib" else TorchSparseSampler
     try:
-        return backend(parts)
+        return backend([parts[part] for part in sorted(parts)])
     except ImportError as error:
         package = name.replace("_", "-")
         raise InputError(f"teacher.sampler: {name}: {package} is not installed ({error}); see docs/start.md") from None

@@ -6,6 +6,7 @@
                feat.npy label.npy split.npy orig_id.npy
 
 Sparse features are four arrays in place of `feat`: feat_indptr, feat_indices, feat_values, feat_shape, a CSR matrix.
+Dense ones may be stored as float16, or as int8 with `feat_scale.npy` beside graph.json (`quantised.py`).
 Laid end to end, the parts are the whole graph's CSC. Plain `.npy`, see docs/on-disk-format.md.
 """
 
@@ -15,6 +16,9 @@ import scipy.sparse as sp
 from rbm_dist.graph.csc import id_dtype
 
 VERSION = 2
+QUANTISED = 3
+"""The version of a graph whose features are not stored as float32: who knows version 2 only would misread them."""
+FEAT_SCALE = "feat_scale.npy"
 SPARSE_FEAT = ("feat_indptr", "feat_indices", "feat_values", "feat_shape")
 PER_ROW = ("label", "split", "orig_id")
 """Arrays that every graph has, of one entry per node."""

@@ -3,18 +3,17 @@
 Chunks of rows are grouped by part and spilled; each part is then its slices of all chunks, end to end.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rbm_dist import storage
 from rbm_dist.graph.csc import Csc, id_dtype
-from rbm_dist.graph.partition_report import partition_report
-from rbm_dist.graph.shards import ORIG_NAME, PER_ROW, SPARSE_FEAT, VERSION, part_name
-from rbm_dist.graph.staged import Rows, StagedSource
+from rbm_dist.graph.quantised import encode, scales
+from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, PER_ROW, QUANTISED, SPARSE_FEAT, VERSION, part_name
+from rbm_dist.graph.staged import RowPieces, StagedSource
 
 SPILL = "spill"
 """The folder of the spilled chunks, below the graph's; removed at the end."""
@@ -42,10 +41,39 @@ class Numbering:
 
 @dataclass(frozen=True)
 class Spill:
-    """One chunk of the source's rows, grouped by part: its files, and where in them each part's rows begin."""
+    """One chunk of the source's rows, grouped by part: its files, and where in them each part's entries begin."""
 
-    files: dict[str, storage.FileInfo]
-    starts: dict[str, list[int]]  # by file: P + 1 offsets
+    files: dict[str, tuple[str, storage.FileInfo]]  # by array: URL and checksum
+    starts: dict[str, np.ndarray]  # by array: [P + 1]
+    feat_max: np.ndarray  # [F] float32, the largest magnitude in each column; [0] of sparse features
+
+
+Slices = dict[str, list[tuple[str, storage.FileInfo, int, int]]]
+"""By array, the slices `(url, info, first, stop)` of spilled chunks that are, end to end, one part's."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the arrays of every part are stored."""
+
+    dtypes: dict[str, str]  # by array
+    num_features: int
+    feat_scale: np.ndarray | None  # [F] float32, if dense features are stored as int8
+
+    @classmethod
+    def of(cls, source: StagedSource, features: str, feat_max_F: np.ndarray) -> "Layout":
+        """features: the dtype of dense ones, whose largest magnitudes are `feat_max_F`.
+
+        Raises `InputError` if they do not fit it.
+        """
+        dtypes = {"indptr": "int64", "indices": str(source.csc.indices.dtype)}
+        dtypes |= {name: str(array.dtype) for name, array in source.per_row.items()}
+        if isinstance(source.feat, RowPieces):
+            dtypes["feat"] = features
+        else:
+            index = str(id_dtype(max(source.feat.nnz, *source.feat.shape)))
+            dtypes |= dict(zip(SPARSE_FEAT, (index, index, "float32", "int64"), strict=True))
+        return cls(dtypes, source.feat.shape[1], scales(features, feat_max_F))
 
 
 def chunk_bounds(indptr: np.ndarray) -> np.ndarray:
@@ -61,12 +89,14 @@ def chunk_bounds(indptr: np.ndarray) -> np.ndarray:
 def spill_chunk(url: str, chunk: int, first: int, stop: int, source: StagedSource, numbering: Numbering) -> Spill:
     """Group the rows `first` to `stop` of all arrays by part and write them below `url`; what is there is kept."""
     folder = storage.join(url, f"chunk-{chunk:05d}")
-    return Spill(
-        **storage.once(f"{folder}.json", lambda: asdict(_spill(folder, slice(first, stop), source, numbering)))
-    )
+    done = storage.once(f"{folder}.json", lambda: _spill(folder, slice(first, stop), source, numbering))
+    by_row = np.array(done["starts"]["rows"])
+    starts = {name: np.array(done["starts"][name]) if name in done["starts"] else by_row for name in done["files"]}
+    files = {name: (f"{folder}/{name}.npy", info) for name, info in done["files"].items()}
+    return Spill(files, starts, np.array(done["feat_max"], np.float32))
 
 
-def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -> Spill:
+def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -> dict[str, Any]:
     first, stop = at.start, at.stop
     part_n = numbering.part[first:stop]
     order = np.argsort(part_n, kind="stable")
@@ -76,66 +106,74 @@ def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -
     rows = Csc(source.csc.indptr[first : stop + 1] - low, source.csc.indices[low : source.csc.indptr[stop]])
     degree, sources = _in_edges(rows, order, numbering.new_id)
     arrays = {"degree": degree, "indices": sources}
-    starts = {"indices": np.concatenate([[0], np.cumsum(degree)])[row_starts]}
-    if isinstance(source.feat, Rows):
-        arrays["feat"] = source.feat[first:stop][order]
+    starts = {"rows": row_starts, "indices": np.concatenate([[0], np.cumsum(degree)])[row_starts]}
+    if isinstance(source.feat, RowPieces):
+        arrays["feat"] = feat_nF = source.feat[first:stop][order]
+        feat_max = np.maximum(feat_nF.max(axis=0), -feat_nF.min(axis=0))
     else:
-        feat = source.feat[first:stop][order]
+        feat, feat_max = source.feat[first:stop][order], np.empty(0)
         arrays |= {"feat_counts": np.diff(feat.indptr), "feat_indices": feat.indices, "feat_values": feat.data}
         starts |= dict.fromkeys(("feat_indices", "feat_values"), feat.indptr[row_starts])
     arrays |= {name: array[first:stop][order] for name, array in source.per_row.items()}
-    files = {
-        f"{folder}/{name}.npy": storage.write_array(f"{folder}/{name}.npy", array) for name, array in arrays.items()
+    return {
+        "files": {name: storage.write_array(f"{folder}/{name}.npy", array) for name, array in arrays.items()},
+        "starts": {name: array.tolist() for name, array in starts.items()},
+        "feat_max": feat_max.tolist(),
     }
-    return Spill(files, {name: starts.get(name, row_starts).tolist() for name in arrays})
 
 
-def write_part(url: str, part: int, spill_url: str, spills: list[Spill], width: int) -> dict[str, storage.FileInfo]:
-    """Write all arrays of one part from the spilled chunks; gives the checksum of each file, by its path below `url`.
+def plan_part(spills: list[Spill], part: int) -> Slices:
+    """What one part takes of all chunks, in their order."""
+    slices: Slices = {name: [] for name in spills[0].files}
+    for spill in spills:
+        for name, (url, info) in spill.files.items():
+            first, stop = spill.starts[name][part : part + 2].tolist()
+            if first < stop:
+                slices[name].append((url, info, first, stop))
+    return slices
 
-    width: the number of features. A part that was written before is kept.
+
+def write_part(url: str, part: int, spill_url: str, slices: Slices, layout: Layout) -> dict[str, storage.FileInfo]:
+    """Write all arrays of one part from its slices; gives the checksum of each file, by its path below `url`.
+
+    A part that was written before is kept.
     """
-    done = storage.join(spill_url, f"{part_name(part)}.json")
-    return storage.once(done, lambda: _merge(url, part, spills, width))
+    return storage.once(storage.join(spill_url, f"{part_name(part)}.json"), lambda: _merge(url, part, slices, layout))
 
 
-def _merge(url: str, part: int, spills: list[Spill], width: int) -> dict[str, storage.FileInfo]:
-    def pieces(name: str) -> Iterator[np.ndarray]:
-        for spill in spills:
-            file = next(file for file in spill.files if file.endswith(f"/{name}.npy"))
-            first, stop = spill.starts[name][part : part + 2]
-            yield storage.open_array(file, spill.files[file])[first:stop]
-
+def _merge(url: str, part: int, slices: Slices, layout: Layout) -> dict[str, storage.FileInfo]:
     files = {}
 
-    def write(name: str, dtype: np.dtype, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
+    def write(name: str, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
         path = f"{part_name(part)}/{name}.npy"
-        files[path] = storage.write_chunks(storage.join(url, path), dtype, shape, chunks)
+        files[path] = storage.write_chunks(storage.join(url, path), layout.dtypes[name], shape, chunks)
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for file, info, first, stop in slices[name]:
+            yield storage.open_array(file, info)[first:stop]
 
     def total(name: str) -> int:
-        return sum(spill.starts[name][part + 1] - spill.starts[name][part] for spill in spills)
+        return sum(stop - first for _, _, first, stop in slices[name])
 
-    def offsets(name: str, dtype: np.dtype) -> np.ndarray:
-        counts = np.concatenate(list(pieces(name)))
-        return np.concatenate([np.zeros(1, dtype), np.cumsum(counts, dtype=dtype)])
+    def copy(name: str, *row: int) -> None:
+        write(name, (total(name), *row), pieces(name))
 
-    def copy(name: str, dtype: np.dtype) -> None:
-        row = next(pieces(name)).shape[1:]
-        write(name, dtype, (total(name), *row), pieces(name))
+    def offsets(name: str, counts: str) -> None:
+        write(name, (rows + 1,), [np.cumsum(np.concatenate([np.zeros(1, np.int64), *pieces(counts)]))])
 
     rows = total("label")
-    write("indptr", np.dtype(np.int64), (rows + 1,), [offsets("degree", np.dtype(np.int64))])
-    copy("indices", next(pieces("indices")).dtype)
-    if "feat" in spills[0].starts:
-        copy("feat", np.dtype(np.float32))
+    offsets("indptr", "degree")
+    copy("indices")
+    if "feat" in slices:
+        shape = (rows, layout.num_features)
+        write("feat", shape, (encode(piece, layout.dtypes["feat"], layout.feat_scale) for piece in pieces("feat")))
     else:
-        dtype = id_dtype(max(total("feat_indices"), rows, width))
-        write("feat_indptr", dtype, (rows + 1,), [offsets("feat_counts", dtype)])
-        copy("feat_indices", dtype)
-        copy("feat_values", np.dtype(np.float32))
-        write("feat_shape", np.dtype(np.int64), (2,), [np.array([rows, width])])
-    for name in (name for name in (*PER_ROW, ORIG_NAME) if name in spills[0].starts):
-        copy(name, next(pieces(name)).dtype)
+        offsets("feat_indptr", "feat_counts")
+        copy("feat_indices")
+        copy("feat_values")
+        write("feat_shape", (2,), [np.array([rows, layout.num_features])])
+    for name in (name for name in (*PER_ROW, ORIG_NAME) if name in slices):
+        copy(name)
     return files
 
 
@@ -146,46 +184,27 @@ def write_index(
     num_classes: int,
     files: dict[str, storage.FileInfo],
     report: dict[str, Any],
-) -> None:
-    """Write `graph.json`: from here on the graph is there."""
-    sparse = not isinstance(source.feat, Rows)
-    if isinstance(source.feat, Rows):
-        feat_dtypes = {"feat": "float32"}
-    else:
-        index = str(id_dtype(max(source.feat.nnz, *source.feat.shape)))
-        feat_dtypes = dict(zip(SPARSE_FEAT, (index, index, "float32", "int64"), strict=True))
-    storage.write_json(
+    layout: Layout,
+) -> dict[str, storage.FileInfo]:
+    """Write `graph.json`: from here on the graph is there. Gives all files, by their path below `url`."""
+    if layout.feat_scale is not None:
+        files = {**files, FEAT_SCALE: storage.write_array(storage.join(url, FEAT_SCALE), layout.feat_scale)}
+    index = storage.write_json(
         storage.join(url, "graph.json"),
         {
-            "version": VERSION,
+            "version": VERSION if layout.dtypes.get("feat", "float32") == "float32" else QUANTISED,
             "num_nodes": source.csc.num_nodes,
             "num_edges": source.csc.num_edges,
-            "num_features": source.feat.shape[1],
-            "sparse_features": sparse,
+            "num_features": layout.num_features,
+            "sparse_features": "feat" not in layout.dtypes,
             "num_classes": num_classes,
             "offsets": offsets,
             "partition": report,
-            "dtypes": {name: str(array.dtype) for name, array in source.per_row.items()}
-            | {"indptr": "int64", "indices": str(source.csc.indices.dtype)}
-            | feat_dtypes,
+            "dtypes": layout.dtypes,
             "files": files,
         },
     )
-
-
-def write(url: str, source: StagedSource, part_N: np.ndarray, num_parts: int, num_classes: int) -> None:
-    """Write a staged source as a graph of parts, in this process."""
-    numbering, spill_url = Numbering.of(part_N, num_parts), storage.join(url, SPILL)
-    report = partition_report(source.csc, part_N, num_parts)
-    spills = [
-        spill_chunk(spill_url, chunk, int(first), int(stop), source, numbering)
-        for chunk, (first, stop) in enumerate(itertools.pairwise(chunk_bounds(source.csc.indptr)))
-    ]
-    files: dict[str, storage.FileInfo] = {}
-    for part in range(num_parts):
-        files |= write_part(url, part, spill_url, spills, source.feat.shape[1])
-    write_index(url, numbering.offsets.tolist(), source, num_classes, files, report)
-    storage.remove(spill_url)
+    return {**files, "graph.json": index}
 
 
 def _in_edges(rows: Csc, order: np.ndarray, new_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,17 +3,24 @@
 Self-loops and duplicate edges are dropped (and counted), isolated nodes are kept, node ids are the input's row numbers.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from rbm_dist import storage
-from rbm_dist.config import (
+from rbm_dist.errors import InputError
+from rbm_dist.graph import csc as csc_
+from rbm_dist.graph import regions
+from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.npz import read_npz
+from rbm_dist.graph.ogb import open_ogb
+from rbm_dist.graph.splits import UNSEEN, check_split, hidden_split, split_per_class
+from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.graph.synthetic import open_synthetic
+from rbm_dist.graph.tables import open_tables
+from rbm_dist.source_config import (
     DigitsConfig,
     NpzConfig,
     OgbConfig,
@@ -23,20 +30,10 @@ from rbm_dist.config import (
     SyntheticConfig,
     TablesConfig,
 )
-from rbm_dist.errors import InputError
-from rbm_dist.graph import csc as csc_
-from rbm_dist.graph import regions
-from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.random_bits import generator
-from rbm_dist.graph.streamed import StreamedSource
 
-TRAIN, VAL, TEST, UNSEEN, NO_SPLIT = 0, 1, 2, 3, -1
-SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test", UNSEEN: "unseen"}
-_MASKS = {TRAIN: "train_mask", VAL: "val_mask", TEST: "test_mask"}
 _FEATURE_ROWS = 8192
 # Features of which fewer are non-zero are kept as a sparse matrix, on disk and in the first layer of every model.
 _SPARSE = 0.2
-_UNSEEN_DRAW = 0x0_5EE
 
 
 @dataclass(frozen=True)
@@ -62,23 +59,16 @@ def is_streamed(config: SourceSection) -> bool:
 
 def open_streamed(config: SourceSection, seed: int, scratch: str) -> StreamedSource:
     """Open a source that is read in pieces. `scratch`: a folder for files derived from it, such as an index of ids."""
-    # Imported when they are used: each brings libraries that the others do without.
     match config:
         case OgbConfig():
-            from rbm_dist.graph.ogb import open_ogb
-
             return open_ogb(config)
         case PygConfig():
-            from rbm_dist.graph.pyg import open_pyg
+            from rbm_dist.graph.pyg import open_pyg  # brings torch, which no other task of the stage needs
 
             return open_pyg(config, scratch)
         case SyntheticConfig():
-            from rbm_dist.graph.synthetic import open_synthetic
-
             return open_synthetic(config, seed)
         case TablesConfig():
-            from rbm_dist.graph.tables import open_tables
-
             return open_tables(config, scratch)
     raise TypeError(f"{type(config).__name__} is not a streamed source")
 
@@ -98,35 +88,6 @@ def read(config: SourceSection, seed: int) -> SourceGraph:
     return hide_unseen(graph, config.unseen_share, seed) if config.unseen_share else graph
 
 
-def check_split(name: str, label: np.ndarray, split: np.ndarray) -> None:
-    """Raise `InputError` if there is nothing to train or to validate on."""
-    for code in (TRAIN, VAL):
-        if not np.any(split == code):
-            raise InputError(
-                f"{name}: the {SPLIT_NAMES[code]} split is empty ({len(label):,} nodes, "
-                f"{int(np.sum(label >= 0)):,} of them labelled); at least one labelled node is needed"
-            )
-
-
-def split_per_class(label: np.ndarray, train: int, val: int, seed: int) -> np.ndarray:
-    """A seeded split: `train` and `val` nodes of each class, the other labelled nodes for test.
-
-    A class of fewer than `train + val + 1` nodes is divided in the same proportions, a third of it left for test.
-    """
-    split = np.full(len(label), NO_SPLIT, np.int8)
-    rng = generator(seed, 0x5B117)
-    for cls in np.unique(label[label >= 0]):
-        nodes = rng.permutation(np.flatnonzero(label == cls))
-        num_train, num_val = train, val
-        if len(nodes) <= train + val:
-            scale = len(nodes) * 2 / 3 / (train + val)
-            num_train, num_val = max(1, round(train * scale)), round(val * scale)
-        split[nodes] = TEST
-        split[nodes[: num_train + num_val]] = VAL
-        split[nodes[:num_train]] = TRAIN
-    return split
-
-
 def hide_unseen(graph: SourceGraph, share: float, seed: int) -> SourceGraph:
     """The inductive setting: a seeded share of the test nodes becomes UNSEEN, and no edge leads from them to others.
 
@@ -138,15 +99,6 @@ def hide_unseen(graph: SourceGraph, share: float, seed: int) -> SourceGraph:
     keep_M = unseen[dst_M] | ~unseen[graph.csc.indices]
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst_M[keep_M], minlength=len(split)))])
     return replace(graph, split=split, csc=Csc(indptr, graph.csc.indices[keep_M]))
-
-
-def hidden_split(split: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """A split in which a seeded share of the test nodes is UNSEEN."""
-    test = np.flatnonzero(split == TEST)
-    hidden = generator(seed, _UNSEEN_DRAW).choice(test, round(share * len(test)), replace=False)
-    split = split.copy()
-    split[hidden] = UNSEEN
-    return split
 
 
 def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
@@ -180,30 +132,8 @@ def _read_regions(config: RegionsConfig, seed: int) -> SourceGraph:
 
 
 def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
-    path = config.path
-    arrays = _load_npz(path)
-    adj = _csr(arrays, "adj", path)
-    num_nodes = adj.shape[0]
-    if adj.shape[0] != adj.shape[1]:
-        raise InputError(f"{path}: adj_shape: an adjacency matrix is square, found {adj.shape[0]} × {adj.shape[1]}")
-    if num_nodes == 0:
-        raise InputError(f"{path}: adj_shape: the graph has no nodes")
-    attr = _csr(arrays, "attr", path)
-    if attr.shape[0] != num_nodes:
-        raise InputError(f"{path}: attr_shape: {attr.shape[0]:,} feature rows for {num_nodes:,} nodes")
-    if attr.shape[1] == 0:
-        raise InputError(f"{path}: attr_shape: nodes have no features; a graph-free student needs some")
-    with np.errstate(over="ignore"):
-        attr.data = attr.data.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(attr.data))
-    if len(bad):
-        row = int(np.searchsorted(attr.indptr, bad[0], side="right")) - 1
-        raise InputError(
-            f"{path}: attr_data: {len(bad):,} features are NaN, infinite or beyond float32; "
-            f"the first is of node {row}, column {attr.indices[bad[0]]}"
-        )
-    label, num_classes = _labels(arrays, num_nodes, config)
-    split = _masks(arrays, label, path)
+    given = read_npz(config.path, config.num_classes)
+    adj, attr, label, split = given.adj, given.attr, given.label, given.split
     orig_id = None
     if config.largest_component:
         orig_id = _largest_component(adj)
@@ -213,7 +143,7 @@ def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
         split = split_per_class(label, config.train_per_class, config.val_per_class, seed)
     links = adj.tocoo()
     graph = _assemble(
-        links.row, links.col, len(label), config.undirected, attr, label, num_classes, split, config.normalize
+        links.row, links.col, len(label), config.undirected, attr, label, given.num_classes, split, config.normalize
     )
     return replace(graph, orig_id=orig_id)
 
@@ -262,105 +192,3 @@ def _assemble(
         dropped_duplicates=len(src) - loops - distinct,
         sparse_feat=sparse,
     )
-
-
-def _load_npz(path: str) -> dict[str, np.ndarray]:
-    fs, inner = storage.filesystem(path)
-    required = [f"{kind}_{part}" for kind in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
-    required.append("labels")
-    try:
-        content = fs.cat_file(inner)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (source.path)") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # of many kinds: zipfile's, zlib's, numpy's
-        raise InputError(f"{path}: not a whole .npz archive: {error}") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise InputError(f"{path}: not an .npz archive")
-    missing = [name for name in required if name not in archive.files]
-    if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
-    masks = [name for name in _MASKS.values() if name in archive.files]
-    return {name: _member(archive, name, path) for name in [*required, *masks]}
-
-
-def _member(archive: Any, name: str, path: str) -> np.ndarray:
-    try:
-        array = archive[name]
-    except Exception as error:  # of many kinds, as above
-        raise InputError(f"{path}: {name}: not a whole, plain array: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: {name}: not an array")
-    return array
-
-
-def _csr(arrays: dict[str, np.ndarray], kind: str, path: str) -> sp.csr_array:
-    data, indices, indptr, shape = (arrays[f"{kind}_{part}"] for part in ("data", "indices", "indptr", "shape"))
-    if shape.shape != (2,) or not np.issubdtype(shape.dtype, np.integer) or np.any(shape < 0):
-        raise InputError(f"{path}: {kind}_shape: two sizes expected, found {shape.dtype} of shape {shape.shape}")
-    rows, columns = (int(size) for size in shape)
-    wrong = csc_.problem(indptr, indices, rows, columns)
-    if wrong:
-        raise InputError(f"{path}: {kind}: {wrong}")
-    if data.shape != indices.shape:
-        raise InputError(f"{path}: {kind}_data: shape {data.shape}, but {kind}_indices has shape {indices.shape}")
-    if data.dtype.kind not in "fiub":
-        raise InputError(f"{path}: {kind}_data: values must be numbers, found dtype {data.dtype}")
-    if data.dtype == np.float16:  # unknown to scipy.sparse
-        data = data.astype(np.float32)
-    return sp.csr_array((data, indices, indptr), shape=(rows, columns))
-
-
-def _labels(arrays: dict[str, np.ndarray], num_nodes: int, config: NpzConfig) -> tuple[np.ndarray, int]:
-    path, label = config.path, arrays["labels"]
-    if not np.issubdtype(label.dtype, np.integer):
-        raise InputError(f"{path}: labels: class ids must be integers, found dtype {label.dtype}")
-    if label.shape != (num_nodes,):
-        raise InputError(f"{path}: labels: shape {label.shape}, expected ({num_nodes},)")
-    label = label.astype(np.int64)
-    low = np.flatnonzero(label < -1)
-    if len(low):
-        raise InputError(f"{path}: labels: {label[low[0]]} at node {low[0]} is out of range (-1 means none)")
-    present = np.unique(label[label >= 0])
-    if not len(present):
-        raise InputError(f"{path}: labels: no node has a label, so nothing can be trained")
-    if config.num_classes is not None:
-        if present[-1] >= config.num_classes:
-            node = int(np.flatnonzero(label >= config.num_classes)[0])
-            raise InputError(
-                f"{path}: labels: {label[node]} at node {node} is out of range for num_classes: {config.num_classes}"
-            )
-        return label, config.num_classes
-    if present[-1] != len(present) - 1:
-        gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
-        raise InputError(
-            f"{path}: labels: out of range: class {present[-1]} occurs but class {gap} does not. "
-            "Number the classes from 0 without gaps, or set source.num_classes"
-        )
-    return label, len(present)
-
-
-def _masks(arrays: dict[str, np.ndarray], label: np.ndarray, path: str) -> np.ndarray | None:
-    names = _MASKS
-    present = [name for name in names.values() if name in arrays]
-    if not present:
-        return None
-    if len(present) < len(names):
-        raise InputError(
-            f"{path}: {', '.join(present)} without {', '.join(sorted(set(names.values()) - set(present)))}"
-        )
-    split = np.full(len(label), NO_SPLIT, np.int8)
-    for code, name in names.items():
-        mask: Any = arrays[name]
-        if mask.dtype != bool or mask.shape != label.shape:
-            raise InputError(
-                f"{path}: {name}: {len(label)} booleans expected, found {mask.dtype} of shape {mask.shape}"
-            )
-        for other, trouble in ((mask & (split != NO_SPLIT), "is in two splits"), (mask & (label < 0), "has no label")):
-            if np.any(other):
-                raise InputError(f"{path}: {name}: node {int(np.flatnonzero(other)[0])} {trouble}")
-        split[mask] = code
-    return split

@@ -41,7 +41,7 @@ def feat_piece(piece: int) -> str:
     return f"feat-{piece:05d}.npy"
 
 
-class Rows:
+class RowPieces:
     """Rows that lie end to end in several mapped arrays."""
 
     def __init__(self, pieces: list[np.ndarray]):
@@ -65,7 +65,7 @@ class StagedSource:
     """A staged source, memory-mapped."""
 
     csc: Csc
-    feat: Rows | sp.csr_array  # [N, F] float32
+    feat: RowPieces | sp.csr_array  # [N, F] float32
     per_row: dict[str, np.ndarray]  # [N] each: label int64, split int8, orig_id int64, and orig_name if ids are strings
 
     @classmethod
@@ -74,9 +74,9 @@ class StagedSource:
             return storage.open_array(storage.join(url, name), files[name])
 
         if f"{SPARSE_FEAT[0]}.npy" in files:
-            feat: Rows | sp.csr_array = sparse_matrix(*(array(f"{name}.npy") for name in SPARSE_FEAT))
+            feat: RowPieces | sp.csr_array = sparse_matrix(*(array(f"{name}.npy") for name in SPARSE_FEAT))
         else:
-            feat = Rows([array(name) for name in sorted(files) if name.startswith("feat-")])
+            feat = RowPieces([array(name) for name in sorted(files) if name.startswith("feat-")])
         csc = Csc(array("indptr.npy"), array("indices.npy"))
         names = [name for name in (*PER_ROW, ORIG_NAME) if f"{name}.npy" in files]
         return cls(csc, feat, {name: array(f"{name}.npy") for name in names})

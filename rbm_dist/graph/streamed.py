@@ -3,10 +3,14 @@
 A piece is what one task reads, front to back, in bounded chunks: a file, some row groups, a range of a synthetic graph.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from rbm_dist.source_config import SourceSection
 
 Edges = tuple[np.ndarray, np.ndarray]
 """Sources and destinations, `[m]` integers each: row numbers of nodes."""
@@ -35,3 +39,10 @@ class StreamedSource:
     feat_offsets: np.ndarray  # [pieces + 1] int64: piece i has the rows feat_offsets[i] to feat_offsets[i + 1]
     feat: Callable[[int], Iterator[np.ndarray]]  # of a piece, in chunks [n, F] of a float dtype, rows in order
     undirected: bool  # add the reverse of every edge
+    fingerprint: str = ""  # of what it is read from; "" where that cannot change
+
+
+def fingerprint(config: SourceSection, files: list[tuple[str, int, str]]) -> str:
+    """16 hex digits of a configuration and the `storage.stamp`s of its files: another once one of these is changed."""
+    made_of = json.dumps([config.model_dump(mode="json"), files])
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]

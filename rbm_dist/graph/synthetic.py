@@ -11,12 +11,12 @@ from functools import partial
 import numpy as np
 from numba import njit
 
-from rbm_dist.config import SyntheticConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.random_bits import generator, key, mix
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.source_config import SyntheticConfig
 
 PIECE_EDGES = 1 << 20
 PIECE_ROWS = 1 << 17

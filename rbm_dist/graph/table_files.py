@@ -57,7 +57,7 @@ class TableFile:
 
 
 def find(url: str, key: str) -> list[tuple[str, int, str]]:
-    """The files of a file, folder or glob URL: their URLs, bytes and times of change; hidden ones are left out.
+    """The files of a file, folder or glob URL: their `storage.stamp`s; hidden ones are left out.
 
     Sorted by name, numbers in names by value. `key`: the configuration's, for messages. Raises `InputError` where
     there are none, or some of an unknown or another format.
@@ -72,9 +72,8 @@ def find(url: str, key: str) -> list[tuple[str, int, str]]:
     files = []
     for info in found:
         if info["type"] == "file":
-            changed = (info[name] for name in ("mtime", "LastModified", "updated", "ETag", "created") if name in info)
             file = info["name"] if storage.is_local(url) else fs.unstrip_protocol(info["name"])
-            files.append((file, int(info["size"] or 0), str(next(changed, ""))))
+            files.append(storage.stamp(file, info))
     if not files:
         raise InputError(f"{url}: no such file ({key})")
     files.sort(key=lambda file: [(int(word), "") if word.isdigit() else (-1, word) for word in _NUMBER.split(file[0])])

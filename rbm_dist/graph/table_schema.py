@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rbm_dist.config import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import table_files
 from rbm_dist.graph.node_columns import is_feature, value_type
 from rbm_dist.graph.node_ids import is_text, is_whole
 from rbm_dist.graph.table_files import Columns, Piece, TableFile
+from rbm_dist.source_config import TablesConfig
 
 _NPY_FEATURES = "feat"
 

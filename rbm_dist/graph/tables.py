@@ -4,9 +4,7 @@ The first to open it reads the ids, labels and split of all nodes once and leave
 folder that is named after the configuration and the files; all others map them. Features and edges are read in pieces.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 
 from rbm_dist import storage
-from rbm_dist.config import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import node_columns, node_ids, table_files, table_schema
 from rbm_dist.graph.node_columns import Labels
 from rbm_dist.graph.node_ids import NodeIds
-from rbm_dist.graph.source import NO_SPLIT
-from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource
+from rbm_dist.graph.splits import NO_SPLIT, count_classes
+from rbm_dist.graph.streamed import Edges, Nodes, StreamedSource, fingerprint
 from rbm_dist.graph.table_files import Columns, Piece
 from rbm_dist.graph.table_schema import NodeColumns
+from rbm_dist.source_config import TablesConfig
 
 _EDGES = 1 << 18  # edges in a chunk
 _VALUES = 1 << 21  # features in a chunk
@@ -41,8 +39,8 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
     """
     node_files = table_files.find(config.nodes, "source.nodes")
     edge_files = table_files.find(config.edges, "source.edges")
-    made_from = json.dumps([config.model_dump(mode="json"), node_files, edge_files])
-    folder = storage.join(scratch, f"tables-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}")
+    made_of = fingerprint(config, node_files + edge_files)
+    folder = storage.join(scratch, f"tables-{made_of}")
     work = partial(_derive, config, [file[0] for file in node_files], [file[0] for file in edge_files], folder)
     facts = storage.once(storage.join(folder, "tables.json"), work)
     tables = _Tables(config, folder, facts)
@@ -57,6 +55,7 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
         feat_offsets=np.array(facts["offsets"], np.int64),
         feat=tables.feat,
         undirected=config.undirected,
+        fingerprint=made_of,
     )
 
 
@@ -134,7 +133,15 @@ def _derive(config: TablesConfig, node_urls: list[str], edge_urls: list[str], fo
 
     arrays: dict[str, np.ndarray] = {}
     arrays["label"], classes = labels.finish()
-    num_classes = _num_classes(config, arrays["label"], classes, node_at)
+    where = f"{config.nodes}: column {config.label}"
+    if classes and config.num_classes and arrays["label"].max() >= config.num_classes:
+        raise InputError(
+            f"{where}: {len(classes):,} classes ({', '.join(classes[:5])} …), but source.num_classes is "
+            f"{config.num_classes:,}"
+        )
+    num_classes = count_classes(
+        arrays["label"], where, config.num_classes, lambda row: f"{node_at(row)}, column {config.label}"
+    )
     if columns.split:
         arrays["split"] = np.concatenate(splits)
         bare = np.flatnonzero((arrays["split"] != NO_SPLIT) & (arrays["label"] < 0))
@@ -178,32 +185,3 @@ def _features(columns: NodeColumns, pieces: list[Piece]) -> list[tuple[str, int,
     if not any(width for _, width, _ in features):
         raise InputError(f"{first.file}: nodes have no features; a graph-free student needs some")
     return features
-
-
-def _num_classes(config: TablesConfig, label_N: np.ndarray, names: list[str] | None, at: Callable[[int], str]) -> int:
-    low = np.flatnonzero(label_N < -1)
-    if len(low):
-        raise InputError(f"{at(int(low[0]))}, column {config.label}: {label_N[low[0]]} is out of range (-1 means none)")
-    present = np.unique(label_N[label_N >= 0])
-    if not len(present):
-        raise InputError(f"{config.nodes}: column {config.label}: no node has a label, so nothing can be trained")
-    if config.num_classes is not None:
-        if present[-1] >= config.num_classes:
-            if names:
-                raise InputError(
-                    f"{config.nodes}: column {config.label}: {len(names):,} classes ({', '.join(names[:5])} …), "
-                    f"but source.num_classes is {config.num_classes:,}"
-                )
-            row = int((label_N >= config.num_classes).argmax())
-            raise InputError(
-                f"{at(row)}, column {config.label}: {label_N[row]} is out of range for "
-                f"source.num_classes: {config.num_classes:,}"
-            )
-        return config.num_classes
-    if present[-1] != len(present) - 1:
-        gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
-        raise InputError(
-            f"{config.nodes}: column {config.label}: class {present[-1]} occurs but class {gap} does not. "
-            "Number the classes from 0 without gaps, or set source.num_classes"
-        )
-    return len(present)

@@ -1,6 +1,6 @@
 """Ray tasks, and actors that each work through their own parts of the graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -13,13 +13,14 @@ _RETRIES = 3  # of work lost with its node or process; an exception of the work 
 def run_tasks(
     stage: str,
     function: Callable[..., Any],
-    arguments: list[tuple],
+    arguments: Iterable[tuple],
     timeout_s: float,
-    on_done: Callable[[int], None] = lambda done: None,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Any]:
-    """Call `function(*arguments[i])` for every i in Ray tasks; results in order.
+    """Call `function(*each)` for each of `arguments` in Ray tasks; results in order.
 
-    `on_done` is told how many are. `timeout_s` bounds the wait for the next result. Raises `InputError` or `RunError`.
+    `on_done` is told how many are there, and of how many. `timeout_s` bounds the wait for the next result.
+    Raises `InputError` or `RunError`.
     """
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
     return _collect(stage, [remote.remote(*args) for args in arguments], timeout_s, on_done)
@@ -55,7 +56,7 @@ class _PartActor:
 
 
 def _collect(
-    stage: str, refs: list[Any], timeout_s: float, on_done: Callable[[int], None] = lambda done: None
+    stage: str, refs: list[Any], timeout_s: float, on_done: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Any]:
     pending = list(refs)
     while pending:
@@ -70,5 +71,5 @@ def _collect(
             for ref in pending:
                 ray.cancel(ref)
             raise explain(error, stage) from None
-        on_done(len(refs) - len(pending))
+        on_done(len(refs) - len(pending), len(refs))
     return ray.get(refs)

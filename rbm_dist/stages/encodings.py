@@ -13,6 +13,7 @@ from rbm_dist.graph.encodings import POS, PROP, Step
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.stages.run import Files, Run
 
@@ -20,7 +21,8 @@ from rbm_dist.stages.run import Files, Run
 def run_encodings(run: Run) -> Files:
     """Write the configured arrays, `pos` (`[N, positional_dim]`) and `prop` (`[N, C]`), both float32, of every part."""
     config, store = run.config, GraphStore.open(run.graph_url)
-    encodings.encode(store, config.encodings, config.seed, partial(_over_tasks, run, store.num_parts))
+    with shard_servers(config.cluster, run.graph_url) as servers:
+        encodings.encode(store, config.encodings, config.seed, partial(_over_tasks, run, store.num_parts, servers))
     files: Files = {}
     for name in encodings.arrays(config.encodings):
         files |= storage.read_json(run.path("graph", f"{name}.json"))["files"]
@@ -39,16 +41,19 @@ def reset_encodings(url: str) -> None:
                 encodings.remove(store, stem)
 
 
-def _over_tasks(run: Run, num_parts: int, step: Step) -> list[storage.FileInfo]:
+def _over_tasks(run: Run, num_parts: int, servers: ShardServers | None, step: Step) -> list[storage.FileInfo]:
     parts = list(range(num_parts))
     groups = [parts] if step.together else [[part] for part in parts]
-    arguments = [(run.graph_url, step, group, run.reporter) for group in groups]
+    arguments = [(run.graph_url, step, group, run.reporter, servers) for group in groups]
     return [info for files in run_tasks("encodings", _fill, arguments, run.timeout_s) for info in files]
 
 
-def _fill(graph_url: str, step: Step, parts: list[int], reporter: Reporter) -> list[storage.FileInfo]:
+def _fill(
+    graph_url: str, step: Step, parts: list[int], reporter: Reporter, servers: ShardServers | None
+) -> list[storage.FileInfo]:  # fmt: skip
     torch.set_num_threads(1)
-    store = GraphStore.open(graph_url)
+    store = open_graph(graph_url, servers=servers)
+    store.hold(parts)
     files = encodings.fill(step, store, parts)
     done = sum(len(store.ids(part)) for part in parts)
     reporter.add(f"encodings: {step.name}", done, store.num_nodes, "nodes")

@@ -10,7 +10,7 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.graph.random_bits import generator, key
-from rbm_dist.graph.source import SPLIT_NAMES, TEST, UNSEEN, VAL
+from rbm_dist.graph.splits import SPLIT_NAMES, TEST, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.moe.sparse_rows import to_rows

@@ -4,13 +4,15 @@ import itertools
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.config import Config
+from rbm_dist.errors import InputError
 from rbm_dist.graph import shuffle
 from rbm_dist.graph.partition import partition
 from rbm_dist.graph.partition_report import partition_report
-from rbm_dist.graph.shuffle import SPILL, Numbering, Spill
+from rbm_dist.graph.shuffle import SPILL, Layout, Numbering, Spill
 from rbm_dist.graph.staged import StagedSource
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.source import Over, below, over_tasks
@@ -33,21 +35,30 @@ def run_partition(run: Run) -> Files:
 def write_graph(config: Config, source_url: str, files: Files, graph_url: str, over: Over) -> Files:
     """Partition a staged source and write its parts; gives all files by their path below `graph_url`."""
     spill_url, num_parts = storage.join(graph_url, SPILL), config.partition.num_parts
+    source, features = StagedSource.open(source_url, files), config.partition.features
+    if isinstance(source.feat, sp.csr_array) and features != "float32":
+        raise InputError(
+            f"partition.features: {features} is for dense features; those of this source are mostly zeros and are kept "
+            "as a sparse matrix of float32. Set partition.features: float32"
+        )
     (assigned,) = over("assignment", assign_parts, [(config, source_url, files, spill_url)])
     chunks = [
         (source_url, files, spill_url, assigned["files"], assigned["offsets"], chunk, first, stop)
         for chunk, (first, stop) in enumerate(itertools.pairwise(assigned["chunk_bounds"]))
     ]
     spills = over("chunks", spill_chunk, chunks)
-    source = StagedSource.open(source_url, files)
-    parts = [(graph_url, part, spill_url, spills, source.feat.shape[1]) for part in range(num_parts)]
+    layout = Layout.of(source, features, np.max([spill.feat_max for spill in spills], axis=0))
+    # Made as they are handed over: all at once, they would have a slice per array, chunk and part.
+    parts = ((graph_url, part, spill_url, shuffle.plan_part(spills, part), layout) for part in range(num_parts))
     written: Files = {}
     for part_files in over("parts", shuffle.write_part, parts):
         written |= part_files
     num_classes = storage.read_json(storage.join(source_url, "source.json"))["num_classes"]
-    shuffle.write_index(graph_url, assigned["offsets"], source, num_classes, written, assigned["report"])
-    storage.remove(spill_url)
-    return {**written, "graph.json": storage.file_info(storage.join(graph_url, "graph.json"))}
+    written = shuffle.write_index(
+        graph_url, assigned["offsets"], source, num_classes, written, assigned["report"], layout
+    )
+    storage.remove_work(spill_url)
+    return written
 
 
 def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) -> dict[str, Any]:
@@ -56,7 +67,7 @@ def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) 
     def work() -> dict[str, Any]:
         source = StagedSource.open(source_url, files)
         # An unseen node's edges lead to it, not from it.
-        symmetric = getattr(config.source, "undirected", True) and not config.source.unseen_share
+        symmetric = config.source.symmetric and not config.source.unseen_share
         part_N = partition(source.csc, config.partition, config.seed, symmetric)
         numbering = Numbering.of(part_N, config.partition.num_parts)
         arrays = {"part": part_N, "new_id": numbering.new_id}

@@ -56,6 +56,7 @@ def run_stages(
             todo = _skip_done(wanted, url, console)
             if todo:
                 _work(todo, config, url, console, address)
+                storage.remove_temporary(url)  # again: a killed driver's workers end a little later than it
             return _results(url) if until == STAGES[-1].name else None
         except OSError as error:
             raise disk_full(error, str(error.filename or url)) or error from None

@@ -111,6 +111,8 @@ def clear(stage: Stage, url: str) -> None:
     """Delete what a stage wrote."""
     if stage.reset:
         stage.reset(url)
+    # First: without it, what a kill leaves of the rest is not gone on with.
+    storage.remove(storage.join(url, stage.folder, "config.json"))
     storage.remove(storage.join(url, stage.folder))
 
 

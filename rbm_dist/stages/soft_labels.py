@@ -16,19 +16,20 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.graph.loader import Prefetch
-from rbm_dist.graph.random_bits import key
+from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
 from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.run import Files, Run
-from rbm_dist.stages.teacher import SampledRows, add_noise, build_teacher, read_sample, states
+from rbm_dist.stages.teacher import SampledRows, add_noise, build_teacher, keep_hot, read_sample, states
 
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
-_DRAW, _NOISE = 3, 8  # words of the random keys
+_DRAW, _NOISE, _HOT = 3, 8, 11  # words of the random keys
 
 
 MakeWorker = Callable[[], Callable[[int], storage.FileInfo]]
@@ -38,10 +39,11 @@ OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
 
 def run_soft_labels(run: Run) -> Files:
     """Write the float32 arrays `soft` `[N, C]` and, if configured, `entropy_change` `[N]` and `hidden` `[N, H]`."""
-    return write_soft_labels(run, _by_actors)
+    with shard_servers(run.config.cluster, run.graph_url) as servers:
+        return write_soft_labels(run, _by_actors, servers)
 
 
-def write_soft_labels(run: Run, over_parts: OverParts) -> Files:
+def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | None = None) -> Files:
     """The stage's work, wherever `over_parts` carries it out."""
     settings, layers = run.config.soft_labels, len(run.config.teacher.fanout)
     store = GraphStore.open(run.graph_url)
@@ -49,7 +51,7 @@ def write_soft_labels(run: Run, over_parts: OverParts) -> Files:
     clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
 
     def fill(name: str, read: Read) -> None:
-        _fill(run, store, name, read, over_parts)
+        _fill(run, store, name, read, over_parts, servers)
 
     def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
         for layer, (before, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
@@ -89,12 +91,14 @@ Read = Callable[[Config, GraphStore, np.ndarray, torch.device], Compute]
 """Takes what some nodes' rows depend on out of the store; what it gives computes them with a model on the device."""
 
 
-def _fill(run: Run, store: GraphStore, name: str, read: Read, over_parts: OverParts) -> None:
+def _fill(
+    run: Run, store: GraphStore, name: str, read: Read, over_parts: OverParts, servers: ShardServers | None
+) -> None:  # fmt: skip
     """Fill a new array in all parts; parts that a cut-off run finished are kept."""
     if storage.exists(run.path("graph", f"{name}.json")):
         return
     make_worker = functools.partial(
-        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, run.reporter
+        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, run.reporter, servers
     )
     store.publish(name, over_parts(run, make_worker, list(range(store.num_parts))))
 
@@ -107,11 +111,12 @@ def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[stor
 
 
 def _make_worker(
-    config: Config, graph_url: str, teacher_url: str, name: str, read: Read, reporter: Reporter
-) -> Callable[[int], storage.FileInfo]:
+    config: Config, graph_url: str, teacher_url: str, name: str, read: Read, reporter: Reporter,
+    servers: ShardServers | None,
+) -> Callable[[int], storage.FileInfo]:  # fmt: skip
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
-    store = GraphStore.open(graph_url, config.teacher.sampler)
+    store = open_graph(graph_url, config.teacher.sampler, servers)
     model = build_teacher(config, store)
     load_weights(storage.join(teacher_url, "model.safetensors"), model)
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
@@ -134,6 +139,12 @@ def _make_worker(
         url = storage.join(graph_url, part_name(part), f"{name}.npy")
         if storage.exists(url):  # files appear whole, and only this stage with this configuration writes them
             return storage.file_info(url)
+        store.hold([part])
+        if store.hot is None and read in (_sampled, _sampled_hidden):  # the first part says what all need
+            rng, batch = generator(config.seed, _HOT, part), config.soft_labels.batch_size
+            ids = rng.permutation(store.ids(part))
+            steps = [[ids[start : start + batch]] for start in range(0, len(ids), batch)]
+            keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
         shapes = {SOFT: (store.num_classes,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: ()}
         with closing(chunks(part)) as rows:  # a disk that is full, say, leaves no thread behind
             return store.write_part(name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), rows)

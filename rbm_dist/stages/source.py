@@ -1,10 +1,12 @@
 """Stage `source`: read and check the input, and stage its arrays for the partitioner and the shuffle.
 
 A small source is read by one task. A streamed one by many: its edges are sorted in runs and merged to a CSC, its
-features are checked and scaled piece by piece; each task's result is kept, so that none is done twice.
+features are checked and scaled piece by piece; each task's result is kept, so that none is done twice as long as the
+input's files are the same.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,31 +19,32 @@ from rbm_dist.graph import source as source_
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.edges import Merge
 from rbm_dist.graph.shards import ORIG_NAME
-from rbm_dist.graph.source import UNSEEN
+from rbm_dist.graph.splits import SPLIT_NAMES, UNSEEN, check_split, hidden_split, split_per_class
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.stages.run import Files, Run
 
 _WORK = "work"
+_log = logging.getLogger(__name__)
 
-Over = Callable[[str, Callable[..., Any], list[tuple]], list[Any]]
+Over = Callable[[str, Callable[..., Any], Iterable[tuple]], list[Any]]
 """`over(unit, function, arguments)`: the function's results for all arguments, in order. In Ray tasks, or here."""
 
 
 def over_tasks(run: Run, stage: str) -> Over:
     """Calls in Ray tasks, with progress."""
 
-    def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
-        def show(done: int) -> None:
-            if len(arguments) > 1:
-                run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
+    def over(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
+        def show(done: int, total: int) -> None:
+            if total > 1:
+                run.reporter.progress(f"{stage}: {unit}", done, total, unit)
 
         return run_tasks(stage, function, arguments, run.timeout_s, show)
 
     return over
 
 
-def over_here(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+def over_here(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
     """Calls in this process, one after another."""
     return [function(*each) for each in arguments]
 
@@ -78,37 +81,48 @@ def _write_facts(
 ) -> storage.FileInfo:
     names = ("num_nodes", "num_edges", "num_features", "num_classes", "dropped_self_loops", "dropped_duplicates")
     facts: dict[str, Any] = dict(zip(names, counts + dropped, strict=True))
-    facts["split"] = {name: int(np.sum(split_N == code)) for code, name in source_.SPLIT_NAMES.items()}
+    facts["split"] = {name: int(np.sum(split_N == code)) for code, name in SPLIT_NAMES.items()}
     return storage.write_json(storage.join(url, "source.json"), facts)
 
 
 def _stage_streamed(config: Config, url: str, over: Over) -> Files:
     (nodes,) = over("node tables", _stage_nodes, [(config, url)])
-    pieces = [(config, url, piece, nodes["files"]) for piece in range(nodes["num_edge_pieces"])]
+    kept = nodes["kept"]
+    if nodes["changed"]:
+        _log.warning("%s: the input's files were changed since the last attempt; it is read again from the start", url)
+    pieces = [(config, url, kept, piece, nodes["files"]) for piece in range(nodes["num_edge_pieces"])]
     runs = [edges.Run(**run) for piece in over("edge pieces", _sort_edges, pieces) for run in piece]
     merges = [
-        (url, index, wanted, nodes["num_nodes"])
+        (kept, index, wanted, nodes["num_nodes"])
         for index, wanted in enumerate(edges.plan_merges(runs, nodes["num_nodes"]))
     ]
     merged = over("merges", _merge_edges, merges)
-    feats = over("feature pieces", _stage_feat, [(config, url, piece) for piece in range(nodes["num_feat_pieces"])])
+    feats = over(
+        "feature pieces", _stage_feat, [(config, url, kept, piece) for piece in range(nodes["num_feat_pieces"])]
+    )
     (files,) = over("joins", _join, [(url, nodes, [run.__dict__ for run in runs], merged)])
     files |= {staged.feat_piece(piece): info for piece, info in enumerate(feats)}
-    storage.remove(storage.join(url, _WORK))
+    storage.remove_work(storage.join(url, _WORK))
     return files
 
 
 def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
+    """`kept`: the folder of what all tasks give. `changed`: whether there was such a folder for other input files."""
+    source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+    old = [name for name in storage.listdir(storage.join(url, _WORK)) if not name.endswith(source.fingerprint)]
+    for name in old:  # even if those files came back, what is staged beside the folder would not be theirs
+        storage.remove(storage.join(url, _WORK, name))
+    kept = storage.join(url, _WORK, f"staged-{source.fingerprint}")
+
     def work() -> dict[str, Any]:
-        source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
         nodes = source.nodes()
         label, split = nodes.label, nodes.split
         if split is None:
             settings = config.source
-            split = source_.split_per_class(label, settings.train_per_class, settings.val_per_class, config.seed)
-        source_.check_split(source.name, label, split)
+            split = split_per_class(label, settings.train_per_class, settings.val_per_class, config.seed)
+        check_split(source.name, label, split)
         if config.source.unseen_share:
-            split = source_.hidden_split(split, config.source.unseen_share, config.seed)
+            split = hidden_split(split, config.source.unseen_share, config.seed)
         arrays = {"label": label, "split": split, "orig_id": nodes.orig_id}
         if nodes.orig_id.dtype.kind == "S":
             arrays |= {"orig_id": np.arange(source.num_nodes), ORIG_NAME: nodes.orig_id}
@@ -121,34 +135,34 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
             "num_edge_pieces": source.num_edge_pieces, "num_feat_pieces": len(source.feat_offsets) - 1,
         }  # fmt: skip
 
-    return storage.once(storage.join(url, _WORK, "nodes.json"), work)
+    return {**storage.once(storage.join(kept, "nodes.json"), work), "kept": kept, "changed": bool(old)}
 
 
-def _sort_edges(config: Config, url: str, piece: int, node_files: Files) -> list[dict[str, Any]]:
+def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Files) -> list[dict[str, Any]]:
     def work() -> list[dict[str, Any]]:
         source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
         unseen_N = None
         if config.source.unseen_share:
             unseen_N = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"]) == UNSEEN
-        name = storage.join(url, _WORK, f"run-{piece:05d}")
+        name = storage.join(kept, f"run-{piece:05d}")
         runs = edges.write_runs(name, source.edges(piece), source.num_nodes, source.undirected, unseen_N)
         return [run.__dict__ for run in runs]
 
-    return storage.once(storage.join(url, _WORK, f"run-{piece:05d}.json"), work)
+    return storage.once(storage.join(kept, f"run-{piece:05d}.json"), work)
 
 
-def _merge_edges(url: str, index: int, wanted: Merge, num_nodes: int) -> dict[str, Any]:
+def _merge_edges(kept: str, index: int, wanted: Merge, num_nodes: int) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         csc, given = edges.merge(wanted, num_nodes)
         arrays = {"degree": np.diff(csc.indptr), "indices": csc.indices}
-        names = {name: storage.join(url, _WORK, f"merge-{index:05d}-{name}.npy") for name in arrays}
+        names = {name: storage.join(kept, f"merge-{index:05d}-{name}.npy") for name in arrays}
         files = {name: storage.write_array(names[name], array) for name, array in arrays.items()}
         return {"names": names, "files": files, "num_edges": csc.num_edges, "given": given}
 
-    return storage.once(storage.join(url, _WORK, f"merge-{index:05d}.json"), work)
+    return storage.once(storage.join(kept, f"merge-{index:05d}.json"), work)
 
 
-def _stage_feat(config: Config, url: str, piece: int) -> storage.FileInfo:
+def _stage_feat(config: Config, url: str, kept: str, piece: int) -> storage.FileInfo:
     def work() -> storage.FileInfo:
         source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
         first, stop = (int(row) for row in source.feat_offsets[piece : piece + 2])
@@ -156,7 +170,7 @@ def _stage_feat(config: Config, url: str, piece: int) -> storage.FileInfo:
         name = staged.feat_piece(piece)
         return storage.write_chunks(storage.join(url, name), np.float32, (stop - first, source.num_features), rows)
 
-    return storage.once(storage.join(url, _WORK, f"feat-{piece:05d}.json"), work)
+    return storage.once(storage.join(kept, f"feat-{piece:05d}.json"), work)
 
 
 def _checked(source: StreamedSource, row: int, piece: int, scale: bool) -> Iterator[np.ndarray]:

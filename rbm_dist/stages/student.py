@@ -23,7 +23,7 @@ from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.errors import InputError
 from rbm_dist.graph.random_bits import generator, key
-from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL
+from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.keyed_dropout import derive_keys
@@ -36,6 +36,7 @@ from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.runtime.memory_store import make_memory_store
 from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.training import run_training
 from rbm_dist.serve.artifact import empty_student, save_student
 from rbm_dist.stages.run import Files, Run
@@ -45,10 +46,12 @@ _KMEANS, _DROPOUT, _PAIRS = 5, 6, 9  # words of the random keys
 
 def run_student(run: Run) -> Files:
     """Train every configured student; writes `<run>/student/<model>/model.{json,safetensors}`."""
-    arguments = {"config": run.config, "graph_url": run.graph_url, "url": run.path("student")}
-    run_training(
-        "student", train_students, arguments, run.config.cluster, run.reporter, run.path("student", "ray_train")
-    )
+    cluster = run.config.cluster
+    with shard_servers(cluster, run.graph_url) as servers:
+        arguments = {
+            "config": run.config, "graph_url": run.graph_url, "url": run.path("student"), "servers": servers,
+        }  # fmt: skip
+        run_training("student", train_students, arguments, cluster, run.reporter, run.path("student", "ray_train"))
     names = [
         f"student/{kind}/{file}" for kind in run.config.student.models for file in ("model.json", "model.safetensors")
     ]
@@ -56,13 +59,15 @@ def run_student(run: Run) -> Files:
 
 
 def train_students(
-    mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, track_test: bool = False
-) -> None:
+    mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, track_test: bool = False,
+    servers: ShardServers | None = None,
+) -> None:  # fmt: skip
     """Train the students one after the other; those that a cut-off run finished are kept.
 
     `track_test` adds each epoch's accuracy on the reported nodes to the metrics; nothing is chosen by it.
     """
-    store = GraphStore.open(graph_url, config.teacher.sampler)
+    store = open_graph(graph_url, config.teacher.sampler, servers)
+    store.hold(mesh.parts(store.num_parts))
     for kind in config.student.models:
         if not storage.exists(f"{url}/{kind}/model.json"):
             _Training(mesh, reporter, config, store, f"{url}/{kind}", kind, track_test).run()

@@ -18,9 +18,10 @@ from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.errors import InputError
+from rbm_dist.graph.hot_rows import fill_hot
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import key
-from rbm_dist.graph.source import TRAIN, VAL
+from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_normal
@@ -29,20 +30,24 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.training import run_training
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.run import Files, Run
 
-_TRAINING, _VALIDATION = 1, 2  # words of the random keys
+_TRAINING, _VALIDATION, _HOT = 1, 2, 10  # words of the random keys
+_HOT_BATCHES = 64  # sampled to find the nodes that are needed most
 _LOG_TEMPERATURES = (math.log(0.05), math.log(20))
 
 
 def run_teacher(run: Run) -> Files:
     """Train the teacher; writes `<run>/teacher/model.safetensors`."""
-    arguments = {"config": run.config, "graph_url": run.graph_url, "url": run.path("teacher")}
-    run_training(
-        "teacher", train_teacher, arguments, run.config.cluster, run.reporter, run.path("teacher", "ray_train")
-    )
+    cluster = run.config.cluster
+    with shard_servers(cluster, run.graph_url) as servers:
+        arguments = {
+            "config": run.config, "graph_url": run.graph_url, "url": run.path("teacher"), "servers": servers,
+        }  # fmt: skip
+        run_training("teacher", train_teacher, arguments, cluster, run.reporter, run.path("teacher", "ray_train"))
     return {"teacher/model.safetensors": storage.file_info(run.path("teacher", "model.safetensors"))}
 
 
@@ -126,10 +131,12 @@ def add_noise(feat_nF: Rows, nodes: np.ndarray, noise_key: int) -> torch.Tensor:
     return feat_nF + keyed_normal(keys, feat_nF.shape[1], feat_nF.dtype)
 
 
-def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str) -> None:
+def train_teacher(
+    mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, servers: ShardServers | None = None
+) -> None:
     """Train on this rank's parts, together with the other ranks. Goes on from the last checkpoint below `url`."""
     settings = config.teacher
-    store = GraphStore.open(graph_url, config.teacher.sampler)
+    store = open_graph(graph_url, config.teacher.sampler, servers)
     model = build_teacher(config, store).to(mesh.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     checkpoints = TrainingCheckpoints(
@@ -142,6 +149,9 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
         for code in (TRAIN, VAL)
     )
     parts = mesh.parts(store.num_parts)
+    store.hold(parts)
+    steps = [*train.epoch(parts, config.seed, 0), *val.epoch(parts, config.seed, None)]
+    keep_hot(store, config, steps, config.teacher.fanout)
     first = checkpoints.resume()
     if mesh.rank == 0:
         reporter.begin("teacher", checkpoints.history)
@@ -174,6 +184,9 @@ def train_teacher(mesh: Mesh, reporter: Reporter, config: Config, graph_url: str
             "loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy,
             "wait_s": round(wait_s / mesh.world_size, 3),  # a worker's mean wait for batches
         }  # fmt: skip
+        if config.cluster.cache_mb:
+            asked, hits = sum_figures([*(store.hot.take_counts() if store.hot else (0, 0))], mesh)
+            figures["cache_hit_rate"] = hits / max(asked, 1)  # of the rows of other hosts' nodes
         # By accuracy: among equals by loss, which is weighed too little to overrule one node.
         score = -val_loss if settings.select == "loss" else val_accuracy - 1e-9 * val_loss
         if not math.isfinite(figures["loss"]):
@@ -215,6 +228,15 @@ def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Co
     # The same neighbours in every epoch: epochs are compared by this figure.
     draws = itertools.repeat(key(config.seed, _VALIDATION))
     return _ahead("validation", store, val.epoch(parts, config.seed, None), draws, config, mesh)
+
+
+def keep_hot(store: GraphStore, config: Config, steps: list[list[np.ndarray]], fanout: tuple[int, ...]) -> None:
+    """Keep the feature rows of other hosts' nodes that these steps need most, if so configured."""
+    budget = config.cluster.cache_mb * 10**6
+    if budget and len(store.held_parts) < store.num_parts and not store.sparse_features:
+        draws = (key(config.seed, _HOT, draw) for draw in range(_HOT_BATCHES))
+        batches = zip(map(np.concatenate, itertools.cycle(steps)), draws, strict=False)
+        fill_hot(store, "feat", budget, batches, fanout)
 
 
 @torch.no_grad()

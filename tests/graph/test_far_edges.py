@@ -9,7 +9,6 @@ import pytest
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph import edges, partition, sampler, shuffle, streaming
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.partition import edge_cut
 from rbm_dist.graph.partition_report import partition_report
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.source import SourceGraph
@@ -122,7 +121,10 @@ def test_the_shuffle(tmp_path: Path, graph: SourceGraph) -> None:
             behind_a_hub(url)
         source = StagedSource.open(str(url), files)
         spill = shuffle.spill_chunk(f"{url}/spill", 1, 1, graph.csc.num_nodes, source, numbering)
-        spills.append(replace(spill, files={Path(file).name: info for file, info in spill.files.items()}))
+        spills.append((
+            {array: info for array, (_, info) in spill.files.items()},
+            {array: starts.tolist() for array, starts in spill.starts.items()},
+        ))  # fmt: skip
     assert spills[1] == spills[0]
     assert shuffle.chunk_bounds(source.csc.indptr).tolist() == [0, 1, graph.csc.num_nodes]
 
@@ -152,7 +154,6 @@ def test_partitioners_and_their_report(far: Csc, graph: SourceGraph) -> None:
     np.testing.assert_array_equal(part_N, streaming.stream(graph.csc, 4, 0.0, 3, seed=1))
     heavy = streaming.stream(graph.csc, 4, 0.0, 3, seed=1, per_node=1 << 32)
     np.testing.assert_array_equal(part_N, heavy, err_msg="weights do not fit 32 bits")
-    assert edge_cut(far, part_N) == edge_cut(graph.csc, part_N)
     found, expected = (partition_report(csc, part_N, 4) for csc in (far, graph.csc))
     assert {**found, "cut_share": 0} == {**expected, "cut_share": 0}
 
@@ -163,7 +164,8 @@ def test_the_file_for_kaminpar(tmp_path: Path, graph: SourceGraph, monkeypatch: 
     behind_a_hub(tmp_path)
     csc = Csc(*(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("indptr", "indices")))
     monkeypatch.setattr(partition, "_chunks", lambda array: [array] if array is csc.indptr else [])
-    partition._write_parhip(tmp_path / "graph.parhip", csc, "edges", symmetric=True)
+    with open(tmp_path / "graph.parhip", "wb") as stream:
+        partition._write_parhip(stream, csc, "edges", symmetric=True)
     words = np.fromfile(tmp_path / "graph.parhip", np.int64)
     num_nodes = csc.num_nodes
     assert words[:3].tolist() == [1 | 8, num_nodes, HOLE + graph.csc.num_edges]

@@ -13,12 +13,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from rbm_dist.config import OgbConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import ogb
 from rbm_dist.graph.ogb import open_ogb
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
-from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.source_config import OgbConfig
+from tests.graph.pieces import read_edges, read_features
 
 N, F, M = 60, 7, 200
 _FOLDERS = {"ogbn-arxiv": "time", "ogbn-products": "sales_ranking", "ogbn-papers100M": "time"}
@@ -68,20 +68,11 @@ def write_folder(root: Path, name: str, order: str = "C") -> Path:
     return folder
 
 
-def edges(source: StreamedSource) -> np.ndarray:
-    chunks = [np.stack(chunk) for piece in range(source.num_edge_pieces) for chunk in source.edges(piece)]
-    return np.concatenate(chunks, axis=1)
-
-
-def features(source: StreamedSource) -> np.ndarray:
-    return np.concatenate([rows for piece in range(len(source.feat_offsets) - 1) for rows in source.feat(piece)])
-
-
 def read_all(name: str, root: Path) -> None:
     source = open_ogb(OgbConfig(name=name, root=str(root)))
     source.nodes()
-    edges(source)
-    features(source)
+    read_edges(source)
+    read_features(source)
 
 
 @pytest.mark.parametrize("name", list(_FOLDERS))
@@ -91,8 +82,8 @@ def test_a_folder_in_ogbs_layout(name: str, tmp_path: Path) -> None:
     source = pickle.loads(pickle.dumps(open_ogb(OgbConfig(name=name, root=str(tmp_path)))))
     classes = {"ogbn-arxiv": 40, "ogbn-products": 47, "ogbn-papers100M": 172}[name]
     assert (source.num_nodes, source.num_features, source.num_classes, source.undirected) == (N, F, classes, True)
-    np.testing.assert_array_equal(edges(source), truth.edge_index)
-    np.testing.assert_array_equal(features(source), truth.feat)
+    np.testing.assert_array_equal(read_edges(source), truth.edge_index)
+    np.testing.assert_array_equal(read_features(source), truth.feat)
     nodes = source.nodes()
     np.testing.assert_array_equal(nodes.label, np.nan_to_num(truth.label, nan=-1))
     split = np.full(N, NO_SPLIT)
@@ -101,6 +92,14 @@ def test_a_folder_in_ogbs_layout(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(nodes.split, split)
     np.testing.assert_array_equal(nodes.orig_id, np.arange(N))
     assert (nodes.label.dtype, nodes.split.dtype) == (np.int64, np.int8)
+
+
+def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
+    write_folder(tmp_path, "ogbn-arxiv")
+    found = [open_ogb(OgbConfig(name="ogbn-arxiv", root=str(tmp_path))).fingerprint for _ in range(2)]
+    write_csv(tmp_path / "ogbn_arxiv" / "raw" / "edge.csv.gz", Truth("ogbn-arxiv").edge_index.T[1:])
+    found.append(open_ogb(OgbConfig(name="ogbn-arxiv", root=str(tmp_path))).fingerprint)
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -116,11 +115,11 @@ def test_pieces_and_chunks_of_an_npz(order: str, stored: bool, tmp_path: Path, m
     assert source.num_edge_pieces == 3
     assert source.feat_offsets.tolist() == [0, 23, 46, N]
     assert [sum(len(src) for src, _ in source.edges(piece)) for piece in (2, 0, 1)] == [60, 70, 70]
-    np.testing.assert_array_equal(edges(source), truth.edge_index)
+    np.testing.assert_array_equal(read_edges(source), truth.edge_index)
     chunks = list(source.feat(1))
     assert max(len(rows) for rows in chunks) == 32 // F
     np.testing.assert_array_equal(np.concatenate(chunks), truth.feat[23:46])
-    np.testing.assert_array_equal(features(source), truth.feat)
+    np.testing.assert_array_equal(read_features(source), truth.feat)
 
 
 def test_a_csv_file_comes_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,15 +128,15 @@ def test_a_csv_file_comes_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = open_ogb(OgbConfig(name="ogbn-products", root=str(tmp_path)))
     assert len(list(source.edges(0))) > 2
     assert len(list(source.feat(0))) > 2
-    np.testing.assert_array_equal(edges(source), Truth("ogbn-products").edge_index)
-    np.testing.assert_array_equal(features(source), Truth("ogbn-products").feat)
+    np.testing.assert_array_equal(read_edges(source), Truth("ogbn-products").edge_index)
+    np.testing.assert_array_equal(read_features(source), Truth("ogbn-products").feat)
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-papers100M"])
 def test_on_other_storage(name: str, tmp_path: Path, memory_url: str) -> None:
     write_folder(tmp_path, name)
     fsspec.filesystem("memory").put(str(tmp_path), memory_url, recursive=True)
-    np.testing.assert_array_equal(features(open_ogb(OgbConfig(name=name, root=memory_url))), Truth(name).feat)
+    np.testing.assert_array_equal(read_features(open_ogb(OgbConfig(name=name, root=memory_url))), Truth(name).feat)
 
 
 @pytest.mark.parametrize("name", list(_FOLDERS))
@@ -151,8 +150,8 @@ def test_ogb_reads_the_same(name: str, tmp_path: Path) -> None:
         (graph,) = io.read_csv_graph_raw(raw, add_inverse_edge=False, additional_node_files=["node_year"])
     source = open_ogb(OgbConfig(name=name, root=str(tmp_path)))
     assert graph["num_nodes"] == source.num_nodes
-    np.testing.assert_array_equal(graph["edge_index"], edges(source))
-    np.testing.assert_array_equal(graph["node_feat"], features(source))
+    np.testing.assert_array_equal(graph["edge_index"], read_edges(source))
+    np.testing.assert_array_equal(graph["node_feat"], read_features(source))
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products"])
@@ -197,26 +196,16 @@ MALFORMED_CSV = {
     "features cut off": (cut_off("node-feat.csv.gz"), r"raw/node-feat\.csv\.gz: "),
     "a row of features too few": (broken_csv("node-feat", lambda lines: lines[1:]), "59 rows, 60 expected"),
     "a label too many": (broken_csv("node-label", lambda lines: [*lines, "1"]), r"label\.csv\.gz: 61 labels for 60"),
-    "a label out of range": (broken_csv("node-label", first("40")), r"label 40 of node 0 .*0 to 39"),
-    "a label below": (broken_csv("node-label", first("-2")), r"label -2 of node 0"),
-    "half a label": (broken_csv("node-label", first("1.5")), r"node-label\.csv\.gz: label 1\.5 of node 0"),
+    "a label out of range": (broken_csv("node-label", first("40")), "node 0: class 40 is .*num_classes: 40"),
+    "a label below": (broken_csv("node-label", first("-2")), r"label\.csv\.gz, node 0: class -2 is out of range"),
+    "half a label": (broken_csv("node-label", first("1.5")), r"label\.csv\.gz, node 0: 1\.5 is not a class"),
     "a split out of range": (broken_csv("valid", first("60")), r"split/time/valid\.csv\.gz: node 60 is out of range"),
     "a node in two splits": (broken_csv("test", first(str(Truth("").ids["train"][0]))), r"test\.csv\.gz: .*two splits"),
-    "a split node without a label": (broken_csv("node-label", lambda lines: ["nan"] * N), "has no label"),
+    "a split node without a label": (broken_csv("node-label", lambda lines: ["1", *["nan"] * (N - 1)]), "has no label"),
     "two graphs": (broken_csv("num-node-list", lambda lines: ["30", "30"]), r"node-list\.csv\.gz: .*found those of 2"),
     "no gzip": (lambda folder: (folder / "raw" / "edge.csv.gz").write_text("1,2\n"), r"edge\.csv\.gz: not a whole"),
     "an empty file": (lambda folder: (folder / "raw" / "node-feat.csv.gz").write_bytes(b""), r"node-feat\.csv\.gz: "),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("case", list(MALFORMED_CSV))
-def test_malformed_csv(case: str, tmp_path: Path) -> None:
-    change, message = MALFORMED_CSV[case]
-    folder = write_folder(tmp_path, "ogbn-arxiv")
-    read_all("ogbn-arxiv", tmp_path)
-    change(folder)
-    with pytest.raises(InputError, match=message):
-        read_all("ogbn-arxiv", tmp_path)
 
 
 def replaced(**arrays: Any) -> Callable[[Path], None]:
@@ -250,14 +239,17 @@ MALFORMED_NPZ = {
 }
 
 
-@pytest.mark.parametrize("case", list(MALFORMED_NPZ))
-def test_malformed_npz(case: str, tmp_path: Path) -> None:
-    change, message = MALFORMED_NPZ[case]
-    folder = write_folder(tmp_path, "ogbn-papers100M")
-    read_all("ogbn-papers100M", tmp_path)
+MALFORMED = {"ogbn-arxiv": MALFORMED_CSV, "ogbn-papers100M": MALFORMED_NPZ}
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in MALFORMED.items() for case in cases])
+def test_malformed_files(name: str, case: str, tmp_path: Path) -> None:
+    change, message = MALFORMED[name][case]
+    folder = write_folder(tmp_path, name)
+    read_all(name, tmp_path)
     change(folder)
     with pytest.raises(InputError, match=message):
-        read_all("ogbn-papers100M", tmp_path)
+        read_all(name, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from rbm_dist.config import NpzConfig, PartitionConfig
+from rbm_dist.config import PartitionConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph import partition as partition_
 from rbm_dist.graph.csc import Csc, build
-from rbm_dist.graph.partition import PARTITIONERS, available_memory, edge_cut, memory_needed, partition
+from rbm_dist.graph.partition import PARTITIONERS, available_memory, memory_needed, partition
+from rbm_dist.graph.partition_report import partition_report
 from rbm_dist.graph.source import read
+from rbm_dist.source_config import NpzConfig
 
 METHODS = sorted(PARTITIONERS)
 
@@ -33,6 +35,10 @@ def communities() -> Csc:
     graph = nx.planted_partition_graph(6, 100, 0.1, 0.005, seed=3)
     src, dst = np.array(graph.edges).T
     return build(src, dst, 620, undirected=True)
+
+
+def edge_cut(csc: Csc, part_N: np.ndarray) -> int:
+    return partition_report(csc, part_N, int(part_N.max()) + 1)["edge_cut"]
 
 
 def parts_of(csc: Csc, method: str, num_parts: int, imbalance: float = 0.03, seed: int = 0) -> np.ndarray:
@@ -154,6 +160,22 @@ def test_kaminpar_says_nothing_on_the_terminal(communities: Csc, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
 
 
+_KILLED = """
+import numpy as np
+from rbm_dist.config import PartitionConfig
+from rbm_dist.graph import partition as module
+from rbm_dist.graph.csc import build
+module._SOLVE = "import os; os.kill(os.getppid(), 9)"
+module.partition(build(np.arange(99), np.arange(1, 100), 100, undirected=True), PartitionConfig(), 0)
+"""
+
+
+def test_a_kill_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", _KILLED], check=False).returncode == -9
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_graph_without_edges(method: str) -> None:
     csc = Csc(np.zeros(11, np.int64), np.empty(0, np.int32))
@@ -175,15 +197,6 @@ def test_more_parts_than_nodes_are_refused(method: str) -> None:
     csc = build(np.array([0]), np.array([1]), 3, undirected=True)
     with pytest.raises(InputError, match=r"partition\.num_parts: 4 parts for a graph of 3 node"):
         parts_of(csc, method, 4)
-
-
-def test_edge_cut_counts_edges_between_parts(communities: Csc) -> None:
-    part_N = np.random.default_rng(0).integers(0, 5, communities.num_nodes)
-    graph = nx.DiGraph()
-    graph.add_edges_from(
-        (int(u), v) for v in range(620) for u in communities.indices[slice(*communities.indptr[v : v + 2])]
-    )
-    assert edge_cut(communities, part_N) == sum(part_N[u] != part_N[v] for u, v in graph.edges)
 
 
 def test_too_little_memory_is_refused_with_what_to_do(cora: Csc, monkeypatch: pytest.MonkeyPatch) -> None:

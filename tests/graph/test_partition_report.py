@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbm_dist.graph.csc import Csc, build
-from rbm_dist.graph.partition import edge_cut
 from rbm_dist.graph.partition_report import partition_report
 
 
@@ -28,7 +27,7 @@ def test_figures_are_those_of_sets(data: st.DataObject, num_nodes: int, num_part
     into = [[u for u, v in pairs if part[v] == p] for p in range(num_parts)]
     halo = [len({u for u in into[p] if part[u] != p}) for p in range(num_parts)]
     assert report["parts"] == [{"nodes": nodes[p], "edges": len(into[p]), "halo": halo[p]} for p in range(num_parts)]
-    assert report["edge_cut"] == cut == edge_cut(csc, np.array(part, np.int32))
+    assert report["edge_cut"] == cut
     assert report["cut_share"] == pytest.approx(cut / max(len(pairs), 1))
     assert report["node_balance"] == pytest.approx(max(nodes) * num_parts / num_nodes)
     most = max(len(sources) for sources in into)

@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.datasets import FakeDataset, KarateClub
 
-from rbm_dist.config import PygConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import pyg
 from rbm_dist.graph.pyg import from_data, open_pyg
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.source_config import PygConfig
+from tests.graph.pieces import read_edges, read_features
 
 _FAKE = "torch_geometric.datasets.FakeDataset"
 
@@ -36,20 +37,11 @@ def graph(**changes: Any) -> Data:
     return Data(**{name: value for name, value in (attributes | changes).items() if value is not None})
 
 
-def edges(source: StreamedSource) -> np.ndarray:
-    chunks = [np.stack(chunk) for piece in range(source.num_edge_pieces) for chunk in source.edges(piece)]
-    return np.concatenate(chunks, axis=1)
-
-
-def features(source: StreamedSource) -> np.ndarray:
-    return np.concatenate([rows for piece in range(len(source.feat_offsets) - 1) for rows in source.feat(piece)])
-
-
 def assert_is(source: StreamedSource, data: Data) -> None:
     assert (source.num_nodes, source.num_features) == (data.num_nodes, data.num_features)
     assert source.num_classes == int(data.y.max()) + 1
-    np.testing.assert_array_equal(edges(source), data.edge_index)
-    np.testing.assert_array_equal(features(source), data.x)
+    np.testing.assert_array_equal(read_edges(source), data.edge_index)
+    np.testing.assert_array_equal(read_features(source), data.x)
     nodes = source.nodes()
     np.testing.assert_array_equal(nodes.label, data.y)
     np.testing.assert_array_equal(nodes.orig_id, np.arange(data.num_nodes))
@@ -82,8 +74,8 @@ def test_a_dataset_is_made_once(tmp_path: Path) -> None:
     source, again = (open_pyg(config, str(tmp_path)) for _ in range(2))
     assert (source.name, source.num_features, source.undirected) == (_FAKE, 5, True)
     assert source.nodes().split is None
-    np.testing.assert_array_equal(features(again), features(source))
-    np.testing.assert_array_equal(edges(again), edges(source))
+    np.testing.assert_array_equal(read_features(again), read_features(source))
+    np.testing.assert_array_equal(read_edges(again), read_edges(source))
 
 
 def saved(data: Any, folder: Path) -> str:
@@ -119,7 +111,7 @@ def test_masks_of_several_splits(column: int, tmp_path: Path) -> None:
     [(torch.float64, np.float64), (torch.bfloat16, np.float32), (torch.int64, np.float32), (torch.bool, np.float32)],
 )
 def test_features_of_other_types(dtype: torch.dtype, found: type, tmp_path: Path) -> None:
-    feat = features(from_data(graph(x=torch.eye(10).to(dtype)), "types", str(tmp_path)))
+    feat = read_features(from_data(graph(x=torch.eye(10).to(dtype)), "types", str(tmp_path)))
     assert feat.dtype == found
     np.testing.assert_array_equal(feat, np.eye(10))
 
@@ -141,13 +133,13 @@ REFUSED = {
     "edges of floats": ({"edge_index": torch.zeros(2, 5)}, "edge_index: two rows of integers .*float32"),
     "one label for the graph": ({"y": torch.tensor([1])}, r"y: one class per node .*\(10,\), found \(1,\)"),
     "several labels": ({"y": torch.ones(10, 3)}, r"y: .*found \(10, 3\).*several labels per node"),
-    "half a label": ({"y": torch.full((10,), 0.5)}, "y: 0.5 of node 0 is not a class"),
-    "a label below -1": ({"y": torch.full((10,), -2)}, "y: -2 of node 0"),
+    "half a label": ({"y": torch.full((10,), 0.5)}, "y, node 0: 0.5 is not a class"),
+    "a label below -1": ({"y": torch.full((10,), -2)}, "y, node 0: class -2 is out of range"),
     "labels nowhere": ({"y": torch.full((10,), -1)}, "y: no node has a label"),
     "one mask": ({"val_mask": None, "test_mask": None}, "val_mask, test_mask missing beside other masks"),
     "masks of ids": ({"train_mask": torch.arange(4)}, r"train_mask: 10 booleans expected, found int64 of shape \(4,\)"),
     "a column too few": (
-        {"val_mask": torch.ones(10, 2, dtype=torch.bool)}, r"val_mask: .*shape \(10, 2\); source.mask_column: 2"
+        {"val_mask": torch.ones(10, 2, dtype=torch.bool)}, r"val_mask: no column 2 .*\(10, 2\); change source"
     ),
     "a node in two masks": ({"test_mask": torch.arange(10) < 1}, "test_mask: node 0 is in two splits"),
     "a masked node without a label": ({"y": torch.arange(10) - 1}, "train_mask: node 0 has no label"),

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from rbm_dist.config import RegionsConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import destinations
 from rbm_dist.graph.regions import Regions, generate
-from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL, read
+from rbm_dist.graph.source import read
+from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
+from rbm_dist.source_config import RegionsConfig
 
 _CONFIG = RegionsConfig(num_nodes=20_000, num_features=16, num_classes=4, num_regions=5)
 

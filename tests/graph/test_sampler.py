@@ -21,7 +21,7 @@ RING = Graph(10, frozenset((u, v) for u in range(10) for v in range(10) if u != 
 
 def sampler(graph: Graph, offsets: np.ndarray | None = None) -> NumbaSampler:
     offsets = np.array([0, graph.num_nodes], np.int64) if offsets is None else offsets
-    return NumbaSampler(cut(graph.csc(), offsets), offsets)
+    return NumbaSampler(dict(enumerate(cut(graph.csc(), offsets))), offsets)
 
 
 def assert_equal(sample: Sample, other: Sample) -> None:
@@ -87,7 +87,7 @@ def test_every_set_of_neighbours_is_equally_likely(over: str, degree: int, width
     indptr = np.arange(stars + 1, dtype=np.int64) * degree
     indptr = np.concatenate([indptr, np.full(degree, indptr[-1])])
     indices = np.tile(np.arange(stars, stars + degree, dtype=np.int32), stars)
-    kernel = NumbaSampler([Csc(indptr, indices)], np.array([0, stars + degree]))
+    kernel = NumbaSampler({0: Csc(indptr, indices)}, np.array([0, stars + degree]))
     for key in range(rounds // stars):
         sample = kernel.sample(np.arange(stars), (width,), key)
         drawn = np.sort(sample.nodes[sample.src].reshape(stars, width) - stars, axis=1)
@@ -148,7 +148,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
         stream.write(far.tobytes())
     np.save(tmp_path / "indptr.npy", np.array([0, hole, hole + 4, hole + 7, *[hole + 7] * 5]))
     csc = Csc(open_array(str(tmp_path / "indptr.npy")), open_array(str(tmp_path / "indices.npy")))
-    kernel = NumbaSampler([csc], np.array([0, 8]))
+    kernel = NumbaSampler({0: csc}, np.array([0, 8]))
     sample = kernel.sample(np.array([2, 1]), (-1,), key=3)
     np.testing.assert_array_equal(sample.nodes[sample.src], [1, 2, 7, 3, 4, 5, 6])
     np.testing.assert_array_equal(sample.dst, [0, 0, 0, 1, 1, 1, 1])

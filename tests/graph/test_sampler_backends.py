@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def sampler(backend: str, graph: Graph, offsets: np.ndarray | None = None) -> Sampler:
     offsets = np.array([0, graph.num_nodes], np.int64) if offsets is None else offsets
-    return make_sampler(backend, cut(graph.csc(), offsets), offsets)
+    return make_sampler(backend, dict(enumerate(cut(graph.csc(), offsets))), offsets)
 
 
 @given(
@@ -80,4 +80,4 @@ def test_a_kernel_that_is_not_installed_is_named(name: str, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, name, None)
     whole = Csc(np.zeros(2, np.int64), np.empty(0, np.int32))
     with pytest.raises(InputError, match=rf"teacher\.sampler: {name}: .* is not installed"):
-        make_sampler(name, [whole], np.array([0, 1]))
+        make_sampler(name, {0: whole}, np.array([0, 1]))

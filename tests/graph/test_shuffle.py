@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from rbm_dist.graph import shards, shuffle
 from rbm_dist.graph.shuffle import Numbering
 from rbm_dist.graph.source import SourceGraph
-from rbm_dist.graph.staged import Rows, StagedSource, write_source
+from rbm_dist.graph.staged import RowPieces, StagedSource, write_source
 from tests.graph.reference import Graph, graphs
-from tests.small_graph import with_sparse_features
+from tests.small_graph import with_sparse_features, write_shards
 
 
 def with_rows(graph: Graph, seed: int) -> tuple[SourceGraph, np.ndarray]:
@@ -42,7 +42,7 @@ def with_rows(graph: Graph, seed: int) -> tuple[SourceGraph, np.ndarray]:
 
 def write(folder: Path, source: SourceGraph, part_N: np.ndarray, num_parts: int) -> None:
     staged = StagedSource.open(f"{folder}/source", write_source(f"{folder}/source", source))
-    shuffle.write(f"{folder}/graph", staged, part_N, num_parts, source.num_classes)
+    write_shards(f"{folder}/graph", staged, part_N, num_parts, source.num_classes)
 
 
 @settings(max_examples=40)
@@ -123,7 +123,7 @@ def test_a_staged_source_of_sparse_features(tmp_path: Path) -> None:
     assert isinstance(staged.feat, sp.csr_array)
     assert not staged.feat.data.flags.writeable, "mapped, not copied"
     np.testing.assert_array_equal(staged.feat.toarray(), sp.vstack(list(source.feat_chunks())).toarray())
-    shuffle.write(f"{tmp_path}/graph", staged, np.array([1, 0, 0, 1, 0, 1]), 2, 4)
+    write_shards(f"{tmp_path}/graph", staged, np.array([1, 0, 0, 1, 0, 1]), 2, 4)
     for part, ids in enumerate(([3, 5, 11], [2, 7, 13])):
         found = np.load(tmp_path / "graph" / shards.part_name(part) / "orig_id.npy")
         np.testing.assert_array_equal(found, ids, "ids stay the input's")
@@ -132,7 +132,7 @@ def test_a_staged_source_of_sparse_features(tmp_path: Path) -> None:
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=5), first=st.integers(0, 20), count=st.integers(0, 20))
 def test_rows_of_several_pieces_are_those_of_one_array(lengths: list[int], first: int, count: int) -> None:
     whole = np.arange(sum(lengths) * 2).reshape(-1, 2)
-    rows = Rows(np.split(whole, np.cumsum(lengths)[:-1]))
+    rows = RowPieces(np.split(whole, np.cumsum(lengths)[:-1]))
     assert rows.shape == whole.shape
     np.testing.assert_array_equal(rows[first : first + count], whole[first : first + count])
 
@@ -169,12 +169,28 @@ def test_a_shuffle_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(shuffle, "_merge", fails_at_the_second)
     arguments = (f"{tmp_path}/graph", staged, part_N, 3, source.num_classes)
     with pytest.raises(OSError, match="gone"):
-        shuffle.write(*arguments)
+        write_shards(*arguments)
     monkeypatch.setattr(shuffle, "_spill", lambda *_: pytest.fail("a chunk was spilled again"))
-    shuffle.write(*arguments)
+    write_shards(*arguments)
     assert made == [0, 1, 1, 2], "part 0 was not merged again"
     whole, found = (json.loads((tmp_path / path / "graph.json").read_text()) for path in ("whole/graph", "graph"))
     assert found == whole
+
+
+def test_a_part_is_told_of_its_own_slices_only(tmp_path: Path) -> None:
+    source, feat = with_rows(Graph(12, frozenset((i, (i * 5 + 1) % 12) for i in range(12))), seed=1)
+    staged = StagedSource.open(f"{tmp_path}/source", write_source(f"{tmp_path}/source", source))
+    part_N = np.array([0, 0, 0, 1, 0, 1, 2, 1, 2, 2, 2, 1])
+    numbering = Numbering.of(part_N, 4)
+    spills = [shuffle.spill_chunk(f"{tmp_path}/spill", at, 3 * at, 3 * at + 3, staged, numbering) for at in range(4)]
+    chunks = ({0, 1}, {1, 2, 3}, {2, 3}, set())  # of three rows each
+    for part, expected in enumerate(chunks):
+        slices = shuffle.plan_part(spills, part)
+        assert set(slices) == {"degree", "indices", "feat", "label", "split", "orig_id"}
+        for name, found in slices.items():
+            assert {Path(url).parent.name for url, *_ in found} == {f"chunk-{chunk:05d}" for chunk in expected}, name
+        rows = [np.load(url)[first:stop] for url, _, first, stop in slices["feat"]]
+        np.testing.assert_array_equal(np.concatenate([feat[:0], *rows]), feat[part_N == part])
 
 
 def test_numbering_maps_both_ways() -> None:

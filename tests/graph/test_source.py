@@ -7,14 +7,12 @@ import networkx as nx
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from rbm_dist.config import DigitsConfig, NpzConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import TEST, TRAIN, UNSEEN, VAL, SourceGraph, hide_unseen, read, split_per_class
-from rbm_dist.storage import copy_in
+from rbm_dist.graph.source import SourceGraph, hide_unseen, read
+from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
+from rbm_dist.source_config import DigitsConfig, NpzConfig, RegionsConfig
 from tests.graph.npz_input import LABELS, NODES, Arrays, npz_arrays, with_edges, without_masks
 
 
@@ -115,32 +113,6 @@ def test_real_graph(
     assert start == num_nodes
 
 
-@given(
-    label=st.lists(st.integers(-1, 4), min_size=1, max_size=120),
-    train=st.integers(1, 12),
-    val=st.integers(1, 12),
-    seed=st.integers(0, 2**31),
-)
-def test_split_per_class(label: list[int], train: int, val: int, seed: int) -> None:
-    label_N = np.array(label)
-    split = split_per_class(label_N, train, val, seed)
-    assert np.array_equal(split == -1, label_N == -1)
-    for cls in set(label) - {-1}:
-        count, (in_train, in_val, in_test) = label.count(cls), np.bincount(split[label_N == cls], minlength=3)
-        if count > train + val:
-            assert (in_train, in_val) == (train, val)
-        else:
-            assert in_train >= 1
-            assert abs(in_test - count / 3) < 2
-            assert abs(in_train - in_val * train / val) <= 1 + train / val
-    np.testing.assert_array_equal(split_per_class(label_N, train, val, seed), split)
-
-
-def test_another_seed_splits_otherwise(tmp_path: Path) -> None:
-    label = np.zeros(200, int)
-    assert not np.array_equal(split_per_class(label, 20, 30, seed=0), split_per_class(label, 20, 30, seed=1))
-
-
 def test_the_public_split_is_kept(tmp_path: Path) -> None:
     graph = read_npz(tmp_path, npz_arrays(), seed=3)
     np.testing.assert_array_equal(graph.split, [0, 0, 1, 1, 2, -1, 2, 2])
@@ -168,6 +140,20 @@ def test_self_loops_and_duplicates_are_dropped_and_counted(tmp_path: Path, undir
     assert edges_of(graph) == {(0, 1), (1, 0), (3, 4)} | ({(4, 3)} if undirected else set())
 
 
+@pytest.mark.parametrize("kind", ["digits", "regions", "npz", "npz, one way"])
+def test_a_source_says_whether_its_graph_is_symmetric(tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "graph.npz", **with_edges(npz_arrays(), [(0, 1), (2, 3)]))
+    config = {
+        "digits": DigitsConfig(neighbors=3),
+        "regions": RegionsConfig(num_nodes=300, num_regions=2, num_classes=2),
+        "npz": NpzConfig(path=f"{tmp_path}/graph.npz"),
+        "npz, one way": NpzConfig(path=f"{tmp_path}/graph.npz", undirected=False),
+    }[kind]
+    links = edges_of(read(config, seed=0))
+    assert links
+    assert config.symmetric == (links == {(dst, src) for src, dst in links})
+
+
 def test_isolated_nodes_are_kept(tmp_path: Path) -> None:
     graph = read_npz(tmp_path, with_edges(npz_arrays(), [(0, 1)]))
     assert graph.csc.num_nodes == len(graph.label) == len(features(graph)) == NODES
@@ -177,21 +163,6 @@ def test_isolated_nodes_are_kept(tmp_path: Path) -> None:
 def test_a_graph_without_edges(tmp_path: Path) -> None:
     graph = read_npz(tmp_path, with_edges(npz_arrays(), []))
     assert (graph.csc.num_nodes, graph.csc.num_edges) == (NODES, 0)
-
-
-def test_columns_in_any_order(tmp_path: Path) -> None:
-    arrays = npz_arrays()
-    for kind in ("adj", "attr"):
-        order = np.concatenate(
-            [np.arange(*pair)[::-1] for pair in np.c_[arrays[f"{kind}_indptr"][:-1], arrays[f"{kind}_indptr"][1:]]]
-        )
-        arrays[f"{kind}_indices"], arrays[f"{kind}_data"] = (
-            arrays[f"{kind}_indices"][order],
-            arrays[f"{kind}_data"][order],
-        )
-    graph, plain = read_npz(tmp_path, arrays), read_npz(tmp_path, npz_arrays())
-    np.testing.assert_array_equal(graph.csc.indices, plain.csc.indices)
-    np.testing.assert_array_equal(features(graph), features(plain))
 
 
 @pytest.mark.parametrize("normalize", ["row", "none"])
@@ -204,13 +175,6 @@ def test_features_of_any_number_type(tmp_path: Path, dtype: str, normalize: str)
     graph = read_npz(tmp_path, npz_arrays() | {"attr_data": values}, normalize=normalize)
     assert features(graph).dtype == np.float32
     np.testing.assert_allclose(features(graph), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "bool"])
-def test_links_of_any_number_type(tmp_path: Path, dtype: str) -> None:
-    arrays = npz_arrays()
-    graph = read_npz(tmp_path, arrays | {"adj_data": arrays["adj_data"].astype(dtype)})
-    assert graph.csc.num_edges == 2 * NODES
 
 
 def test_rows_are_normalised_by_magnitude_and_empty_ones_stay_zero(tmp_path: Path) -> None:
@@ -290,26 +254,8 @@ def test_features_can_be_read_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(features(graph), features(graph))
 
 
-def test_classes_that_do_not_occur_need_num_classes(tmp_path: Path) -> None:
-    assert read_npz(tmp_path, npz_arrays()).num_classes == 2
-    assert read_npz(tmp_path, npz_arrays() | {"labels": LABELS * 3}, num_classes=5).num_classes == 5
-
-
 def test_unlabelled_nodes_are_in_no_split(tmp_path: Path) -> None:
     label = LABELS.copy()
     label[[4, 5]] = -1
     graph = read_npz(tmp_path, without_masks(npz_arrays()) | {"labels": label}, train_per_class=1, val_per_class=1)
     assert np.flatnonzero(graph.split == -1).tolist() == [4, 5]
-
-
-def test_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
-    names = np.array([{"a": 1}, None], object)  # the published files carry pickled names of nodes and classes
-    assert read_npz(tmp_path, npz_arrays() | {"node_names": names}).csc.num_nodes == NODES
-
-
-def test_remote_files_are_read(s3_url: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "graph.npz", **npz_arrays())
-    copy_in(tmp_path / "graph.npz", f"{s3_url}/graph.npz")
-    assert read(NpzConfig(path=f"{s3_url}/graph.npz"), seed=0).csc.num_nodes == NODES
-    with pytest.raises(InputError, match=r"nothing\.npz: no such file"):
-        read(NpzConfig(path=f"{s3_url}/nothing.npz"), seed=0)

@@ -70,7 +70,7 @@ def test_a_store_is_the_graph_on_every_kind_of_storage(url: str, graph: SourceGr
     whole = renumbered(graph)
     sample = store.sample(np.array([59, 0, 17]), (3, -1), key=11)
     check_sample(whole, sample, [59, 0, 17], (3, -1))
-    uncut = NumbaSampler([whole.csc()], np.array([0, 60])).sample(np.array([59, 0, 17]), (3, -1), key=11)
+    uncut = NumbaSampler({0: whole.csc()}, np.array([0, 60])).sample(np.array([59, 0, 17]), (3, -1), key=11)
     np.testing.assert_array_equal(sample.nodes, uncut.nodes)
     np.testing.assert_array_equal(sample.src, uncut.src)
 
@@ -130,7 +130,9 @@ def test_no_store_where_none_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ['{"version": 99}', "[]", '"graph"'])
 def test_another_layout_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "graph.json").write_text(content)
-    with pytest.raises(InputError, match=r"graph\.json: not a graph of layout version 2; partition the source again"):
+    with pytest.raises(
+        InputError, match=r"graph\.json: not a graph of layout version 2 or 3; partition the source again"
+    ):
         GraphStore.open(str(tmp_path))
 
 

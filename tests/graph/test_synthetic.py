@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 
-from rbm_dist.config import SyntheticConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import synthetic
 from rbm_dist.graph.csc import Csc, build, destinations
-from rbm_dist.graph.source import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.graph.synthetic import communities, open_synthetic
+from rbm_dist.source_config import SyntheticConfig
+from tests.graph.pieces import read_edges, read_features
 
 _CONFIG = SyntheticConfig(num_nodes=40_000, num_features=16, num_classes=5, num_communities=20, degree=20)
 
@@ -24,18 +25,8 @@ def changed(**fields: object) -> SyntheticConfig:
     return SyntheticConfig.model_validate(_CONFIG.model_dump() | fields)
 
 
-def edges(source: StreamedSource) -> tuple[np.ndarray, np.ndarray]:
-    chunks = [chunk for piece in range(source.num_edge_pieces) for chunk in source.edges(piece)]
-    src, dst = zip(*chunks, strict=True)
-    return np.concatenate(src), np.concatenate(dst)
-
-
-def features(source: StreamedSource) -> np.ndarray:
-    return np.concatenate([rows for piece in range(len(source.feat_offsets) - 1) for rows in source.feat(piece)])
-
-
 def csc(source: StreamedSource) -> Csc:
-    return build(*edges(source), source.num_nodes, source.undirected)
+    return build(*read_edges(source), source.num_nodes, source.undirected)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +42,8 @@ def community(graph: StreamedSource) -> np.ndarray:
 def test_a_seed_makes_one_graph(graph: StreamedSource) -> None:
     again, other = (open_synthetic(_CONFIG, seed) for seed in (1, 2))
     for made, equal in ((again, True), (other, False)):
-        assert np.array_equal(features(made), features(graph)) == equal
-        assert np.array_equal(np.stack(edges(made)), np.stack(edges(graph))) == equal
+        assert np.array_equal(read_features(made), read_features(graph)) == equal
+        assert np.array_equal(read_edges(made), read_edges(graph)) == equal
         for name in ("label", "split"):
             assert np.array_equal(getattr(made.nodes(), name), getattr(graph.nodes(), name)) == equal
 
@@ -66,20 +57,20 @@ def test_pieces_are_made_alone_and_anywhere(monkeypatch: pytest.MonkeyPatch) -> 
     elsewhere = pickle.loads(pickle.dumps(source))
     backwards = {piece: list(elsewhere.edges(piece)) for piece in reversed(range(14))}
     chunks = [chunk for piece in range(14) for chunk in backwards[piece]]
-    whole = edges(source)
+    whole = read_edges(source)
     np.testing.assert_array_equal(np.concatenate([src for src, _ in chunks]), whole[0])
     for piece in (2, 0):
         rows = np.concatenate(list(elsewhere.feat(piece)))
         np.testing.assert_array_equal(
-            rows, features(source)[source.feat_offsets[piece] : source.feat_offsets[piece + 1]]
+            rows, read_features(source)[source.feat_offsets[piece] : source.feat_offsets[piece + 1]]
         )
     # An edge belongs to its number: how edges are cut into pieces changes none.
     monkeypatch.setattr(synthetic, "PIECE_EDGES", 1 << 20)
-    np.testing.assert_array_equal(np.stack(edges(open_synthetic(_CONFIG, seed=1))), np.stack(whole))
+    np.testing.assert_array_equal(read_edges(open_synthetic(_CONFIG, seed=1)), whole)
 
 
 def test_shapes_and_types(graph: StreamedSource) -> None:
-    feat, (src, dst), nodes = features(graph), edges(graph), graph.nodes()
+    feat, (src, dst), nodes = read_features(graph), read_edges(graph), graph.nodes()
     assert (feat.shape, feat.dtype) == ((40_000, 16), np.float32)
     assert len(np.unique(feat, axis=0)) == len(feat)  # chunks have keys of their own
     assert (src.dtype, src.shape, dst.shape) == (np.int32, (400_000,), (400_000,))
@@ -107,7 +98,7 @@ def test_the_mean_degree_is_as_asked_but_for_duplicates(graph: StreamedSource) -
 def test_degrees_follow_the_power_law(power: float) -> None:
     """The complementary distribution falls with exponent 1 - power, between the bulk and the hubs."""
     source = open_synthetic(changed(power=power, num_nodes=200_000, homophily=1.0, num_communities=5), seed=3)
-    degree = np.bincount(np.concatenate(edges(source)), minlength=200_000)
+    degree = np.bincount(np.concatenate(read_edges(source)), minlength=200_000)
     at = np.geomspace(25, 400 if power < 3 else 120, 12)
     above = np.array([np.mean(degree >= d) for d in at])
     slope = np.polyfit(np.log(at), np.log(above), 1)[0]
@@ -116,7 +107,7 @@ def test_degrees_follow_the_power_law(power: float) -> None:
 
 def test_degrees_against_the_closed_form(graph: StreamedSource, community: np.ndarray) -> None:
     """The node at position p of n has the share (F(p + 1) - F(p)) of its community's ends, F(p) ~ (p + 1)^(1/3) - 1."""
-    degree = np.bincount(np.concatenate(edges(graph)), minlength=40_000)
+    degree = np.bincount(np.concatenate(read_edges(graph)), minlength=40_000)
     for c in (0, 7):
         found = np.sort(degree[community == c])[::-1]
         n = len(found)
@@ -129,12 +120,12 @@ def test_degrees_against_the_closed_form(graph: StreamedSource, community: np.nd
 
 @pytest.mark.parametrize("homophily", [0.0, 0.7, 1.0])
 def test_homophily_is_the_share_of_edges_within_a_community(homophily: float, community: np.ndarray) -> None:
-    src, dst = edges(open_synthetic(changed(homophily=homophily), seed=1))
+    src, dst = read_edges(open_synthetic(changed(homophily=homophily), seed=1))
     assert np.mean(community[src] == community[dst]) == pytest.approx(homophily, abs=0.003)
 
 
 def test_all_communities_have_the_same_mean_degree(graph: StreamedSource, community: np.ndarray) -> None:
-    degree = np.bincount(np.concatenate(edges(graph)), minlength=40_000)
+    degree = np.bincount(np.concatenate(read_edges(graph)), minlength=40_000)
     size = np.bincount(community)
     np.testing.assert_allclose(np.bincount(community, degree) / size, 20, rtol=0.1)
     np.testing.assert_allclose(size / 40_000, np.diff(np.sqrt(np.arange(21) / 20)), atol=1e-3)
@@ -172,7 +163,7 @@ def test_label_noise_gives_any_other_class(community: np.ndarray) -> None:
 
 
 def test_features_tell_the_class_and_neighbours_tell_it_better(graph: StreamedSource, community: np.ndarray) -> None:
-    feat, label, graph_csc = features(graph), graph.nodes().label, csc(graph)
+    feat, label, graph_csc = read_features(graph), graph.nodes().label, csc(graph)
     total = np.zeros_like(feat)
     np.add.at(total, destinations(graph_csc), feat[graph_csc.indices])
     mean = total / np.maximum(np.diff(graph_csc.indptr), 1)[:, None]

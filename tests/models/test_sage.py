@@ -22,7 +22,7 @@ def graph() -> tuple[NumbaSampler, torch.Tensor, sp.csr_array]:
     csc, feat = source.csc, next(source.feat_chunks())
     mean = sp.csr_array((np.ones(csc.num_edges), csc.indices, csc.indptr), shape=(csc.num_nodes, csc.num_nodes))
     mean = sp.diags_array(1 / np.maximum(np.diff(csc.indptr), 1)) @ mean  # row: destination
-    return NumbaSampler([csc], np.array([0, csc.num_nodes])), torch.from_numpy(feat), mean
+    return NumbaSampler({0: csc}, np.array([0, csc.num_nodes])), torch.from_numpy(feat), mean
 
 
 def dense_layer(model: Sage, layer: int, x: np.ndarray, mean: sp.csr_array) -> np.ndarray:

@@ -29,7 +29,7 @@ def sleep(seconds: float) -> None:
 
 
 def test_results_in_order(cluster: None) -> None:
-    assert run_tasks("partition", square, [(x,) for x in range(5)], timeout_s=60) == [0, 1, 4, 9, 16]
+    assert run_tasks("partition", square, ((x,) for x in range(5)), timeout_s=60) == [0, 1, 4, 9, 16]
 
 
 @pytest.mark.parametrize(

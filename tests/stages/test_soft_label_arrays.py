@@ -30,7 +30,7 @@ from rbm_dist.stages.teacher import add_noise, build_teacher
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 NAMES = ("soft", "hidden", "entropy_change")
-GRAPHS = {"dense": small_graph(), "sparse": with_sparse_features(small_graph())}
+GRAPHS = {"dense": small_graph(), "sparse": with_sparse_features(small_graph()), "int8": small_graph()}
 _NOISE = 8  # the word of the noise's key
 
 
@@ -39,10 +39,12 @@ def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[stor
     return [worker(part) for part in parts]
 
 
-def prepare(url: Path, graph: SourceGraph, num_parts: int, layers: int, **soft_labels: Any) -> tuple[Run, Sage]:
+def prepare(
+    url: Path, graph: SourceGraph, num_parts: int, layers: int, features: str = "float32", **soft_labels: Any
+) -> tuple[Run, Sage]:
     """A graph and a teacher whose weights are no longer small; node ids are the input's, however it is cut."""
     part_N = np.arange(graph.csc.num_nodes) * num_parts // graph.csc.num_nodes
-    store = write_graph(str(url), graph, part_N.astype(np.int32))
+    store = write_graph(str(url), graph, part_N.astype(np.int32), features)
     config = Config.model_validate(
         {
             "run_dir": str(url),
@@ -81,11 +83,15 @@ def dense_states(graph: SourceGraph, teacher: Sage, x: np.ndarray) -> tuple[np.n
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("features", ["dense", "sparse"])
+@pytest.mark.parametrize("features", ["dense", "sparse", "int8"])
 def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: int) -> None:
     graph = GRAPHS[features]
-    run, teacher = prepare(tmp_path / "exact", graph, 3, layers, inference="exact")
+    dtype = "int8" if features == "int8" else "float32"
+    run, teacher = prepare(tmp_path / "exact", graph, 3, layers, dtype, inference="exact")
     feat = np.concatenate([x.toarray() if sp.issparse(x) else x for x in graph.feat_chunks()])
+    if features == "int8":
+        step = np.abs(feat).max(axis=0) / 127
+        feat = np.rint(feat / step) * step
     noisy = add_noise(torch.from_numpy(feat), np.arange(240), key(run.config.seed, _NOISE)).double().numpy()
     assert np.std(noisy - feat) == pytest.approx(1, abs=0.05)
     soft, hidden = dense_states(graph, teacher, feat.astype(np.float64))
@@ -93,7 +99,7 @@ def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: in
     change = np.abs(scipy.stats.entropy(noisy_soft, axis=1) - scipy.stats.entropy(soft, axis=1))
     assert np.ptp(change) > 0.1
     exact = written(run)
-    sampled = written(prepare(tmp_path / "sampled", graph, 3, layers, inference="sampled")[0])
+    sampled = written(prepare(tmp_path / "sampled", graph, 3, layers, dtype, inference="sampled")[0])
     for found in (exact, sampled):
         for name, expected in zip(NAMES, (soft, hidden, change), strict=True):
             assert found[name].dtype == np.float32

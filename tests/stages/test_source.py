@@ -5,15 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch_geometric.data import Data
 
 from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc, edges, source
-from rbm_dist.graph.source import TEST, UNSEEN
+from rbm_dist.graph.splits import TEST, UNSEEN
 from rbm_dist.graph.staged import StagedSource
 from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.stages.source import below, over_here, stage_source
+from tests.graph import table_input
+from tests.graph.pieces import read_edges, read_features
 
 SOURCE = {
     "kind": "synthetic",
@@ -52,23 +56,18 @@ def test_what_is_staged_is_the_graph(tmp_path: Path, undirected: bool, monkeypat
         one_way = StreamedSource(**{**graph.__dict__, "undirected": False})
         monkeypatch.setattr(source, "open_streamed", lambda *_: one_way)
     found = staged(tmp_path, settings)
-    src, dst = (np.concatenate(ends) for ends in zip(*all_edges(graph), strict=True))
+    src, dst = read_edges(graph)
     expected = csc.build(src, dst, 3000, undirected)
     np.testing.assert_array_equal(found.csc.indptr, expected.indptr)
     np.testing.assert_array_equal(found.csc.indices, expected.indices)
     np.testing.assert_array_equal(found.per_row["label"], graph.nodes().label)
-    rows = np.concatenate([rows for piece in range(len(graph.feat_offsets) - 1) for rows in graph.feat(piece)])
-    np.testing.assert_array_equal(found.feat[0:3000], rows.astype(np.float32))
+    np.testing.assert_array_equal(found.feat[0:3000], read_features(graph).astype(np.float32))
     facts = storage.read_json(f"{tmp_path}/source.json")
     distinct = len({(u, v) for u, v in zip(src.tolist(), dst.tolist(), strict=True) if u != v})
     assert facts["dropped_self_loops"] == np.sum(src == dst)
     assert facts["dropped_duplicates"] == np.sum(src != dst) - distinct
     assert (facts["num_nodes"], facts["num_edges"]) == (3000, expected.num_edges)
     assert not (tmp_path / "work").exists()
-
-
-def all_edges(graph: StreamedSource) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [chunk for piece in range(graph.num_edge_pieces) for chunk in graph.edges(piece)]
 
 
 def test_unseen_nodes_cannot_be_reached(tmp_path: Path) -> None:
@@ -104,6 +103,22 @@ def test_a_feature_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytes
         stage_source(config(), str(tmp_path), over_here)
 
 
+def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stage_source(config(), str(tmp_path / "whole"), over_here)
+
+    def cut_off(url: str) -> None:
+        for path in [*Path(url).glob("*.npy"), *Path(url).glob("merge-*.json")]:  # in an order of its own
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            stage_source(config(), str(tmp_path / "cut"), over_here)
+    assert stage_source(config(), str(tmp_path / "cut"), over_here) == whole
+    assert not (tmp_path / "cut" / "work").exists()
+
+
 def test_a_stage_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staged(tmp_path / "whole", config())
     real, calls = edges.merge, []
@@ -122,3 +137,47 @@ def test_a_stage_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(calls) == len(set(calls)) + 1, "only the merge that failed was done twice"
     for name, info in files.items():
         assert storage.file_info(str(tmp_path / "whole" / name.removeprefix("source/"))) == info
+
+
+def save_tables(folder: Path, num_nodes: int) -> dict[str, Any]:
+    ids = np.arange(num_nodes)
+    table_input.save(f"{folder}/nodes.parquet", {"id": ids + 7, "label": ids % 3, "x": ids / 8})
+    table_input.save(f"{folder}/edges.csv", {"src": ids + 7, "dst": (ids + 1) % num_nodes + 7})
+    return {"kind": "tables", "nodes": f"{folder}/nodes.parquet", "edges": f"{folder}/edges.csv"}
+
+
+def save_pyg(folder: Path, num_nodes: int) -> dict[str, Any]:
+    ids = torch.arange(num_nodes)
+    links = torch.stack([ids, (ids + 1) % num_nodes])
+    torch.save(Data(x=ids[:, None] / 8, y=ids % 3, edge_index=links), folder / "data.pt")
+    return {"kind": "pyg", "path": f"{folder}/data.pt"}
+
+
+@pytest.mark.parametrize("save", [save_tables, save_pyg])
+def test_input_that_was_changed_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, save: Any
+) -> None:
+    run, calls, write_runs = tmp_path / "run", [], edges.write_runs
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return write_runs(*arguments)
+
+    def fails(*_: Any) -> Any:
+        raise OSError("gone")
+
+    monkeypatch.setattr(edges, "write_runs", counted)
+    settings = Config.model_validate({"run_dir": "x", "source": save(tmp_path, 300)})
+    with monkeypatch.context() as patch:
+        patch.setattr(edges, "merge", fails)
+        for _ in range(2):
+            with pytest.raises(OSError, match="gone"):
+                stage_source(settings, str(run), over_here)
+    assert len(calls) == 1, "the same files need not be read again"
+    assert not caplog.records
+    save(tmp_path, 240)
+    files = stage_source(settings, str(run), over_here)
+    assert "the input's files were changed" in caplog.text
+    assert storage.read_json(f"{run}/source.json")["num_nodes"] == 240
+    assert files == stage_source(settings, str(tmp_path / "anew"), over_here)
+    assert files == {name: storage.file_info(f"{run}/{name.removeprefix('source/')}") for name in files}

@@ -1,6 +1,8 @@
 """A graph of tables through Ray tasks: killed half-way, gone on with, and nothing lost, doubled or renamed."""
 
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests.stages.conftest import ROOT, command, rbm_dist
 from tests.stages.test_kill import wait_for
 
 NODES = 6000
+KEPT = ("config", "manifest")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[st
     folder, rng = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
     names = np.array([f"paper/{number:x}" for number in rng.permutation(NODES)])
     label = rng.integers(0, 3, NODES)
-    columns = {"id": names, "label": label, "a": rng.random(NODES) + label, "b": np.arange(NODES) / 8}
+    columns = {"id": names, "label": label, "a": rng.random(NODES) + label}
+    columns |= {f"b{digit}": np.arange(NODES) // 100**digit % 100 / 8 for digit in range(2)}
     for file in range(3):
         rows = slice(file * 2000, (file + 1) * 2000)
         table = pa.table({name: column[rows] for name, column in columns.items()})
@@ -39,23 +43,43 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[st
             "kind": "tables", "nodes": f"{folder}/nodes-*.parquet", "edges": f"{folder}/edges-*.parquet",
             "undirected": False,
         },
-        "partition": {"num_parts": 3, "method": "streaming"},
+        "partition": {"num_parts": 3, "features": "int8"},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder / "run.yaml", links
 
 
-def test_a_killed_run_goes_on_to_the_same_graph(tables: tuple[Path, set[tuple[str, str]]]) -> None:
-    config, links = tables
-    run = config.parent / "run"
+def kill_when(condition: Callable[[], bool], config: Path) -> None:
     process = subprocess.Popen(
         command("partition", str(config)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    wait_for(lambda: len(list((run / "source" / "work").glob("run-*.json"))) >= 2, process)
+    wait_for(condition, process)
     process.kill()
     process.communicate()
+
+
+def test_a_killed_run_goes_on_to_the_same_graph(
+    tables: tuple[Path, set[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, links = tables
+    run = config.parent / "run"
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # Ray's own, whose path must be short
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    kill_when(lambda: len(list((run / "source" / "work").glob("*/run-*.json"))) >= 2, config)
+    kill_when((run / "graph" / "spill").exists, config)
+    # As of a worker that is killed while it writes.
+    (run / "graph" / "spill" / f"part.npy{storage.TEMPORARY}0").touch()
     done = rbm_dist("partition", str(config))
     assert done.returncode == 0, done.stdout + done.stderr
+    manifests = [storage.read_json(f"{run}/{folder}/manifest.json")["files"] for folder in ("source", "graph")]
+    every = {"config.json", ".lock"} | {f"{folder}/{name}.json" for folder in ("source", "graph") for name in KEPT}
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert found == every.union(*manifests), "nothing is left of what was cut off"
+    assert list(tmp_path.iterdir()) == []
+    check_graph(run, config.parent, links)
+
+
+def check_graph(run: Path, tables: Path, links: set[tuple[str, str]]) -> None:
     store = GraphStore.open(f"{run}/graph", verify=True)
     assert store.named
     ids = np.arange(store.num_nodes)
@@ -69,11 +93,9 @@ def test_a_killed_run_goes_on_to_the_same_graph(tables: tuple[Path, set[tuple[st
     ]
     assert len(found) == len(set(found)), "an edge is there twice"
     assert set(found) == links
-    # Column b says the row of the node table, and that which id it belongs to.
-    rows = (store.gather("feat", ids)[:, 1] * 8).astype(int)
+    # Columns b0 and b1 say the row of the node table, and that which id it belongs to.
+    rows = np.rint(store.gather("feat", ids)[:, 1:] * 8).astype(int) @ [1, 100]
     np.testing.assert_array_equal(store.gather("orig_id", ids), rows)
-    expected = pq.read_table(sorted(config.parent.glob("nodes-*.parquet")))["id"].to_numpy(zero_copy_only=False)
+    expected = pq.read_table(sorted(tables.glob("nodes-*.parquet")))["id"].to_numpy(zero_copy_only=False)
     np.testing.assert_array_equal(names, expected[rows])
-    assert not (run / "source" / "work").exists()
-    assert not (run / "graph" / "spill").exists()
     assert storage.read_json(f"{run}/graph/graph.json")["partition"]["edge_cut"] > 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rbm_dist.config import Config, StudentConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.loader import Prefetch
-from rbm_dist.graph.source import VAL
+from rbm_dist.graph.splits import VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row

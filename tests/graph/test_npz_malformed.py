@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rbm_dist.config import NpzConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.source import SourceGraph, read
+from rbm_dist.source_config import NpzConfig
 from tests.graph.npz_input import NODES, Arrays, npz_arrays, with_edges, without_masks
 
 
@@ -57,7 +57,7 @@ MALFORMED = {
     "an array is missing": (dropped("attr_indptr"), "attr_indptr missing"),
     "several arrays are missing": (dropped("labels", "adj_data"), "adj_data, labels missing"),
     "nothing at all": (lambda arrays: {}, "missing; found nothing"),
-    "one mask is missing": (dropped("val_mask"), "train_mask, test_mask without val_mask"),
+    "one mask is missing": (dropped("val_mask"), "val_mask missing beside other masks"),
     "pickled labels": (changed("labels", lambda a: a.astype(object)), "labels: .*Object arrays cannot be loaded"),
     "pickled features": (changed("attr_data", lambda a: a.astype(object)), "attr_data: .*Object arrays"),
     "labels of text": (changed("labels", lambda a: a.astype(str)), "labels: class ids must be integers"),
@@ -97,7 +97,7 @@ MALFORMED = {
     "a NaN": (changed("attr_data", at(7, np.nan)), "attr_data: 1 features are NaN.* the first is of node 2, column 1"),
     "an infinity": (changed("attr_data", at(-1, -np.inf)), "attr_data: 1 features are NaN.* node 7, column 2"),
     "beyond float32": (changed("attr_data", lambda a: at(0, 1e39)(a.astype(float))), "attr_data: .*beyond float32"),
-    "a label below -1": (changed("labels", at(5, -2)), "labels: -2 at node 5 is out of range"),
+    "a label below -1": (changed("labels", at(5, -2)), "labels, node 5: class -2 is out of range"),
     "a gap in the labels": (changed("labels", lambda a: a * 2), "labels: .*class 2 occurs but class 1 does not"),
     "no labels": (lambda arrays: without_masks(arrays) | {"labels": np.full(NODES, -1)}, "labels: no node has a label"),
     "a node in two masks": (changed("test_mask", at(1, True)), "test_mask: node 1 is in two splits"),
@@ -119,7 +119,7 @@ def test_malformed_arrays_are_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_a_label_beyond_num_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"graph\.npz: labels: 1 at node 1 is out of range for num_classes: 1"):
+    with pytest.raises(InputError, match=r"graph\.npz: labels, node 1: class 1 is out of range for num_classes: 1"):
         read_npz(tmp_path, npz_arrays(), num_classes=1)
 
 
