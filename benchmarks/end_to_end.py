@@ -29,7 +29,7 @@ from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.sampler import NumbaSampler, Sample
-from rbm_dist.graph.source import TRAIN
+from rbm_dist.graph.splits import TRAIN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.source import below, over_here, stage_source
