@@ -207,7 +207,7 @@ class GraphStore:
         return self._sampler
 
     def _pieces(self, name: str, ids: np.ndarray) -> Iterator[tuple[np.ndarray, StoredRows, np.ndarray]]:
-        """Positions in `ids`, an array, and which of its rows are theirs: rows kept, read here, or answered by others."""
+        """Positions in `ids`, an array, and which of its rows are theirs: kept ones, ones read here, answers."""
         owner = self.owner(ids)
         away = np.flatnonzero(~self._held[owner])
         kept: list[tuple[np.ndarray, StoredRows, np.ndarray]] = []
