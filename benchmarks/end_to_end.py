@@ -148,7 +148,7 @@ def batch_rows(store: GraphStore, batches: int) -> list[Row]:
         for nodes in each_batch(seeds[batches:], store.sample, lambda ids: store.gather("feat", ids), mapped):
             remote += int(is_remote_N[nodes].sum())
             fetched += int(fetched_N[nodes].sum())
-    parts = [Csc(*(np.array(store.array(name, p)) for name in ("indptr", "indices"))) for p in range(PARTS)]
+    parts = {p: Csc(*(np.array(store.array(name, p)) for name in ("indptr", "indices"))) for p in range(PARTS)}
     feat_nF = np.array(store.array("feat", 0))
     sampler = NumbaSampler(parts, store.offsets)
     deque(each_batch(seeds[batches:], sampler.sample, lambda ids: feat_nF[ids % len(feat_nF)], held), 0)
