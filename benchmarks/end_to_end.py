@@ -6,8 +6,8 @@ and gathered over the mapped parts: fan-out [15, 10, 5], batches of 1,024 traini
 
 Rates are per second of CPU time, so that other work on the machine matters little; times on the clock are printed. The
 floor of a stage is one sequential write of the finished shards with their checksums; that of batches, the edges of all
-parts and the features of one copied into memory. Memory is what the process holds of its own (RssAnon). Takes 20 GB of
-disk.
+parts and the features of one copied into memory. Of tasks that run alone the ratio is how much faster more hosts can
+make their stage at most. Memory is what the process holds of its own (RssAnon). Takes 20 GB of disk.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,13 +29,14 @@ from rbm_dist import storage
 from rbm_dist.config import Config
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.sampler import NumbaSampler, Sample
-from rbm_dist.graph.source import TRAIN
+from rbm_dist.graph.splits import TRAIN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.source import below, over_here, stage_source
 
 PARTS = 8
 DEGREE = 30
+ALONE = {"node tables": "source", "joins": "source", "assignment": "partition"}
 KEPT = 0.05  # of all nodes: those whose rows a worker keeps, in the estimate of a cache
 
 T = TypeVar("T")
@@ -64,10 +65,18 @@ def make(url: str, num_nodes: int) -> list[Row]:
     source |= {"num_communities": max(num_nodes // 2500, 47)} if num_nodes > 5000 else {"num_communities": 47}
     partition = {"method": "streaming", "num_parts": PARTS}
     config = Config.model_validate({"run_dir": url, "source": source, "partition": partition})
+    alone = {"source": 0.0, "partition": 0.0}  # CPU seconds of tasks that no other runs beside
+
+    def over(unit: str, function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+        done, cpu_s = timed(f"  {unit}", lambda: over_here(unit, function, arguments))
+        if unit in ALONE:
+            alone[ALONE[unit]] += cpu_s
+        return done
+
     with Peak() as source_peak:
-        files, source_s = timed("source", lambda: stage_source(config, f"{url}/source", over_here))
+        files, source_s = timed("source", lambda: stage_source(config, f"{url}/source", over))
     with Peak() as partition_peak:
-        arguments = (config, f"{url}/source", below(files, "source"), f"{url}/graph", over_here)
+        arguments = (config, f"{url}/source", below(files, "source"), f"{url}/graph", over)
         _, partition_s = timed("partition", lambda: write_graph(*arguments))
     index = storage.read_json(f"{url}/graph/graph.json")
     edges, size = index["num_edges"], sum(info["bytes"] for info in index["files"].values())
@@ -83,6 +92,10 @@ def make(url: str, num_nodes: int) -> list[Row]:
     return [
         Row(f"{name}: source", edges / source_s / 1e6, "M edges per CPU s", floor_s / source_s, FLOOR_SHARE),
         Row(f"{name}: partition", edges / partition_s / 1e6, "M edges per CPU s", floor_s / partition_s, FLOOR_SHARE),
+        *(
+            Row(f"{stage}: tasks that run alone", edges / alone_s / 1e6, "M edges per CPU s", of_s / alone_s, 3.0)
+            for (stage, alone_s), of_s in zip(alone.items(), (source_s, partition_s), strict=True)
+        ),
         Row("source: memory held", source_peak.bytes / 1e6, "MB", MEMORY / source_peak.bytes, 1.0),
         Row("partition: memory held", partition_peak.bytes / 1e6, "MB", MEMORY / partition_peak.bytes, 1.0),
         Row("staged source on disk, to shards", staged / 1e6, "MB", size / staged, 0.9),
@@ -135,7 +148,7 @@ def batch_rows(store: GraphStore, batches: int) -> list[Row]:
         for nodes in each_batch(seeds[batches:], store.sample, lambda ids: store.gather("feat", ids), mapped):
             remote += int(is_remote_N[nodes].sum())
             fetched += int(fetched_N[nodes].sum())
-    parts = [Csc(*(np.array(store.array(name, p)) for name in ("indptr", "indices"))) for p in range(PARTS)]
+    parts = {p: Csc(*(np.array(store.array(name, p)) for name in ("indptr", "indices"))) for p in range(PARTS)}
     feat_nF = np.array(store.array("feat", 0))
     sampler = NumbaSampler(parts, store.offsets)
     deque(each_batch(seeds[batches:], sampler.sample, lambda ids: feat_nF[ids % len(feat_nF)], held), 0)
@@ -146,7 +159,7 @@ def batch_rows(store: GraphStore, batches: int) -> list[Row]:
         Row("gathers of mapped parts", gather_speed, "M rows per CPU s", held.gather_s / mapped.gather_s, 0.5),
         Row("batches: memory held", peak.bytes / 1e6, "MB", MEMORY / peak.bytes, 1.0),
         Row(
-            "nodes of a batch, of its edges", mapped.nodes / batches / 1e3, "thousand", mapped.edges / mapped.nodes, 1.0
+            "nodes of a batch, to its edges", mapped.nodes / batches / 1e3, "thousand", mapped.edges / mapped.nodes, 1.0
         ),
         Row("of these in other parts, to chance", 100 * share, "%", (1 - 1 / PARTS) / share, 1.0),
         Row(f"and not of the {KEPT:.0%} kept", 100 * fetched / mapped.nodes, "%", remote / fetched, 1.0),

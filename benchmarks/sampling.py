@@ -89,7 +89,7 @@ def measure(quick: bool) -> list[Row]:
     edges = np.mean([sum(own.sample(batch, FANOUT, 0).edges_per_hop) for batch in batches])
     mine = cost(own)
     rows = [Row("vs vectorised torch", edges / mine / 1e6, "M edges per CPU s", cost(TorchSampler(csc)) / mine, 2.0)]
-    rows.append(scaling([NumbaSampler([csc], offsets) for _ in range(THREADS)], batches, 5 if quick else 15))
+    rows.append(scaling([NumbaSampler({0: csc}, offsets) for _ in range(THREADS)], batches, 5 if quick else 15))
     for name, target in (("pyg_lib", 3.0), ("torch_sparse", 10.0)):
         try:
             rows.append(

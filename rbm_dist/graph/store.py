@@ -6,12 +6,15 @@ Everything a node has is a named array: the base ones of `graph.json`, and those
 file `<name>.json` written when the array is complete in all parts.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
+from numba import njit
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
@@ -142,13 +145,12 @@ class GraphStore:
             return self._part_rows(name, self._some_part)[ids]
         pieces = self._pieces(name, ids)
         if name == "feat" and self.sparse_features:
-            return _in_order(list(pieces), len(ids))
-        at, piece = next(pieces)
-        rows = np.empty((len(ids), *piece.shape[1:]), piece.dtype)
-        rows[at] = piece
-        for at, piece in pieces:
-            rows[at] = piece
-        return rows
+            return _in_order([(at, rows[which]) for at, rows, which in pieces], len(ids))
+        first = next(pieces)
+        gathered = np.empty((len(ids), *first[1].shape[1:]), first[1].dtype)
+        for at, rows, which in itertools.chain([first], pieces):
+            _copy_rows(_as_bytes(gathered), at, _as_bytes(rows), which)
+        return gathered
 
     def inputs(self, ids: np.ndarray, names: tuple[str, ...] = ("feat",)) -> StoredRows:
         """The rows of some arrays side by side, `[len(ids), Σ widths]`; sparse if sparse features are among them."""
@@ -204,14 +206,14 @@ class GraphStore:
             self._sampler = make_sampler(self._sampler_name, parts, self.offsets, self._remote)
         return self._sampler
 
-    def _pieces(self, name: str, ids: np.ndarray) -> Iterator[tuple[np.ndarray, StoredRows]]:
-        """Positions in `ids` and their rows: what is kept, what is read here, what others answer."""
+    def _pieces(self, name: str, ids: np.ndarray) -> Iterator[tuple[np.ndarray, StoredRows, np.ndarray]]:
+        """Positions in `ids`, an array, and which of its rows are theirs: kept ones, ones read here, answers."""
         owner = self.owner(ids)
         away = np.flatnonzero(~self._held[owner])
-        kept: list[tuple[np.ndarray, StoredRows]] = []
+        kept: list[tuple[np.ndarray, StoredRows, np.ndarray]] = []
         if self.hot is not None and self.hot.name == name:
             found, hot_rows = self.hot.find(ids[away])
-            kept, away = [(away[found], hot_rows)], away[~found]
+            kept, away = [(away[found], hot_rows, np.arange(found.sum()))], away[~found]
         answers: Iterator[tuple[np.ndarray, StoredRows]] = iter(())
         if len(away):
             if self._remote is None:
@@ -221,9 +223,9 @@ class GraphStore:
         for part in np.unique(owner):
             if self._held[part]:
                 at = np.flatnonzero(owner == part)
-                yield at, self._part_rows(name, part)[ids[at] - self.offsets[part]]
+                yield at, self._part_rows(name, part), ids[at] - self.offsets[part]
         for at, rows in answers:
-            yield away[at], rows
+            yield away[at], rows, np.arange(len(at))
 
     def _part_rows(self, name: str, part: int) -> StoredRows:
         return self._sparse_part(part) if name == "feat" and self.sparse_features else self.array(name, part)
@@ -254,6 +256,21 @@ class GraphStore:
         if wrong:
             raise InputError(f"{self.url}/{part_name(part)}: {wrong}")
         return csc
+
+
+def _as_bytes(rows: np.ndarray) -> np.ndarray:
+    """Rows of any dtype as rows of bytes, `[n, bytes]`."""
+    rows = np.ascontiguousarray(rows)
+    return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def _copy_rows(into, at, rows, which):  # type: ignore[no-untyped-def]
+    """`into[at] = rows[which]`, without the array in between that numpy would make."""
+    for i in range(len(at)):
+        to, row = at[i], which[i]
+        for j in range(rows.shape[1]):
+            into[to, j] = rows[row, j]
 
 
 def _in_order(pieces: list[tuple[np.ndarray, sp.csr_array]], count: int) -> sp.csr_array:
