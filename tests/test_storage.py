@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -19,6 +18,7 @@ from hypothesis.extra import numpy as nps
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
+from tests.pickle_trap import Trap
 
 ARRAYS = nps.arrays(
     dtype=st.sampled_from(["int8", "int32", "int64", "float32", "float64", "bool"]).map(np.dtype),
@@ -303,16 +303,6 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
             except InputError:
                 refused += 1
     assert refused > size
-
-
-class Trap:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.mkdir, (self.folder,)
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Ray tasks, and actors that each work through their own parts of the graph."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import ray
 
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 
+_AHEAD = 2  # tasks per CPU that are handed over before they can run; at least _AT_LEAST in all
+_AT_LEAST = 16
 _RETRIES = 3  # of work lost with its node or process; an exception of the work itself is not retried
 
 
@@ -15,15 +18,16 @@ def run_tasks(
     function: Callable[..., Any],
     arguments: Iterable[tuple],
     timeout_s: float,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
+    on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Any]:
     """Call `function(*each)` for each of `arguments` in Ray tasks; results in order.
 
-    `on_done` is told how many are there, and of how many. `timeout_s` bounds the wait for the next result.
-    Raises `InputError` or `RunError`.
+    Arguments are taken a few tasks ahead of those that run. `on_done` is told how many are done. `timeout_s` bounds the
+    wait for the next result. Raises `InputError` or `RunError`.
     """
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
-    return _collect(stage, [remote.remote(*args) for args in arguments], timeout_s, on_done)
+    at_once = max(_AT_LEAST, _AHEAD * int(ray.cluster_resources().get("CPU", 0)))
+    return _collect(stage, (remote.remote(*args) for args in arguments), at_once, timeout_s, on_done)
 
 
 def run_on_parts(
@@ -38,8 +42,8 @@ def run_on_parts(
     )(_PartActor)  # fmt: skip
     actors = [actor.remote() for _ in range(min(num_workers, len(parts)))]
     try:
-        work = [actors[index % len(actors)].run.remote(make_worker, part) for index, part in enumerate(parts)]
-        return _collect(stage, work, timeout_s)
+        work = (actors[index % len(actors)].run.remote(make_worker, part) for index, part in enumerate(parts))
+        return _collect(stage, work, len(parts), timeout_s)  # all, or an actor would wait for another's part
     finally:
         for each in actors:
             ray.kill(each)
@@ -56,8 +60,10 @@ class _PartActor:
 
 
 def _collect(
-    stage: str, refs: list[Any], timeout_s: float, on_done: Callable[[int, int], None] = lambda done, total: None
+    stage: str, calls: Iterator[Any], at_once: int, timeout_s: float, on_done: Callable[[int], None] = lambda done: None
 ) -> list[Any]:
+    """Results of calls, `at_once` of which are under way at most; `calls` makes one when it is asked for."""
+    refs = list(islice(calls, at_once))
     pending = list(refs)
     while pending:
         done, pending = ray.wait(pending, num_returns=1, timeout=timeout_s)
@@ -71,5 +77,8 @@ def _collect(
             for ref in pending:
                 ray.cancel(ref)
             raise explain(error, stage) from None
-        on_done(len(refs) - len(pending), len(refs))
+        for ref in islice(calls, 1):
+            refs.append(ref)
+            pending.append(ref)
+        on_done(len(refs) - len(pending))
     return ray.get(refs)

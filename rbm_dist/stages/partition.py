@@ -1,6 +1,8 @@
 """Stage `partition`: assign every node to a part, and shuffle the staged source into the parts' shards."""
 
 import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,8 +50,7 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     ]
     spills = over("chunks", spill_chunk, chunks)
     layout = Layout.of(source, features, np.max([spill.feat_max for spill in spills], axis=0))
-    # Made as they are handed over: all at once, they would have a slice per array, chunk and part.
-    parts = ((graph_url, part, spill_url, shuffle.plan_part(spills, part), layout) for part in range(num_parts))
+    parts = _PartTasks(num_parts, lambda part: (graph_url, part, spill_url, shuffle.plan_part(spills, part), layout))
     written: Files = {}
     for part_files in over("parts", shuffle.write_part, parts):
         written |= part_files
@@ -59,6 +60,20 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     )
     storage.remove_work(spill_url)
     return written
+
+
+@dataclass(frozen=True)
+class _PartTasks:
+    """What each part's task is given, made as it is handed over: all have a slice per array, chunk and part."""
+
+    num_parts: int
+    make: Callable[[int], tuple]
+
+    def __len__(self) -> int:
+        return self.num_parts
+
+    def __iter__(self) -> Iterator[tuple]:
+        return map(self.make, range(self.num_parts))
 
 
 def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) -> dict[str, Any]:

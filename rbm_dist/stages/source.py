@@ -6,8 +6,8 @@ input's files are the same.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,24 +27,33 @@ from rbm_dist.stages.run import Files, Run
 _WORK = "work"
 _log = logging.getLogger(__name__)
 
-Over = Callable[[str, Callable[..., Any], Iterable[tuple]], list[Any]]
+
+class Arguments(Protocol):
+    """What a function is called with: a list, or something that makes each tuple when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple]: ...
+
+
+Over = Callable[[str, Callable[..., Any], Arguments], list[Any]]
 """`over(unit, function, arguments)`: the function's results for all arguments, in order. In Ray tasks, or here."""
 
 
 def over_tasks(run: Run, stage: str) -> Over:
     """Calls in Ray tasks, with progress."""
 
-    def over(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
-        def show(done: int, total: int) -> None:
-            if total > 1:
-                run.reporter.progress(f"{stage}: {unit}", done, total, unit)
+    def over(unit: str, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
+        def show(done: int) -> None:
+            if len(arguments) > 1:
+                run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
 
         return run_tasks(stage, function, arguments, run.timeout_s, show)
 
     return over
 
 
-def over_here(unit: str, function: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
+def over_here(unit: str, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
     """Calls in this process, one after another."""
     return [function(*each) for each in arguments]
 

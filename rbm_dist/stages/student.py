@@ -36,22 +36,17 @@ from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.runtime.memory_store import make_memory_store
 from rbm_dist.runtime.progress import Reporter
-from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
-from rbm_dist.runtime.training import run_training
+from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.serve.artifact import empty_student, save_student
 from rbm_dist.stages.run import Files, Run
+from rbm_dist.stages.training import train_on_graph
 
 _KMEANS, _DROPOUT, _PAIRS = 5, 6, 9  # words of the random keys
 
 
 def run_student(run: Run) -> Files:
     """Train every configured student; writes `<run>/student/<model>/model.{json,safetensors}`."""
-    cluster = run.config.cluster
-    with shard_servers(cluster, run.graph_url) as servers:
-        arguments = {
-            "config": run.config, "graph_url": run.graph_url, "url": run.path("student"), "servers": servers,
-        }  # fmt: skip
-        run_training("student", train_students, arguments, cluster, run.reporter, run.path("student", "ray_train"))
+    train_on_graph(run, "student", train_students)
     names = [
         f"student/{kind}/{file}" for kind in run.config.student.models for file in ("model.json", "model.safetensors")
     ]

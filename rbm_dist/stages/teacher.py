@@ -30,10 +30,10 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.runtime.progress import Reporter
-from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
-from rbm_dist.runtime.training import run_training
+from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.run import Files, Run
+from rbm_dist.stages.training import train_on_graph
 
 _TRAINING, _VALIDATION, _HOT = 1, 2, 10  # words of the random keys
 _HOT_BATCHES = 64  # sampled to find the nodes that are needed most
@@ -42,12 +42,7 @@ _LOG_TEMPERATURES = (math.log(0.05), math.log(20))
 
 def run_teacher(run: Run) -> Files:
     """Train the teacher; writes `<run>/teacher/model.safetensors`."""
-    cluster = run.config.cluster
-    with shard_servers(cluster, run.graph_url) as servers:
-        arguments = {
-            "config": run.config, "graph_url": run.graph_url, "url": run.path("teacher"), "servers": servers,
-        }  # fmt: skip
-        run_training("teacher", train_teacher, arguments, cluster, run.reporter, run.path("teacher", "ray_train"))
+    train_on_graph(run, "teacher", train_teacher)
     return {"teacher/model.safetensors": storage.file_info(run.path("teacher", "model.safetensors"))}
 
 

@@ -13,6 +13,7 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph.source import SourceGraph, read
 from rbm_dist.source_config import NpzConfig
 from tests.graph.npz_input import NODES, Arrays, npz_arrays, with_edges, without_masks
+from tests.pickle_trap import Trap
 
 
 def read_npz(folder: Path, arrays: Arrays, **config: Any) -> SourceGraph:
@@ -152,16 +153,6 @@ def refusal(path: Path) -> str | None:
         return str(error)
     np.testing.assert_array_equal(graph.label, npz_arrays()["labels"])
     return None
-
-
-class Trap:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.mkdir, (self.folder,)
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,21 @@ def sleep(seconds: float) -> None:
 
 def test_results_in_order(cluster: None) -> None:
     assert run_tasks("partition", square, ((x,) for x in range(5)), timeout_s=60) == [0, 1, 4, 9, 16]
+
+
+def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
+    taken: list[int] = []
+    waiting: list[int] = []
+
+    def arguments() -> Iterator[tuple[int]]:
+        for x in range(60):
+            taken.append(x)
+            yield (x,)
+
+    done = run_tasks("partition", square, arguments(), 60, lambda done: waiting.append(len(taken) - done))
+    assert done == [x * x for x in range(60)]
+    assert 0 < max(waiting) < 30
+    assert waiting[-1] == 0
 
 
 @pytest.mark.parametrize(
