@@ -37,14 +37,20 @@ class SourceFacts:
     edge_piece: int = RUN_EDGES  # given edges that such a task holds at once
     nonzeros: int | None = None  # stored features where they are sparse
     id_bytes: int = 0  # per node, of the caller's ids and their index
+    num_test: int | None = None  # None: all other nodes
     note: str = ""  # where the figures come from, if they are not the source's own
 
+    @property
+    def num_evaluated(self) -> int:
+        """Validation and test nodes, at most."""
+        return self.num_nodes - self.num_train if self.num_test is None else self.num_val + self.num_test
 
-# Nodes, edges as given, features, classes, training and validation nodes: ogb.stanford.edu/docs/nodeprop.
+
+# Nodes, edges as given, features, classes; training, validation and test nodes: ogb.stanford.edu/docs/nodeprop.
 _PUBLISHED = {
-    "ogbn-arxiv": (169_343, 1_166_243, 128, 40, 90_941, 29_799),
-    "ogbn-products": (2_449_029, 61_859_140, 100, 47, 196_615, 39_323),
-    "ogbn-papers100M": (111_059_956, 1_615_685_872, 128, 172, 1_207_179, 125_265),
+    "ogbn-arxiv": (169_343, 1_166_243, 128, 40, 90_941, 29_799, 48_603),
+    "ogbn-products": (2_449_029, 61_859_140, 100, 47, 196_615, 39_323, 2_213_091),
+    "ogbn-papers100M": (111_059_956, 1_615_685_872, 128, 172, 1_207_179, 125_265, 214_338),
 }
 
 
@@ -69,7 +75,7 @@ def _synthetic(config: SyntheticConfig, seed: int) -> SourceFacts:
     train, val = (round(share * config.num_nodes) for share in (config.train_share, config.val_share))
     return SourceFacts(
         config.num_nodes, 2 * (opened.num_edges or 0), config.num_features, config.num_classes, train, val, True,
-        *_pieces(opened), PIECE_EDGES,
+        *_pieces(opened), PIECE_EDGES, num_test=round(config.test_share * config.num_nodes),
     )  # fmt: skip
 
 
@@ -77,17 +83,18 @@ def _ogb(config: OgbConfig) -> SourceFacts:
     from rbm_dist.graph.ogb import PIECE_EDGES, PIECE_VALUES, ogb_folder, open_ogb
 
     folder, ways = ogb_folder(config), 1 + config.undirected  # which refuses other datasets
-    nodes, edges, features, classes, train, val = _PUBLISHED[config.name]
+    nodes, edges, features, classes, train, val, test = _PUBLISHED[config.name]
     if not storage.exists(folder):
         pieces = (-(-edges // PIECE_EDGES), -(-nodes * features // PIECE_VALUES))
         return SourceFacts(
-            nodes, ways * edges, features, classes, train, val, True, *pieces, note=f"published sizes of {config.name}"
-        )
+            nodes, ways * edges, features, classes, train, val, True, *pieces, num_test=test,
+            note=f"published sizes of {config.name}",
+        )  # fmt: skip
     opened = open_ogb(config)
-    train, val = (round(count / nodes * opened.num_nodes) for count in (train, val))
+    train, val, test = (round(count / nodes * opened.num_nodes) for count in (train, val, test))
     return SourceFacts(
         opened.num_nodes, ways * (opened.num_edges or 0), opened.num_features, opened.num_classes, train, val, True,
-        *_pieces(opened),
+        *_pieces(opened), num_test=test,
     )  # fmt: skip
 
 

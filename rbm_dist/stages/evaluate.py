@@ -1,7 +1,7 @@
 """Stage `evaluate`: accuracy, latency and expert load of teacher and students, in one Ray task."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.artifact import load_student, load_weights
 from rbm_dist.serve.frozen import freeze
-from rbm_dist.serve.predictor import predict
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.teacher import build_teacher, sample_logits
 
@@ -27,6 +26,7 @@ _EVALUATED = (VAL, TEST, UNSEEN)
 _CPU = torch.device("cpu")
 _TIMED_S = 0.5
 _ROWS = 65_536
+LOADED_NODES = 1_000_000
 
 
 def run_evaluate(run: Run) -> Files:
@@ -51,10 +51,13 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
 
 
 def expert_load(student: Student, store: GraphStore) -> list[list[float]]:
-    """Per layer the share of (row, expert) pairs that each expert gets, over all nodes; each layer sums to 1."""
+    """Per layer the share of (row, expert) pairs that each expert gets; each layer sums to 1.
+
+    Over all nodes; of a graph of more than `LOADED_NODES` nodes, over so many at equal distances.
+    """
     counts = [torch.zeros(len(layer.memory_ED)) for layer in student.routed_layers]
-    for start in range(0, store.num_nodes, _ROWS):
-        ids = np.arange(start, min(start + _ROWS, store.num_nodes))
+    nodes = np.linspace(0, store.num_nodes, min(store.num_nodes, LOADED_NODES), endpoint=False).astype(np.int64)
+    for ids in _chunks(nodes):
         with torch.inference_mode():
             _, traces = student(to_rows(store.inputs(ids, student.inputs), _CPU, torch.float32))
         for count, trace in zip(counts, traces, strict=True):
@@ -64,29 +67,38 @@ def expert_load(student: Student, store: GraphStore) -> list[list[float]]:
 
 def student_accuracy(student: Student, store: GraphStore) -> dict[str, float | None]:
     """`accuracy` of a student's own predictions."""
-    return accuracy(store, (chunk.probability for chunk in predict(student, store)))
+    student = freeze(student)
+
+    def classes(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return student(to_rows(store.inputs(ids, student.inputs), _CPU, torch.float32))[0].argmax(1).numpy()
+
+    return accuracy(store, classes)
 
 
 def teacher_accuracy(store: GraphStore) -> dict[str, float | None]:
     """`accuracy` of the soft labels."""
-    return accuracy(store, (store.array("soft", part) for part in range(store.num_parts)))
+    return accuracy(store, lambda ids: store.gather("soft", ids).argmax(1))
 
 
-def accuracy(store: GraphStore, probabilities: Iterable[np.ndarray]) -> dict[str, float | None]:
+def accuracy(store: GraphStore, classes: Callable[[np.ndarray], np.ndarray]) -> dict[str, float | None]:
     """Share of right classes on validation, test and unseen nodes; None for a split without nodes.
 
-    `probabilities`: `[n, C]` each, together one row per node in order.
+    classes: the predicted classes `[n]` of nodes `[n]`; asked for nodes of these splits only.
     """
     right, rows = dict.fromkeys(_EVALUATED, 0), dict.fromkeys(_EVALUATED, 0)
-    start = 0
-    for probability_nC in probabilities:
-        ids = np.arange(start, start + len(probability_nC))
-        hit, split = probability_nC.argmax(1) == store.gather("label", ids), store.gather("split", ids)
-        for code in right:
-            right[code] += int(np.sum(hit & (split == code)))
-            rows[code] += int(np.sum(split == code))
-        start += len(ids)
+    for part in range(store.num_parts):
+        split_n = store.array("split", part)
+        for ids in _chunks(store.ids(part)[np.isin(split_n, _EVALUATED)]):
+            hit, split = classes(ids) == store.gather("label", ids), store.gather("split", ids)
+            for code in right:
+                right[code] += int(np.sum(hit & (split == code)))
+                rows[code] += int(np.sum(split == code))
     return {SPLIT_NAMES[code]: right[code] / rows[code] if rows[code] else None for code in right}
+
+
+def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
+    return (ids[start : start + _ROWS] for start in range(0, len(ids), _ROWS))
 
 
 Call = Callable[[np.ndarray], Callable[[], object]]

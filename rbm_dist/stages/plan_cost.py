@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rbm_dist.config import Config
 from rbm_dist.graph.facts import SourceFacts
 from rbm_dist.stages import plan_memory as memory
+from rbm_dist.stages.evaluate import LOADED_NODES
 
 # benchmarks/results/shards.json: edges per second, 100 features, checksums included.
 _SOURCE_EDGES, _SHUFFLED_EDGES = 4.0e6, 10e6
@@ -221,8 +222,10 @@ class Costs:
         timed = 0.5 * 2 * (1 + len(settings.models))  # latencies
         for kind in settings.models:
             products = sum(d * o for d, o in memory.layer_widths(config, facts, kind))
-            often = settings.num_experts + settings.top_k if kind == "rbm" else 1
-            timed += 2 * products * often * facts.num_nodes / _FLOPS
+            often = settings.num_experts if kind == "rbm" else 1  # all experts in one product
+            timed += 2 * products * often * facts.num_evaluated / _FLOPS
+            if kind == "rbm":
+                timed += 2 * products * settings.top_k * min(facts.num_nodes, LOADED_NODES) / _FLOPS
         return timed
 
     def _checkpoints(self, epochs: int) -> int:

@@ -78,14 +78,18 @@ def test_npy_by_its_headers(tmp_path: Path) -> None:
 
 def test_synthetic_by_its_keys() -> None:
     config = SyntheticConfig(num_nodes=10_000, num_communities=47, degree=10)
-    assert source_facts(config, 0) == SourceFacts(10_000, 100_000, 100, 47, 800, 200, True, 1, 1, 1 << 20)
+    facts = SourceFacts(10_000, 100_000, 100, 47, 800, 200, True, 1, 1, 1 << 20, num_test=9000)
+    assert source_facts(config, 0) == facts
+    assert facts.num_evaluated == 9200
 
 
 def test_pyg_is_loaded(tmp_path: Path) -> None:
     data = Data(x=torch.rand(60, 5), y=torch.arange(60) % 3, edge_index=torch.randint(0, 60, (2, 200)))
     torch.save(data, tmp_path / "data.pt")
     config = PygConfig(path=str(tmp_path / "data.pt"), train_per_class=2, val_per_class=3)
-    assert source_facts(config, 0) == SourceFacts(60, 400, 5, 3, 6, 9, True)
+    facts = SourceFacts(60, 400, 5, 3, 6, 9, True)
+    assert source_facts(config, 0) == facts
+    assert facts.num_evaluated == 54
 
 
 def test_small_sources_are_read(data_dir: Path) -> None:
@@ -100,6 +104,7 @@ def test_ogb_without_its_files_by_its_published_sizes(tmp_path: Path) -> None:
     facts = source_facts(OgbConfig(name="ogbn-papers100M", root=str(tmp_path)), 0)
     assert (facts.num_nodes, facts.num_edges) == (111_059_956, 2 * 1_615_685_872)
     assert facts.note == "published sizes of ogbn-papers100M"
+    assert facts.num_evaluated == 125_265 + 214_338
     with pytest.raises(InputError, match=r"source\.name: ogbn-mag"):
         source_facts(OgbConfig(name="ogbn-mag", root=str(tmp_path)), 0)
     (tmp_path / "ogbn_arxiv").mkdir()
