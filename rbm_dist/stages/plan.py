@@ -16,7 +16,7 @@ from rbm_dist.config import Config
 from rbm_dist.graph.edges import MERGED_EDGES
 from rbm_dist.graph.encodings import arrays
 from rbm_dist.graph.facts import SourceFacts
-from rbm_dist.graph.partition import available_memory
+from rbm_dist.graph.partition import available_memory, most_memory_needed
 from rbm_dist.stages import plan_cost, plan_memory
 
 # Anonymous memory of processes that have done nothing yet (Ray 2.60, torch 2.13 on CPU), measured.
@@ -206,6 +206,13 @@ def _problems(config: Config, facts: SourceFacts, hosts: Hosts, stages: list[Sta
                 f"{gigabytes(hosts.memory)}; most of it for {largest.count} × {largest.kind} "
                 f"({gigabytes(largest.base + largest.held)} each); {keys or 'use hosts with more memory'}"
             )
+    part = config.partition
+    most = most_memory_needed(part, facts.num_nodes, facts.num_edges, plan_memory.symmetric(config))
+    if part.num_parts > 1 and most > hosts.memory and not any(each.startswith("partition:") for each in problems):
+        problems.append(
+            f"partition: {part.method} may need {gigabytes(most)} of memory, there are {gigabytes(hosts.memory)}: it "
+            "would not begin; set partition.preset: terapart or partition.method: streaming"
+        )
     disk = peak_disk(stages)
     if hosts.disk is not None and disk > hosts.disk:
         at = max(stages, key=lambda stage: peak_disk(stages[: stages.index(stage) + 1]))

@@ -77,7 +77,7 @@ def sort_task(config: Config, facts: SourceFacts) -> float:
     """`edges.write_runs`: the chunks, both ends in 64 bits, those kept, and the words of either direction."""
     held = 8 if isinstance(config.source, SyntheticConfig) else 16  # ids of the chunks: 32 or 64 bits
     run = min(RUN_EDGES, facts.edge_piece, _given(config, facts))
-    return (57 + held if _undirected(config) else 49 + held) * run
+    return (57 + held if config.source.symmetric else 49 + held) * run
 
 
 def merge_task(facts: SourceFacts) -> float:
@@ -93,11 +93,15 @@ def feature_task(config: Config, facts: SourceFacts) -> float:
 
 def assign_task(config: Config, facts: SourceFacts) -> float:
     """`assign_parts`: the partitioner, or then the parts, the new ids and the readers of every node."""
-    symmetric = _undirected(config) and not config.source.unseen_share
     needed = 0
     if config.partition.num_parts > 1:
-        needed = partition.memory_needed(config.partition, facts.num_nodes, facts.num_edges, symmetric)
+        needed = partition.memory_needed(config.partition, facts.num_nodes, facts.num_edges, symmetric(config))
     return max(needed, 16 * facts.num_nodes)
+
+
+def symmetric(config: Config) -> bool:
+    """Whether the graph has the reverse of every edge. An unseen node's edges lead to it, not from it."""
+    return config.source.symmetric and not config.source.unseen_share
 
 
 def chunk_task(facts: SourceFacts) -> float:
@@ -224,9 +228,5 @@ def student_parameters(config: Config, facts: SourceFacts, kind: str) -> int:
     return total * (settings.ensemble_size if kind == "ensemble" else 1)
 
 
-def _undirected(config: Config) -> bool:
-    return bool(getattr(config.source, "undirected", True))
-
-
 def _given(config: Config, facts: SourceFacts) -> float:
-    return facts.num_edges / (2 if _undirected(config) else 1)
+    return facts.num_edges / (2 if config.source.symmetric else 1)
