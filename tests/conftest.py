@@ -9,10 +9,31 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+FINISHED_RUN = [f"tests/stages/test_{name}.py" for name in ("encodings", "inspect", "kill", "pipeline", "served_run")]
 
 pytest.register_assert_rewrite("tests.graph.reference")
 settings.register_profile("rbm-dist", deadline=None, max_examples=60, derandomize="CI" in os.environ)
 settings.load_profile("rbm-dist")
+
+
+class ByFile(LoadScopeScheduling):
+    """Tests of one file share a process, and so do the files that share the finished run of tests/stages."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "finished run" if file in FINISHED_RUN else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of stages are the slowest, and go first."""
+    items.sort(key=lambda item: "stages" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
+    dist.barrier()  # a rank that ends before another has connected would look like one that crashed
     try:
         (Path(folder) / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *args)))
     finally:
