@@ -30,7 +30,7 @@ from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, QUANTISED, SPARSE_FEAT,
 _NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
 
 StoredRows: TypeAlias = np.ndarray | sp.csr_array
-"""StoredRows of an array, as they are stored: sparse features are a CSR matrix."""
+"""Rows of an array, as they are stored: sparse features are a CSR matrix."""
 
 
 class RemoteParts(RemoteEdges, Protocol):
@@ -45,7 +45,7 @@ class GraphStore:
     """An opened graph. `open` it; the arrays are mapped when first asked for."""
 
     hot: HotRows | None = None
-    """StoredRows of other hosts' nodes that are kept here; see `hot_rows.fill_hot`."""
+    """Rows of other hosts' nodes that are kept here; see `hot_rows.fill_hot`."""
 
     def __init__(
         self, url: str, index: dict, sampler: str, parts: Iterable[int] | None, remote: RemoteParts | None
@@ -62,6 +62,7 @@ class GraphStore:
         self._held = np.full(self.num_parts, parts is None)
         self._remote = remote
         self._sparse: dict[int, sp.csr_array] = {}
+        self._checked: dict[int, Csc] = {}
         self._files: dict[str, storage.FileInfo] = index["files"]
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
         self._sampler_name = sampler
@@ -88,8 +89,10 @@ class GraphStore:
 
     def hold(self, parts: Iterable[int]) -> None:
         """From now on read these parts here too."""
-        self._held[list(parts)] = True
-        self._sampler = None
+        new = [part for part in parts if not self._held[part]]
+        if new:
+            self._held[new] = True
+            self._sampler = None
 
     @property
     def held_parts(self) -> list[int]:
@@ -251,11 +254,13 @@ class GraphStore:
         return storage.read_json(url)["files"]
 
     def _csc(self, part: int) -> Csc:
-        csc = Csc(self.array("indptr", part), self.array("indices", part))
-        wrong = csc_.problem(csc.indptr, csc.indices, csc.num_nodes, self.num_nodes)
-        if wrong:
-            raise InputError(f"{self.url}/{part_name(part)}: {wrong}")
-        return csc
+        if part not in self._checked:  # the check reads every edge
+            csc = Csc(self.array("indptr", part), self.array("indices", part))
+            wrong = csc_.problem(csc.indptr, csc.indices, csc.num_nodes, self.num_nodes)
+            if wrong:
+                raise InputError(f"{self.url}/{part_name(part)}: {wrong}")
+            self._checked[part] = csc
+        return self._checked[part]
 
 
 def _as_bytes(rows: np.ndarray) -> np.ndarray:

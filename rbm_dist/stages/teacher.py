@@ -229,9 +229,9 @@ def keep_hot(store: GraphStore, config: Config, steps: list[list[np.ndarray]], f
     """Keep the feature rows of other hosts' nodes that these steps need most, if so configured."""
     budget = config.cluster.cache_mb * 10**6
     if budget and len(store.held_parts) < store.num_parts and not store.sparse_features:
+        seeds = [np.concatenate(shares) for shares in steps if any(map(len, shares))][:_HOT_BATCHES]
         draws = (key(config.seed, _HOT, draw) for draw in range(_HOT_BATCHES))
-        batches = zip(map(np.concatenate, itertools.cycle(steps)), draws, strict=False)
-        fill_hot(store, "feat", budget, batches, fanout)
+        fill_hot(store, "feat", budget, zip(itertools.cycle(seeds), draws, strict=False), fanout)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """A store of which other hosts hold some parts gives exactly what one gives that holds them all."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.hot_rows import fill_hot
 from rbm_dist.graph.store import GraphStore
 from tests.graph.other_host import OtherHost
@@ -85,6 +87,23 @@ def test_a_part_that_is_held_later_is_read_here(url: str) -> None:
     np.testing.assert_array_equal(store.sample(ids, (2,), key=1).nodes, expected.sample(ids, (2,), key=1).nodes)
     np.testing.assert_array_equal(store.gather("feat", ids), expected.gather("feat", ids))
     assert not other.asked
+
+
+def test_edges_are_checked_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    problem = csc_.problem
+
+    def counting(indptr: np.ndarray, *arguments: Any) -> str | None:
+        checked.append(len(indptr) - 1)
+        return problem(indptr, *arguments)
+
+    monkeypatch.setattr(csc_, "problem", counting)
+    store = GraphStore.open(url, parts=[0], remote=OtherHost(url))
+    for part in (1, 0, 2, 1):
+        store.hold([part])
+        store.sample(store.ids(part)[:2], (1,), key=0)
+    mine = [len(store.ids(part)) for part in (0, 1, 2)]
+    assert sorted(each for each in checked if each in mine) == sorted(mine)
 
 
 def test_a_part_that_nobody_holds_is_named(url: str) -> None:
