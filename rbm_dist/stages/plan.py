@@ -134,6 +134,10 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
         count = math.ceil(number / hosts.count)
         return [*head, Process(kind, count, TRAINING_BASE, round(held)), *idle(count)]
 
+    def served(step: list[Process]) -> list[Process]:
+        number = min(cluster.shard_servers, parts)
+        return [*step, Process("shard server", math.ceil(number / hosts.count), TASK_BASE, 0)]
+
     def idle(count: int) -> list[Process]:
         # Ray keeps the processes of past tasks, up to one per core.
         return [Process("idle worker", max(0, used - count), TASK_BASE, 0)]
@@ -160,16 +164,18 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
         tasks("part task", parts, memory.part_task(config, facts)),
     ]
     stages.append(stage("partition", steps))
-    teacher = workers("teacher worker", cluster.train_workers, memory.teacher_worker(config, facts))
-    stages.append(stage("teacher", [teacher]))
-    actors = min(cluster.inference_workers, parts)
-    stages.append(stage("soft_labels", [workers("inference actor", actors, memory.inference_actor(config, facts))]))
+    hot = 0 if local else memory.hot_rows(config, facts)
+    teacher = workers("teacher worker", cluster.train_workers, memory.teacher_worker(config, facts) + hot)
+    stages.append(stage("teacher", [served(teacher)]))
+    actors, hot = min(cluster.inference_workers, parts), 0 if config.soft_labels.inference == "exact" else hot
+    actor = workers("inference actor", actors, memory.inference_actor(config, facts) + hot)
+    stages.append(stage("soft_labels", [served(actor)]))
     if arrays(config.encodings):
-        stages.append(stage("encodings", [tasks("encoding task", parts, memory.encoding_task(config, facts))]))
+        stages.append(stage("encodings", [served(tasks("encoding task", parts, memory.encoding_task(config, facts)))]))
     student = workers("student worker", cluster.train_workers, memory.student_worker(config, facts))
     if "rbm" in config.student.models and cluster.memory_store == "actor":
         student.append(Process("memory store", 1, TASK_BASE, 0))
-    stages.append(stage("student", [student]))
+    stages.append(stage("student", [served(student)]))
     stages.append(stage("evaluate", [tasks("evaluation task", 1, memory.evaluate_task(config, facts))]))
     return stages
 
@@ -206,17 +212,16 @@ def _problems(config: Config, facts: SourceFacts, hosts: Hosts, stages: list[Sta
                 f"{gigabytes(hosts.memory)}; most of it for {largest.count} × {largest.kind} "
                 f"({gigabytes(largest.base + largest.held)} each); {keys or 'use hosts with more memory'}"
             )
-    part = config.partition
-    most = most_memory_needed(part, facts.num_nodes, facts.num_edges, plan_memory.symmetric(config))
-    if part.num_parts > 1 and most > hosts.memory and not any(each.startswith("partition:") for each in problems):
+    if not _begins(config, facts, hosts) and not any(each.startswith("partition:") for each in problems):
+        others = [f"set {name}" for name, other in _partitioners(config).items() if _begins(other, facts, hosts)]
         problems.append(
-            f"partition: {part.method} may need {gigabytes(most)} of memory, there are {gigabytes(hosts.memory)}: it "
-            "would not begin; set partition.preset: terapart or partition.method: streaming"
+            f"partition: a run does not begin it where there are {gigabytes(hosts.memory)}, as a graph of few, large "
+            f"communities takes {gigabytes(_most(config, facts))}; {' or '.join(others) or 'use more memory'}"
         )
     disk = peak_disk(stages)
     if hosts.disk is not None and disk > hosts.disk:
         at = max(stages, key=lambda stage: peak_disk(stages[: stages.index(stage) + 1]))
-        int8 = config.model_copy(update={"partition": config.partition.model_copy(update={"features": "int8"})})
+        int8 = _with(config, "partition", features="int8")
         less = peak_disk(plan_stages(int8, facts, hosts)) <= hosts.disk
         problems.append(
             f"{at.name}: the run directory needs {gigabytes(disk)} of disk, {gigabytes(hosts.disk)} are free; "
@@ -236,29 +241,51 @@ def _problems(config: Config, facts: SourceFacts, hosts: Hosts, stages: list[Sta
 def _advice(stage: str, process: Process, config: Config, facts: SourceFacts, hosts: Hosts) -> list[str]:
     """Keys that make a stage fit, each tried."""
 
-    def with_(section: str, **changes: object) -> Config:
-        return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
-
     tries: dict[str, Config] = {}
-    if stage == "partition" and config.partition.method == "kaminpar":
-        tries["partition.preset: terapart"] = with_("partition", preset="terapart")
-        tries["partition.method: streaming"] = with_("partition", method="streaming")
+    if stage == "partition":
+        tries = {name: other for name, other in _partitioners(config).items() if _begins(other, facts, hosts)}
     if stage == "partition" and process.kind == "part task":
         parts = 4 * config.partition.num_parts
-        tries[f"partition.num_parts: {parts}"] = with_("partition", num_parts=parts)
+        tries[f"partition.num_parts: {parts}"] = _with(config, "partition", num_parts=parts)
     if stage in ("teacher", "student"):
         smaller = max(1, config.cluster.train_workers // 2)
-        tries[f"cluster.train_workers: {smaller}"] = with_("cluster", train_workers=smaller, expert_parallel=None)
+        tries[f"cluster.train_workers: {smaller}"] = _with(
+            config, "cluster", train_workers=smaller, expert_parallel=None
+        )
         batch = max(1, getattr(config, stage).batch_size // 4)
-        tries[f"{stage}.batch_size: {batch}"] = with_(stage, batch_size=batch)
+        tries[f"{stage}.batch_size: {batch}"] = _with(config, stage, batch_size=batch)
     if stage == "soft_labels":
         batch, fewer = max(1, config.soft_labels.batch_size // 4), max(1, config.cluster.inference_workers // 2)
-        tries[f"soft_labels.batch_size: {batch}"] = with_("soft_labels", batch_size=batch)
-        tries[f"cluster.inference_workers: {fewer}"] = with_("cluster", inference_workers=fewer)
+        tries[f"soft_labels.batch_size: {batch}"] = _with(config, "soft_labels", batch_size=batch)
+        tries[f"cluster.inference_workers: {fewer}"] = _with(config, "cluster", inference_workers=fewer)
     good = [f"set {name}" for name, other in tries.items() if _stage_fits(stage, other, facts, hosts)]
     if not good and process.count > 1 and process.base + process.held < hosts.memory / 2:
         good = ["use more hosts, or a Ray cluster that is told of fewer CPUs per host (--address)"]
     return good
+
+
+def _with(config: Config, section: str, **changes: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+
+
+def _partitioners(config: Config) -> dict[str, Config]:
+    """Other ways to partition, by their keys."""
+    if config.partition.method != "kaminpar":
+        return {}
+    return {
+        "partition.preset: terapart": _with(config, "partition", preset="terapart"),
+        "partition.method: streaming": _with(config, "partition", method="streaming"),
+    }
+
+
+def _most(config: Config, facts: SourceFacts) -> int:
+    symmetric = plan_memory.symmetric(config)
+    return most_memory_needed(config.partition, facts.num_nodes, facts.num_edges, symmetric)
+
+
+def _begins(config: Config, facts: SourceFacts, hosts: Hosts) -> bool:
+    """Whether a run would begin to partition, with all memory of a host free."""
+    return config.partition.num_parts == 1 or _most(config, facts) <= hosts.memory
 
 
 def _stage_fits(name: str, config: Config, facts: SourceFacts, hosts: Hosts) -> bool:

@@ -141,6 +141,13 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     return 4 * facts.num_nodes + ids + _ALIVE * _batch(facts, nodes, edges) + messages + states + model
 
 
+def hot_rows(config: Config, facts: SourceFacts) -> float:
+    """`fill_hot`: the rows that a worker keeps of other hosts' nodes, and how often each node came up."""
+    if not config.cluster.shard_servers or not config.cluster.cache_mb or facts.nonzeros is not None:
+        return 0
+    return min(1e6 * config.cluster.cache_mb, facts.num_nodes * feature_bytes(facts)) + 2 * facts.num_nodes
+
+
 def inference_actor(config: Config, facts: SourceFacts) -> float:
     """`soft_labels._make_worker`: positions of the sampler, batches ahead, and the messages of a layer."""
     settings, hidden, fanout = config.soft_labels, config.teacher.hidden, config.soft_labels.fanout

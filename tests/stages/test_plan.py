@@ -44,8 +44,30 @@ def test_a_partitioner_that_does_not_fit_is_named_with_what_would() -> None:
     assert "partition.method: streaming" in problem
     assert "terapart" not in problem  # it does not fit either
     assert planned(PAPERS, memory=24, partition={"method": "streaming"}).problems == []
-    (problem,) = planned(PAPERS, memory=44).problems
+    (problem,) = planned(PAPERS, memory=66).problems
+    assert "a run does not begin it" in problem
     assert "set partition.preset: terapart or set partition.method: streaming" in problem
+    assert planned(PAPERS, memory=66, partition={"preset": "terapart"}).problems == []
+
+
+def test_served_parts_and_their_cache_are_counted() -> None:
+    def of(stage: str, cluster: dict[str, int]) -> list[tuple[str, int]]:
+        (plan,) = [
+            each
+            for each in planned(PAPERS, hosts=4, cluster=cluster, partition={"num_parts": 16}).stages
+            if each.name == stage
+        ]
+        return [(process.kind, process.count) for process in plan.worst if process.count]
+
+    def held(cluster: dict[str, int]) -> int:
+        teacher = planned(PAPERS, hosts=4, cluster=cluster, partition={"num_parts": 16}).stages[2]
+        return next(process.held for process in teacher.worst if process.kind == "teacher worker")
+
+    served = {"train_workers": 8, "inference_workers": 8, "shard_servers": 8}
+    assert ("shard server", 2) in of("teacher", served)
+    assert ("shard server", 2) not in of("evaluate", served)
+    cached = held({**served, "cache_mb": 1000}) - held(served)
+    assert cached == 10**9 + 2 * PAPERS.num_nodes
 
 
 def test_training_that_does_not_fit_names_keys_that_were_tried() -> None:
