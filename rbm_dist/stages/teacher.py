@@ -181,7 +181,8 @@ def train_teacher(
         }  # fmt: skip
         if config.cluster.cache_mb:
             asked, hits = sum_figures([*(store.hot.take_counts() if store.hot else (0, 0))], mesh)
-            figures["cache_hit_rate"] = hits / max(asked, 1)  # of the rows of other hosts' nodes
+            if asked:
+                figures["cache_hit_rate"] = hits / asked  # of the rows of other hosts' nodes
         # By accuracy: among equals by loss, which is weighed too little to overrule one node.
         score = -val_loss if settings.select == "loss" else val_accuracy - 1e-9 * val_loss
         if not math.isfinite(figures["loss"]):
