@@ -112,7 +112,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """A graph for what trains: few edges, many features."""
     source = {
-        "num_nodes": 300_000, "degree": 16, "num_communities": 120, "num_features": 128, "train_share": 0.03,
+        "num_nodes": 200_000, "degree": 16, "num_communities": 80, "num_features": 128, "train_share": 0.03,
         "val_share": 0.01,
     }  # fmt: skip
     url = tmp_path_factory.mktemp("wide")
@@ -124,7 +124,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     "source",
     [
         {"num_nodes": 500_000, "degree": 48.0, "num_communities": 200, "num_features": 32},
-        {"num_nodes": 1_200_000, "degree": 8.0, "num_communities": 480, "num_features": 8},
+        {"num_nodes": 900_000, "degree": 10.0, "num_communities": 360, "num_features": 8},
     ],
     ids=["dense", "large"],
 )
@@ -196,7 +196,7 @@ def test_evaluate(wide: tuple[dict[str, Any], str], tiny: Path) -> None:
     [
         {"models": ["mlp"], "batch_size": 60_000},
         {"models": ["rbm"], "batch_size": 20_000, "kmeans_rows": 1000},
-        {"models": ["rbm"], "batch_size": 2048, "kmeans_rows": 80_000, "num_experts": 2, "top_k": 1},
+        {"models": ["rbm"], "batch_size": 2048, "kmeans_rows": 60_000, "num_experts": 2, "top_k": 1},
     ],
     ids=["mlp", "step", "k-means"],
 )
@@ -213,7 +213,7 @@ def test_student(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[st
     check("student", plan_memory.student_worker(config, source_facts(config.source, 0)), measured)
 
 
-@pytest.mark.parametrize(("num_nodes", "degree", "num_parts"), [(300_000, 30.0, 8), (800_000, 12.0, 64)])
+@pytest.mark.parametrize(("num_nodes", "degree", "num_parts"), [(300_000, 30.0, 8), (500_000, 12.0, 64)])
 def test_kaminpar(num_nodes: int, degree: float, num_parts: int, tmp_path: Path) -> None:
     """Its own process, which here is the one that is watched."""
     source = {"num_nodes": num_nodes, "degree": degree, "num_communities": num_nodes // 2500, "num_features": 1}
