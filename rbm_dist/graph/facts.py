@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
@@ -117,7 +118,8 @@ def _pyg(config: PygConfig, seed: int) -> SourceFacts:
 def _whole(config: SourceSection, seed: int) -> SourceFacts:
     graph = source.read(config, seed)
     train, val = (int(np.sum(graph.split == code)) for code in (TRAIN, VAL))
-    nonzeros = sum(chunk.nnz for chunk in graph.feat_chunks()) if graph.sparse_feat else None  # type: ignore[union-attr]
+    sparse_chunks = (chunk for chunk in graph.feat_chunks() if isinstance(chunk, sp.csr_array))
+    nonzeros = sum(chunk.nnz for chunk in sparse_chunks) if graph.sparse_feat else None
     return SourceFacts(
         graph.csc.num_nodes, graph.csc.num_edges, graph.num_features, graph.num_classes, train, val, False,
         nonzeros=nonzeros,

@@ -4,7 +4,6 @@ Worth it where parts lie on object storage and no host's disk holds them all: ea
 only. A server keeps no state of its own: one that is lost starts again elsewhere and opens its parts from storage.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,9 +133,6 @@ class _ShardServer:
         self._url, self._parts = url, parts
         self._opened: GraphStore | None = None
         self._opening = Lock()
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def host(self) -> str:
         return ray.get_runtime_context().get_node_id()
