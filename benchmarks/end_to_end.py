@@ -26,7 +26,7 @@ from benchmarks.report import Row, main
 from benchmarks.sampling import FANOUT, SEEDS
 from benchmarks.shards import FLOOR_SHARE, MEMORY, Peak
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.sampler import NumbaSampler, Sample
 from rbm_dist.graph.splits import TRAIN

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from benchmarks.report import Row, main
-from rbm_dist.config import Config, PartitionConfig
+from rbm_dist.config.run import Config, PartitionConfig
 from rbm_dist.graph.csc import Csc, build, destinations
 from rbm_dist.graph.partition import memory_needed, partition
 from rbm_dist.graph.partition_report import partition_report

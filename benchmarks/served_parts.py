@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.report import Row, main, seconds
 from benchmarks.sampling import FANOUT, SEEDS
-from rbm_dist.config import ClusterConfig, Config
-from rbm_dist.graph.hot_rows import fill_hot
+from rbm_dist.config.run import ClusterConfig, Config
+from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.shard_servers import ShardServers, shard_servers

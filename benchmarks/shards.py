@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.report import Row, main
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.source import below, over_here, stage_source
 

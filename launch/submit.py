@@ -20,7 +20,7 @@ import yaml
 
 import rbm_dist
 from rbm_dist import storage
-from rbm_dist.config import Config, load
+from rbm_dist.config.run import Config, load
 from rbm_dist.errors import InputError, RunError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"

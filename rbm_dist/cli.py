@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rbm_dist import __version__
-from rbm_dist.config import Config, load
+from rbm_dist.config.run import Config, load
 from rbm_dist.errors import InputError, RunError
 
 app = typer.Typer(
@@ -86,8 +86,8 @@ def plan(
     """Estimate disk, memory, network and time of each stage before anything runs. Exit code 1: it would not fit."""
     loaded = load(config, overrides)
     from rbm_dist import storage
-    from rbm_dist.graph.facts import source_facts
     from rbm_dist.report.plan_table import plan_table
+    from rbm_dist.sources.facts import source_facts
     from rbm_dist.stages.plan import make_plan, these_hosts
 
     facts = source_facts(loaded.source, loaded.seed)
@@ -166,7 +166,7 @@ def experiment(
     tables: Annotated[bool, typer.Option("--tables", help="Run nothing: write the tables of what is done.")] = False,
 ) -> None:
     """Run datasets × settings × students × objectives × seeds; write their tables. Run it again to go on."""
-    from rbm_dist.experiment_config import load_experiment
+    from rbm_dist.config.experiment import load_experiment
 
     loaded, trials = load_experiment(config, overrides)
     console = Console()

@@ -10,9 +10,9 @@ from rbm_dist import storage
 from rbm_dist.graph import csc, shuffle
 from rbm_dist.graph.partition_report import partition_report
 from rbm_dist.graph.shuffle import Layout, Numbering
-from rbm_dist.graph.source import SourceGraph
-from rbm_dist.graph.staged import StagedSource, write_source
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.sources.source import SourceGraph
+from rbm_dist.sources.staged import StagedSource, write_source
 
 
 def small_graph(num_nodes: int = 240, num_features: int = 12, num_classes: int = 5, seed: int = 0) -> SourceGraph:

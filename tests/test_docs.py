@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from rbm_dist.config import Config
-from rbm_dist.config_fields import Section
-from rbm_dist.source_config import SourceConfig
+from rbm_dist.config.fields import Section
+from rbm_dist.config.run import Config
+from rbm_dist.config.source import SourceConfig
 
 ROOT = Path(__file__).parents[1]
 

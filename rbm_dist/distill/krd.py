@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from rbm_dist.config import KrdConfig
+from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import soften
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.moe.keyed_dropout import derive_keys

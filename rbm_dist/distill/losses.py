@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.distill.kd import kd_loss, label_loss
 from rbm_dist.distill.krd import ReliableSampling, krd_loss
 from rbm_dist.distill.nosmog import adversarial_noise, similarity_loss

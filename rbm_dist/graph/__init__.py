@@ -1,1 +1,1 @@
-"""Sources, partitioners, shards, the store over them, and neighbour sampling. Knows nothing of Ray."""
+"""Partitioners, shards, the store over them, and neighbour sampling. Knows nothing of Ray."""

@@ -18,7 +18,7 @@ import numpy as np
 from numba import uint64, vectorize
 
 from rbm_dist import storage
-from rbm_dist.config import EncodingsConfig
+from rbm_dist.config.run import EncodingsConfig
 from rbm_dist.graph.deepwalk import deepwalk
 from rbm_dist.graph.propagate import batches, mean_of_neighbours
 from rbm_dist.graph.random_bits import key, mix

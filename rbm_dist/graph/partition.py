@@ -14,7 +14,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from rbm_dist.config import PartitionConfig
+from rbm_dist.config.run import PartitionConfig
 from rbm_dist.errors import InputError, RunError, disk_full
 from rbm_dist.graph import streaming
 from rbm_dist.graph.csc import Csc, build, destinations
@@ -22,7 +22,7 @@ from rbm_dist.graph.random_bits import generator
 
 _CHUNK = 1 << 22
 # Bytes per node and per edge (both directions counted) that KaMinPar's process holds at its peak, fitted to graphs with
-# communities (`graph/synthetic.py`) of 2 to 57 M edges, mean degree 4 to 50. A graph without any structure does not
+# communities (`sources/synthetic.py`) of 2 to 57 M edges, mean degree 4 to 50. A graph without any structure does not
 # shrink as it is coarsened and takes up to three times that. `fast` splits a large graph where parts are many.
 _KAMINPAR_BYTES = {"fast": (150, 9.3), "default": (50, 15.0), "terapart": (50, 11.5)}
 _MANY_PARTS_BYTES = 7  # per edge, of `fast`: none of it for 8 parts, all of it for 64

@@ -13,7 +13,7 @@ from rbm_dist import storage
 from rbm_dist.graph.csc import Csc, id_dtype
 from rbm_dist.graph.quantised import encode, scales
 from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, PER_ROW, QUANTISED, SPARSE_FEAT, VERSION, part_name
-from rbm_dist.graph.staged import RowPieces, StagedSource
+from rbm_dist.sources.staged import RowPieces, StagedSource
 
 SPILL = "spill"
 """The folder of the spilled chunks, below the graph's; removed at the end."""

@@ -45,7 +45,7 @@ class GraphStore:
     """An opened graph. `open` it; the arrays are mapped when first asked for."""
 
     hot: HotRows | None = None
-    """Rows of other hosts' nodes that are kept here; see `hot_rows.fill_hot`."""
+    """Rows of other hosts' nodes that are kept here; see `presampling.fill_hot`."""
 
     def __init__(
         self, url: str, index: dict, sampler: str, parts: Iterable[int] | None, remote: RemoteParts | None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import ray
 
-from rbm_dist.config import ClusterConfig
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError
 
 # Only handles and small arrays enter the object store; features and embeddings never do.

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError
 
-from rbm_dist.config import ClusterConfig
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import RunError
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.store import GraphStore, StoredRows

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rbm_dist import storage
-from rbm_dist.config import ClusterConfig
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.failures import RAY_FAILURES, explain

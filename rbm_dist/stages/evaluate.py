@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.splits import SPLIT_NAMES, TEST, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore

@@ -29,15 +29,15 @@ import torch
 from rich.console import Console
 
 from rbm_dist import __version__, storage
-from rbm_dist.config import ClusterConfig, Config
+from rbm_dist.config.experiment import ExperimentConfig, Trial
+from rbm_dist.config.run import ClusterConfig, Config
+from rbm_dist.config.source import OgbConfig
 from rbm_dist.errors import InputError, RunError, disk_full
-from rbm_dist.experiment_config import ExperimentConfig, Trial
-from rbm_dist.graph.ogb import ogb_folder
 from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, tidy
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
-from rbm_dist.source_config import OgbConfig
+from rbm_dist.sources.ogb import ogb_folder
 from rbm_dist.stages import local
 from rbm_dist.stages.run import locked
 

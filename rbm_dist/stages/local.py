@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rbm_dist import storage
-from rbm_dist.config import ClusterConfig, Config
+from rbm_dist.config.run import ClusterConfig, Config
 from rbm_dist.graph.encodings import encode_in_process
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh

@@ -9,13 +9,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph import shuffle
 from rbm_dist.graph.partition import partition
 from rbm_dist.graph.partition_report import partition_report
 from rbm_dist.graph.shuffle import SPILL, Layout, Numbering, Spill
-from rbm_dist.graph.staged import StagedSource
+from rbm_dist.sources.staged import StagedSource
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.source import Over, below, over_tasks
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError, disk_full
 from rbm_dist.graph import encodings
 from rbm_dist.report.metrics import MetricsWriter

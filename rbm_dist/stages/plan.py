@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rbm_dist import storage
-from rbm_dist.config import Config
-from rbm_dist.graph.edges import MERGED_EDGES
+from rbm_dist.config.run import Config
 from rbm_dist.graph.encodings import arrays
-from rbm_dist.graph.facts import SourceFacts
 from rbm_dist.graph.partition import available_memory, most_memory_needed
+from rbm_dist.sources.edges import MERGED_EDGES
+from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_cost, plan_memory
 
 # Anonymous memory of processes that have done nothing yet (Ray 2.60, torch 2.13 on CPU), measured.

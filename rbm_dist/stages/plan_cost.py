@@ -7,8 +7,8 @@ Rates are those of one core of a 2-core machine; times are rough, and those of a
 import math
 from dataclasses import dataclass
 
-from rbm_dist.config import Config
-from rbm_dist.graph.facts import SourceFacts
+from rbm_dist.config.run import Config
+from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_memory as memory
 from rbm_dist.stages.evaluate import LOADED_NODES
 

@@ -7,14 +7,14 @@ line of the code that it names. Tests compare them with measurements.
 import itertools
 import math
 
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
+from rbm_dist.config.source import OgbConfig, SyntheticConfig, TablesConfig
 from rbm_dist.graph import partition
-from rbm_dist.graph.edges import MERGED_EDGES, RUN_EDGES
-from rbm_dist.graph.facts import SourceFacts
 from rbm_dist.graph.propagate import _BYTES as PROPAGATED_BYTES
 from rbm_dist.graph.shuffle import _CHUNK_EDGES as CHUNK_EDGES
 from rbm_dist.graph.shuffle import _CHUNK_ROWS as CHUNK_ROWS
-from rbm_dist.source_config import OgbConfig, SyntheticConfig, TablesConfig
+from rbm_dist.sources.edges import MERGED_EDGES, RUN_EDGES
+from rbm_dist.sources.facts import SourceFacts
 
 _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready and one in the making (`Prefetch`)
 # Measured on degrees that follow a power law: samples repeat nodes as often as if half of the nodes had all edges, and

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbm_dist import __version__, storage
-from rbm_dist.config import Config, flatten
+from rbm_dist.config.run import Config, flatten
 from rbm_dist.errors import InputError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.shards import part_name

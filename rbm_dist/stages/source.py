@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
-from rbm_dist.graph import edges, staged
-from rbm_dist.graph import source as source_
 from rbm_dist.graph.csc import id_dtype
-from rbm_dist.graph.edges import Merge
 from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.splits import SPLIT_NAMES, UNSEEN, check_split, hidden_split, split_per_class
-from rbm_dist.graph.streamed import StreamedSource
 from rbm_dist.runtime.tasks import run_tasks
+from rbm_dist.sources import edges, staged
+from rbm_dist.sources import source as source_
+from rbm_dist.sources.edges import Merge
+from rbm_dist.sources.streamed import StreamedSource
 from rbm_dist.stages.run import Files, Run
 
 _WORK = "work"

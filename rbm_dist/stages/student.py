@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.errors import InputError
-from rbm_dist.graph.hot_rows import fill_hot
 from rbm_dist.graph.loader import Prefetch
+from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore

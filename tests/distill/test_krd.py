@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from rbm_dist.config import KrdConfig
+from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import kd_loss
 from rbm_dist.distill.krd import Pairs, ReliableSampling, krd_loss
 from rbm_dist.graph.random_bits import key

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.distill.nosmog import adversarial_noise

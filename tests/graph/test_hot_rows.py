@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rbm_dist.graph.hot_rows import HotRows, fill_hot
+from rbm_dist.graph.hot_rows import HotRows
+from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.store import GraphStore
 from tests.graph.other_host import OtherHost
 from tests.small_graph import small_store

@@ -11,14 +11,14 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from rbm_dist.config import PartitionConfig
+from rbm_dist.config.run import PartitionConfig
+from rbm_dist.config.source import NpzConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph import partition as partition_
 from rbm_dist.graph.csc import Csc, build
 from rbm_dist.graph.partition import PARTITIONERS, available_memory, most_memory_needed, partition
 from rbm_dist.graph.partition_report import partition_report
-from rbm_dist.graph.source import read
-from rbm_dist.source_config import NpzConfig
+from rbm_dist.sources.source import read
 
 METHODS = sorted(PARTITIONERS)
 
@@ -162,7 +162,7 @@ def test_kaminpar_says_nothing_on_the_terminal(communities: Csc, capfd: pytest.C
 
 _KILLED = """
 import numpy as np
-from rbm_dist.config import PartitionConfig
+from rbm_dist.config.run import PartitionConfig
 from rbm_dist.graph import partition as module
 from rbm_dist.graph.csc import build
 module._SOLVE = "import os; os.kill(os.getppid(), 9)"

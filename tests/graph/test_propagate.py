@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from rbm_dist.graph import propagate
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.propagate import batches, mean_of_neighbours
-from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.sources.source import SourceGraph
 from tests.graph.reference import Graph, graphs
 from tests.small_graph import write_graph
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbm_dist.graph import csc as csc_
-from rbm_dist.graph.hot_rows import fill_hot
+from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.store import GraphStore
 from tests.graph.other_host import OtherHost
 from tests.small_graph import small_graph, small_store, with_sparse_features, write_graph

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from rbm_dist.graph import shards, shuffle
 from rbm_dist.graph.shuffle import Numbering
-from rbm_dist.graph.source import SourceGraph
-from rbm_dist.graph.staged import RowPieces, StagedSource, write_source
+from rbm_dist.sources.source import SourceGraph
+from rbm_dist.sources.staged import RowPieces, StagedSource, write_source
 from tests.graph.reference import Graph, graphs
 from tests.small_graph import with_sparse_features, write_shards
 

@@ -11,8 +11,8 @@ from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.sampler import NumbaSampler
 from rbm_dist.graph.shards import SPARSE_FEAT
-from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.sources.source import SourceGraph
 from tests.graph.reference import Graph, check_sample
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 

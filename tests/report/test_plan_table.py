@@ -5,9 +5,9 @@ import re
 import pytest
 from rich.console import Console
 
-from rbm_dist.config import Config
-from rbm_dist.graph.facts import SourceFacts
+from rbm_dist.config.run import Config
 from rbm_dist.report.plan_table import duration, plan_table, size
+from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages.plan import Hosts, make_plan
 
 

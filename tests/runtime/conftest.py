@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rbm_dist.config import ClusterConfig
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.runtime.cluster import ray_cluster
 
 

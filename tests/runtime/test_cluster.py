@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rbm_dist.config import ClusterConfig
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError
 from rbm_dist.runtime.cluster import ray_cluster
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from rbm_dist.config import ClusterConfig
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers

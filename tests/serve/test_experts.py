@@ -10,11 +10,11 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
 from rbm_dist.serve import experts
 from rbm_dist.serve.experts import expert_figures, input_maps
+from rbm_dist.sources.source import SourceGraph
 from tests.small_graph import small_graph, write_graph
 
 EXPERTS, TOP_K, HIDDEN, CLASSES, NODES = 6, 2, 16, 5, 240

@@ -11,12 +11,12 @@ import scipy.stats
 from scipy.sparse.csgraph import connected_components
 
 from rbm_dist import storage
+from rbm_dist.config.source import NpzConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph import source
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve import predictor
 from rbm_dist.serve.predictor import Predictions, predict, write_parquet
-from rbm_dist.source_config import NpzConfig
+from rbm_dist.sources import source
 from tests.serve.reference import class_probabilities, random_student
 from tests.small_graph import small_graph, write_graph
 

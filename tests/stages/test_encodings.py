@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.encodings import encode_in_process
 from rbm_dist.graph.store import GraphStore

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rbm_dist import cli
-from rbm_dist.config import Config
-from rbm_dist.experiment_config import load_experiment
+from rbm_dist.config.experiment import load_experiment
+from rbm_dist.config.run import Config
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve.artifact import empty_student

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
-from rbm_dist.graph.source import SourceGraph
-from rbm_dist.graph.staged import write_source
+from rbm_dist.sources.source import SourceGraph
+from rbm_dist.sources.staged import write_source
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.run import Files
 from rbm_dist.stages.source import over_here

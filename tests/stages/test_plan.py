@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from rbm_dist.config import Config
-from rbm_dist.graph.facts import SourceFacts, source_facts
+from rbm_dist.config.run import Config
+from rbm_dist.sources.facts import SourceFacts, source_facts
 from rbm_dist.stages import local
 from rbm_dist.stages.plan import Hosts, Plan, make_plan, peak_disk, these_hosts
 from rbm_dist.stages.plan_cost import Costs

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rbm_dist import storage
-from rbm_dist.config import Config
-from rbm_dist.graph.facts import source_facts
+from rbm_dist.config.run import Config
 from rbm_dist.graph.partition import memory_needed
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import empty_student, save_student, save_weights
+from rbm_dist.sources.facts import source_facts
 from rbm_dist.stages import plan_memory
 from rbm_dist.stages.evaluate import _evaluate
 from rbm_dist.stages.local import MetricsRecorder
@@ -231,7 +231,7 @@ def solve(url: str, settings: dict[str, Any]) -> None:
     """Partition in this process."""
     import kaminpar
 
-    from rbm_dist.config import PartitionConfig
+    from rbm_dist.config.run import PartitionConfig
     from rbm_dist.graph.csc import Csc
     from rbm_dist.graph.partition import _write_parhip
 

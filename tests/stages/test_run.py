@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.stages import run as run_
 from rbm_dist.stages.run import Stage
 

@@ -15,13 +15,13 @@ import scipy.stats
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.random_bits import key
-from rbm_dist.graph.source import SourceGraph
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
 from rbm_dist.serve.artifact import save_weights
+from rbm_dist.sources.source import SourceGraph
 from rbm_dist.stages import soft_labels
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.run import Run

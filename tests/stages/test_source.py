@@ -9,15 +9,16 @@ import torch
 from torch_geometric.data import Data
 
 from rbm_dist import storage
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
-from rbm_dist.graph import csc, edges, source
+from rbm_dist.graph import csc
 from rbm_dist.graph.splits import TEST, UNSEEN
-from rbm_dist.graph.staged import StagedSource
-from rbm_dist.graph.streamed import StreamedSource
+from rbm_dist.sources import edges, source
+from rbm_dist.sources.staged import StagedSource
+from rbm_dist.sources.streamed import StreamedSource
 from rbm_dist.stages.source import below, over_here, stage_source
-from tests.graph import table_input
-from tests.graph.pieces import read_edges, read_features
+from tests.sources import table_input
+from tests.sources.pieces import read_edges, read_features
 
 SOURCE = {
     "kind": "synthetic",

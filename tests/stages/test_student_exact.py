@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rbm_dist.config import Config
+from rbm_dist.config.run import Config
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.stages.student import train_students
 from tests.gloo import run_ranks

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from rbm_dist.config import Config, StudentConfig
+from rbm_dist.config.run import Config, StudentConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import VAL

@@ -1,0 +1,1 @@
+"""The configuration of runs, sources and experiments as typed, validated models."""

@@ -1,0 +1,326 @@
+"""The whole configuration as typed, validated models, and how a YAML file and `key=value` overrides become one.
+
+`load(path, overrides)` is the only way in. Every refusal names the file, the key and the reason. The section
+`cluster` says how a run is carried out; all other sections say what is computed, and are part of a run's identity.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from rbm_dist.config.fields import NUMBER, Count, Fanout, Fraction, Positive, Rate, Section, Share, Weight
+from rbm_dist.config.source import DigitsConfig, SourceConfig
+from rbm_dist.errors import InputError
+
+
+class PartitionConfig(Section):
+    method: Literal["kaminpar", "streaming", "random"] = Field(
+        "kaminpar", description="kaminpar: in memory, fewest edges cut; streaming: passes over the graph on disk"
+    )
+    num_parts: Positive = 4
+    imbalance: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
+        0.03, description="how far a part may exceed the mean size"
+    )
+    balance: Literal["nodes", "edges", "both"] = Field(
+        "nodes", description="what a part's size is: its nodes, its in-edges, or half of each"
+    )
+    preset: Literal["fast", "default", "terapart"] = Field(
+        "fast", description="of kaminpar; terapart: a compressed graph, for less memory"
+    )
+    passes: Count = Field(5, description="of streaming: passes over the graph after the first")
+    features: Literal["float32", "float16", "int8"] = Field(
+        "float32", description="how dense features are stored; int8: with a scale per column"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.method == "random" and self.balance != "nodes":
+            raise ValueError(f"partition.balance: random parts balance nodes, not {self.balance}; use another method")
+        return self
+
+
+class TeacherConfig(Section):
+    """GraphSAGE, one layer per entry of `fanout`."""
+
+    hidden: Positive = 128
+    sampler: Literal["numba", "pyg_lib", "torch_sparse"] = Field(
+        "numba", description="the sampling kernel of all stages"
+    )
+    fanout: Fanout = (10, 10)
+    dropout: Fraction = 0.5
+    lr: Rate = 0.01
+    weight_decay: Weight = 5e-4
+    epochs: Positive = 100
+    batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
+    select: Literal["loss", "accuracy"] = Field("loss", description="what the kept epoch is best at, on validation")
+    patience: Positive | None = Field(None, description="stop after so many epochs without a better one")
+    calibrate: bool = Field(False, description="scale the logits by the temperature that fits validation best")
+
+
+class SoftLabelsConfig(Section):
+    inference: Literal["sampled", "exact"] = Field(
+        "sampled", description="sampled: mini-batches of sampled neighbours; exact: layer by layer, all neighbours"
+    )
+    fanout: Fanout | None = Field(None, description="default: the teacher's; only for sampled inference")
+    batch_size: Positive = 1024
+    entropy_change: bool = Field(
+        False, description="also store how the teacher's entropy changes under feature noise; `student.objective: krd`"
+    )
+    hidden: bool = Field(False, description="also store the teacher's last hidden states; for `student.similarity`")
+
+
+class EncodingsConfig(Section):
+    """What a node's surroundings say, as further inputs of the student."""
+
+    positional: Literal["none", "fastrp", "deepwalk"] = Field(
+        "none", description="fastrp: propagated random projections, for any size; deepwalk: graphs that fit in memory"
+    )
+    positional_dim: Positive = 64
+    hops: Positive = Field(8, description="fastrp: powers of the transition matrix")
+    label_propagation: bool = Field(False, description="propagated training labels, a node's own left out (CoHOp)")
+    damping: Fraction = Field(0.9, description="label propagation: what a step keeps of the neighbours")
+    iterations: Positive = Field(10, description="steps of label propagation")
+    folds: Annotated[int, Field(ge=2), NUMBER] = Field(
+        5, description="training labels are left out in so many groups, each for its own nodes"
+    )
+
+
+class KrdConfig(Section):
+    """Reliable sampling (Wu et al., 2023): a neighbour j teaches with probability `1 − δ_j^q`."""
+
+    fanout: Annotated[int, Field(ge=-1), NUMBER] = Field(-1, description="in-neighbours that can teach a node; -1: all")
+    initial_power: Rate = Field(1.0, description="q before it is fitted")
+    momentum: Fraction = Field(0.9, description="what a fit keeps of the power before")
+    min_update_epoch: Count = Field(10, description="the first epoch after which q is fitted")
+    bins: Positive = Field(50, description="of the histogram of δ that q is fitted to")
+
+
+class AdversarialConfig(Section):
+    """Feature noise that raises the loss most (PGD), as further training rows (NOSMOG)."""
+
+    weight: Weight = Field(0.0, description="of the loss on the noisy rows; 0: none")
+    epsilon: Rate = Field(0.01, description="largest change of a feature")
+    steps: Positive = 5
+
+
+class StudentConfig(Section):
+    models: tuple[Literal["mlp", "mlp_x2", "mlp_x4", "mlp_x8", "ensemble", "moe", "rbm"], ...] = Field(
+        ("mlp", "rbm"), min_length=1
+    )
+    inputs: tuple[Literal["feat", "pos", "prop"], ...] = Field(
+        ("feat",), min_length=1, description="arrays of a node that are joined to its input"
+    )
+    objective: Literal["kd", "krd"] = Field(
+        "kd", description="kd: a node's own soft labels; krd: reliable neighbours' too"
+    )
+    krd: KrdConfig = KrdConfig()
+    similarity: Weight = Field(0.0, description="weight of the similarity between hidden states and the teacher's")
+    adversarial: AdversarialConfig = AdversarialConfig()
+    hidden: Positive = 128
+    num_layers: Positive = 2
+    norm: Literal["layer", "batch", "none"] = "layer"
+    dropout: Fraction = 0.1
+    lr: Rate = 0.005
+    weight_decay: Weight = 1e-4
+    epochs: Positive = Field(120, description="passes over the nodes, pre-training included")
+    patience: Positive | None = Field(None, description="stop a phase after so many epochs without a better one")
+    hold_out_validation: bool = Field(
+        False, description="no distillation on validation nodes, so that they tell how nodes fare that arrive later"
+    )
+    batch_size: Positive = Field(512, description="nodes per optimiser step, over all workers")
+    average: Fraction = Field(
+        0.0, description="decay of a moving average of the weights, used in place of them; 0: none"
+    )
+    temperature: Rate = Field(1.0, description="softens teacher and student alike")
+    label_weight: Share = Field(0.0, description="share of the true labels in the loss")
+    ensemble_size: Positive = Field(3, description="members of the ensemble of MLPs")
+    num_experts: Positive = 8
+    top_k: Positive = 3
+    routing_temperature: Rate = Field(1.0, description="divides the cosines before the softmax over the k chosen")
+    input_attention: bool = Field(False, description="a learned scale of the input per expert")
+    reseed_after: Positive | None = Field(None, description="steps without a row after which an expert starts anew")
+    pretrain_epochs: Positive = Field(30, description="epochs in which the RbM is still one plain network")
+    kmeans_rows: Positive = Field(100_000, description="rows that the memories are initialised from, at most")
+    ema_decay: Fraction = 0.9
+    commitment: Weight = 0.05
+    self_similarity: Weight = 0.01
+    load_balance: Weight = 0.01
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"student.top_k: {self.top_k} > num_experts: {self.num_experts}")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"student.models: {', '.join(self.models)} names a model twice")
+        if len(set(self.inputs)) < len(self.inputs):
+            raise ValueError(f"student.inputs: {', '.join(self.inputs)} names an array twice")
+        if "rbm" in self.models and self.pretrain_epochs >= self.epochs:
+            raise ValueError(f"student.pretrain_epochs: {self.pretrain_epochs} >= epochs: {self.epochs}")
+        return self
+
+
+class ClusterConfig(Section):
+    """How the run is carried out; changes nothing in what it computes."""
+
+    train_workers: Positive = 2
+    inference_workers: Positive = 2
+    use_gpu: bool = Field(False, description="one GPU per training and inference worker")
+    expert_parallel: Positive | None = Field(
+        None, description="workers that share one set of experts; default: all. Must divide train_workers"
+    )
+    memory_store: Literal["actor", "in_process"] = Field(
+        "actor",
+        description="where the routing memory lives: one Ray actor, or a copy per worker kept equal by all-reduce",
+    )
+    shard_servers: Count = Field(
+        0, description="actors that serve the parts to workers on other hosts; 0: every worker maps all parts itself"
+    )
+    cache_mb: Count = Field(
+        0, description="megabytes of other hosts' feature rows that a worker keeps, those sampled most often"
+    )
+    checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
+    max_failures: Count = Field(3, description="times that lost workers are replaced")
+    timeout_s: Rate = Field(300.0, description="longest wait for another worker, in seconds")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.expert_parallel and self.train_workers % self.expert_parallel:
+            raise ValueError(
+                f"cluster.expert_parallel: {self.expert_parallel} does not divide train_workers: {self.train_workers}"
+            )
+        return self
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = Field(min_length=1, description="where everything is written; any fsspec URL")
+    seed: Annotated[int, Field(ge=0, lt=2**31), NUMBER] = 0
+    source: Annotated[SourceConfig, Field(discriminator="kind")] = DigitsConfig()
+    partition: PartitionConfig = PartitionConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    soft_labels: SoftLabelsConfig = SoftLabelsConfig()
+    encodings: EncodingsConfig = EncodingsConfig()
+    student: StudentConfig = StudentConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        fanout = self.soft_labels.fanout
+        if fanout is not None and len(fanout) != len(self.teacher.fanout):
+            raise ValueError(
+                f"soft_labels.fanout: {len(fanout)} layers, but teacher.fanout has {len(self.teacher.fanout)}"
+            )
+        if self.soft_labels.inference == "exact" and fanout is not None:
+            raise ValueError("soft_labels.fanout: exact inference takes every neighbour; remove it or use 'sampled'")
+        if self.cluster.shard_servers and self.teacher.sampler != "numba":
+            raise ValueError(
+                f"teacher.sampler: {self.teacher.sampler} needs all parts on every host; use numba, "
+                "or cluster.shard_servers: 0"
+            )
+        if self.student.objective == "krd" and not self.soft_labels.entropy_change:
+            raise ValueError("student.objective: krd needs soft_labels.entropy_change: true")
+        if self.student.similarity > 0 and not self.soft_labels.hidden:
+            raise ValueError("student.similarity: needs soft_labels.hidden: true")
+        if self.soft_labels.hidden and len(self.teacher.fanout) < 2:
+            raise ValueError("soft_labels.hidden: a teacher of one layer (teacher.fanout) has no hidden states")
+        made = {"feat": True, "pos": self.encodings.positional != "none", "prop": self.encodings.label_propagation}
+        for name in self.student.inputs:
+            if not made[name]:
+                key = {"pos": "positional", "prop": "label_propagation"}[name]
+                raise ValueError(f"student.inputs: '{name}' needs encodings.{key}")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key.subkey=value` overrides and validate.
+
+    Raises `InputError` naming the file, the key and the reason.
+    """
+    tree, overridden = read_tree(path, overrides)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(refusals(error, str(path), overridden))) from None
+
+
+def read_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """A YAML file's mapping with `key.subkey=value` overrides applied, and the keys that these set.
+
+    Raises `InputError` naming the file and the reason.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path}: cannot read the configuration: {reason}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date of month 13
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a configuration is a mapping of keys to values, found {type(tree).__name__}")
+    return tree, [_apply(tree, item) for item in overrides or []]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`: the keys as a person writes them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply(tree: dict[str, Any], item: str) -> str:
+    key, equals, value = item.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise InputError(f"command line: '{item}' is not of the form key=value, such as student.num_experts=16")
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(f"command line: {key}: '{value}' is not a YAML value") from None
+    for name in names[:-1]:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise InputError(f"command line: {key}: '{name}' is a value, not a section")
+        tree = child
+    tree[names[-1]] = parsed
+    return ".".join(names)
+
+
+def refusals(error: ValidationError, path: str, overridden: list[str]) -> list[str]:
+    """A message per wrong key: the file, the key, the reason. `overridden`: keys set on the command line."""
+    # pydantic puts the discriminator's value into the location; a user never wrote it.
+    kinds = [str(kind.model_fields["kind"].default) for kind in get_args(SourceConfig)]
+    messages = []
+    items = error.errors(include_url=False)
+    # Of `models: [gcn]` pydantic also says that no model is left.
+    implied = {item["loc"][:end] for item in items for end in range(1, len(item["loc"]))}
+    for item in items:
+        if item["loc"] in implied:
+            continue
+        names = [str(name) for name in item["loc"]]
+        if len(names) > 2 and names[0] == "source" and names[1] in kinds:
+            del names[1]
+        key = ".".join(names)
+        given = any(key == name or key.startswith(f"{name}.") for name in overridden)
+        origin = f"{path} (and the command line)" if given else path
+        reasons = {
+            "extra_forbidden": "unknown key",
+            "missing": "missing; set it in the file or on the command line",
+            "union_tag_not_found": f"kind is missing; it is one of {', '.join(kinds)}",
+            "union_tag_invalid": f"kind is {item.get('ctx', {}).get('tag')!r}; it is one of {', '.join(kinds)}",
+        }
+        if item["type"] == "value_error":  # a rule over several keys, which it names itself
+            messages.append(f"{origin}: {item['msg'].removeprefix('Value error, ')}")
+        else:
+            reason = reasons.get(item["type"], f"{item['msg']}, found {item['input']!r}")
+            messages.append(f"{origin}: {key}: {reason}")
+    return messages

@@ -1,0 +1,82 @@
+"""A staged source: the arrays of a checked graph in the source's own node order, mapped by partitioners and shuffle.
+
+indptr.npy indices.npy label.npy split.npy orig_id.npy
+feat-00000.npy …           dense features, in pieces; or the four arrays of sparse ones
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from rbm_dist import storage
+from rbm_dist.graph.csc import Csc
+from rbm_dist.graph.shards import ORIG_NAME, PER_ROW, SPARSE_FEAT, sparse_arrays, sparse_matrix
+from rbm_dist.sources.source import SourceGraph
+
+
+def write_source(url: str, graph: SourceGraph) -> dict[str, storage.FileInfo]:
+    """Stage a source's arrays in its own node order, for the partitioner and the shards to read."""
+    num_nodes = graph.csc.num_nodes
+    orig_id = np.arange(num_nodes) if graph.orig_id is None else graph.orig_id
+    whole = {
+        "indptr": graph.csc.indptr, "indices": graph.csc.indices, "label": graph.label, "split": graph.split,
+        "orig_id": orig_id.astype(np.int64),
+    }  # fmt: skip
+    if graph.sparse_feat:
+        whole |= sparse_arrays(sp.vstack(list(graph.feat_chunks()), format="csr"))
+    files = {
+        f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), array) for name, array in whole.items()
+    }
+    if not graph.sparse_feat:
+        shape = (num_nodes, graph.num_features)
+        files[feat_piece(0)] = storage.write_chunks(
+            storage.join(url, feat_piece(0)), np.float32, shape, graph.feat_chunks()
+        )
+    return files
+
+
+def feat_piece(piece: int) -> str:
+    """The file of a staged source that holds a piece of its dense features."""
+    return f"feat-{piece:05d}.npy"
+
+
+class RowPieces:
+    """Rows that lie end to end in several mapped arrays."""
+
+    def __init__(self, pieces: list[np.ndarray]):
+        self._pieces = pieces
+        self._ends = np.cumsum([len(piece) for piece in pieces])
+        self.shape = (int(self._ends[-1]), *pieces[0].shape[1:])
+        self.dtype = pieces[0].dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        starts = self._ends - [len(piece) for piece in self._pieces]
+        overlapping = (starts < rows.stop) & (self._ends > rows.start)
+        found = [
+            self._pieces[at][max(rows.start - starts[at], 0) : rows.stop - starts[at]]
+            for at in np.flatnonzero(overlapping)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate([self._pieces[0][:0], *found])
+
+
+@dataclass(frozen=True)
+class StagedSource:
+    """A staged source, memory-mapped."""
+
+    csc: Csc
+    feat: RowPieces | sp.csr_array  # [N, F] float32
+    per_row: dict[str, np.ndarray]  # [N] each: label int64, split int8, orig_id int64, and orig_name if ids are strings
+
+    @classmethod
+    def open(cls, url: str, files: dict[str, storage.FileInfo]) -> "StagedSource":
+        def array(name: str) -> np.ndarray:
+            return storage.open_array(storage.join(url, name), files[name])
+
+        if f"{SPARSE_FEAT[0]}.npy" in files:
+            feat: RowPieces | sp.csr_array = sparse_matrix(*(array(f"{name}.npy") for name in SPARSE_FEAT))
+        else:
+            feat = RowPieces([array(name) for name in sorted(files) if name.startswith("feat-")])
+        csc = Csc(array("indptr.npy"), array("indices.npy"))
+        names = [name for name in (*PER_ROW, ORIG_NAME) if f"{name}.npy" in files]
+        return cls(csc, feat, {name: array(f"{name}.npy") for name in names})
