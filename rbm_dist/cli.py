@@ -118,7 +118,7 @@ def predict(
         raise InputError(f"--model {model}: this run has {', '.join(config.student.models)}")
     store = GraphStore.open(storage.join(storage.absolute(run), "graph"))
     student = load_student(storage.join(storage.absolute(run), "student", model))
-    rows = write_parquet(out, predict_nodes(student, store), store.num_classes, store.named)
+    rows = write_parquet(out, predict_nodes(student, store), store.num_classes, store.id_type, store.class_names)
     Console().print(f"{rows:,} predictions of {model} → {out}", highlight=False)
 
 

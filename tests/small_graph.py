@@ -31,6 +31,7 @@ def small_graph(num_nodes: int = 240, num_features: int = 12, num_classes: int =
         label=label,
         split=rng.choice(np.array([0, 1, 2], np.int8), num_nodes, p=[0.3, 0.3, 0.4]),
         feat_chunks=lambda: iter([feat]),
+        read_edges=0,
         dropped_self_loops=0,
         dropped_duplicates=0,
     )
@@ -68,7 +69,7 @@ def write_shards(
     for part in range(num_parts):
         files |= shuffle.write_part(url, part, spill_url, shuffle.plan_part(spills, part), layout)
     report = partition_report(source.csc, part_N, num_parts)
-    shuffle.write_index(url, numbering.offsets.tolist(), source, num_classes, files, report, layout)
+    shuffle.write_index(url, numbering.offsets.tolist(), source, {"num_classes": num_classes}, files, report, layout)
     storage.remove(spill_url)
 
 

@@ -283,7 +283,8 @@ def _apply(tree: dict[str, Any], item: str) -> str:
     if not equals or not all(names):
         raise InputError(f"command line: '{item}' is not of the form key=value, such as student.num_experts=16")
     try:
-        parsed = yaml.safe_load(value)
+        # A mark, such as a delimiter, is itself, whatever it means in YAML; but for ~, which is null.
+        parsed = value if len(value) == 1 and not value.isalnum() and value != "~" else yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"command line: {key}: '{value}' is not a YAML value") from None
     for name in names[:-1]:

@@ -2,9 +2,24 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rbm_dist.config.fields import NUMBER, Count, Fraction, Positive, Rate, Section, Share, Weight
+
+_DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
+
+
+def _delimiter(value: str) -> str:
+    value = _DELIMITERS.get(value, value)
+    if len(value) != 1:
+        raise ValueError(f"one character or one of {', '.join(_DELIMITERS)}, found {value!r}")
+    return value
+
+
+Normalize = Literal["auto", "row", "column", "none"]
+Column = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""The name of a column; without a header that is a number."""
+Delimiter = Annotated[str, AfterValidator(_delimiter)]
 
 
 class SourceSection(Section):
@@ -12,7 +27,17 @@ class SourceSection(Section):
 
     train_per_class: Positive = 20
     val_per_class: Positive = 30
-    normalize: Literal["row", "none"] = Field("row", description="row: each node's features sum to 1 in magnitude")
+    normalize: Normalize = Field(
+        "auto",
+        description="auto: columns centred and in proportion, rows of length 1 in the mean (docs/sources.md); column: "
+        "each has deviation 1 over the nodes that training sees; row: each node's features sum to 1 in magnitude",
+    )
+    missing: Literal["refuse", "mean", "zero"] = Field(
+        "refuse", description="what a missing feature becomes: mean: that of its column, over nodes that training sees"
+    )
+    missing_indicator: bool = Field(
+        False, description="a further feature for each column with missing values: 1 where it was missing"
+    )
     unseen_share: Fraction = Field(
         0.0, description="inductive setting: share of the test nodes that training never sees, nor their edges"
     )
@@ -53,7 +78,6 @@ class RegionsConfig(SourceSection):
     """A synthetic graph: feature space falls into regions, each with its own linear rule from features to class."""
 
     kind: Literal["regions"] = "regions"
-    normalize: Literal["row", "none"] = "none"
     num_nodes: Positive = 200_000
     num_features: Positive = 32
     num_classes: Positive = 8
@@ -67,7 +91,6 @@ class SyntheticConfig(SourceSection):
     """A synthetic graph of any size, made piece by piece: planted communities and degrees that follow a power law."""
 
     kind: Literal["synthetic"] = "synthetic"
-    normalize: Literal["row", "none"] = "none"
     num_nodes: Positive = 1_000_000
     num_features: Positive = 100
     num_classes: Annotated[int, Field(ge=2), NUMBER] = 47
@@ -99,7 +122,6 @@ class OgbConfig(GivenEdges):
     """A node classification dataset of the Open Graph Benchmark, read from the folder that its archive holds."""
 
     kind: Literal["ogb"] = "ogb"
-    normalize: Literal["row", "none"] = "none"
     name: str = Field(description="ogbn-arxiv, ogbn-products or ogbn-papers100M")
     root: str = Field("dataset", description="OGB's folder of datasets; any fsspec URL")
 
@@ -123,35 +145,70 @@ class PygConfig(GivenEdges):
 
 
 class TablesConfig(GivenEdges):
-    """A node table and an edge list, in one or many files each: Parquet, CSV (also .csv.gz) or npy."""
+    """A node table and an edge list, in one or many files each: Parquet, text (CSV, TSV, …; also compressed) or npy."""
 
     kind: Literal["tables"] = "tables"
-    normalize: Literal["row", "none"] = "none"
     nodes: str = Field(
         description="file, folder or pattern (`*`), any fsspec URL; npy: a folder of feat*.npy, label.npy and, where "
-        "there are any, split.npy and id.npy"
+        "there are any, split.npy, the masks and id.npy"
     )
     edges: str = Field(description="file, folder or pattern; npy: arrays of shape [2, m] or [m, 2]")
-    id: str | None = Field("id", description="column of node ids, integers or strings; null: ids are row numbers")
-    label: str = Field(
-        "label", description="column of classes: integers from 0, or names, numbered in sorted order; empty or -1: none"
+    id: Column | None = Field("id", description="column of node ids; null: ids are row numbers")
+    id_type: Literal["auto", "integer", "text"] = Field(
+        "auto",
+        description="what ids are compared as; auto: text, unless all are integers as one writes them",
     )
-    split: str | None = Field(
-        "split", description="column of train, val, test or nothing; if there is no such column, a split is drawn"
+    label: Column = Field(
+        "label", description="column of classes: integers from 0, or names, numbered in sorted order; see `unlabelled`"
     )
-    features: tuple[str, ...] | None = Field(
+    unlabelled: tuple[str, ...] = Field(
+        ("", "-1", "None", "nan", "NaN", "<NA>", "null", "NULL"),
+        description="text that stands for no label, besides missing values; any other is a class",
+    )
+    split: Column | None = Field(
+        "split",
+        description="column of train, val, test or nothing; without it the booleans train_mask, val_mask and test_mask "
+        "are the split, and without these one is drawn",
+    )
+    features: tuple[Column, ...] | None = Field(
         None, min_length=1, description="columns of numbers or of lists of numbers; default: all others that are"
     )
-    src: str = Field("src", description="column of the edges' sources, as node ids")
-    dst: str = Field("dst", description="column of the edges' destinations")
+    ignore: tuple[Column, ...] = Field((), description="columns that are left out")
+    one_hot: tuple[Column, ...] = Field((), description="columns of text that become a feature per value")
+    hashed: tuple[Column, ...] = Field((), description="columns of text whose values are hashed to `hash_width` each")
+    hash_width: Positive = 32
+    src: Column = Field("src", description="column of the edges' sources, as node ids")
+    dst: Column = Field("dst", description="column of the edges' destinations")
+    unknown_nodes: Literal["refuse", "drop", "add"] = Field(
+        "refuse",
+        description="edges to nodes that are not in the node table: drop them, or add such nodes without label and "
+        "features (`missing` says what these become)",
+    )
     num_classes: Positive | None = Field(None, description="default: highest label + 1; every class must then occur")
+    delimiter: Delimiter | None = Field(
+        None, description="of text: a character, or `tab`, `comma`, `semicolon`, `pipe`, `space`; default: looked for"
+    )
+    header: bool | None = Field(
+        None,
+        description="of text: false: columns are named 0, 1, …; default: there is one, but for edge lists that begin "
+        "with two numbers",
+    )
+    encoding: str = Field("utf8", description="of text")
+    na_values: tuple[str, ...] = Field((), description="of text: further words for a missing number, such as '?'")
+    thousands: str | None = Field(
+        None, min_length=1, max_length=1, description="of text: the mark between groups of digits, as in 1,234,567"
+    )
+    decimal: str = Field(".", min_length=1, max_length=1, description="of text: the mark before the fraction")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        for names in ([self.id, self.label, self.split, *(self.features or ())], [self.src, self.dst]):
+        made = [*(self.features or ()), *self.one_hot, *self.hashed]
+        for names in ([self.id, self.label, self.split, *made, *self.ignore], [self.src, self.dst]):
             for name in names:
                 if name is not None and names.count(name) > 1:
                     raise ValueError(f"source: column '{name}' is named for two things")
+        if self.unknown_nodes == "add" and self.missing == "refuse":
+            raise ValueError("source.unknown_nodes: added nodes have no features; set source.missing to mean or zero")
         return self
 
 

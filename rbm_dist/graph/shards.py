@@ -6,9 +6,13 @@
                feat.npy label.npy split.npy orig_id.npy
 
 Sparse features are four arrays in place of `feat`: feat_indptr, feat_indices, feat_values, feat_shape, a CSR matrix.
+How they came from what was read is in feat_scaling.npy and feat_indicators.npy (`sources/scaling.py`).
 Dense ones may be stored as float16, or as int8 with `feat_scale.npy` beside graph.json (`quantised.py`).
 Laid end to end, the parts are the whole graph's CSC. Plain `.npy`, see docs/on-disk-format.md.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,7 +27,26 @@ SPARSE_FEAT = ("feat_indptr", "feat_indices", "feat_values", "feat_shape")
 PER_ROW = ("label", "split", "orig_id")
 """Arrays that every graph has, of one entry per node."""
 ORIG_NAME = "orig_name"
-"""The caller's ids as UTF-8 bytes, where they are strings; `orig_id` is then the row in the caller's node table."""
+"""The caller's ids as bytes, where they are text or binary; `orig_id` is then the row in the caller's node table."""
+
+
+@dataclass(frozen=True)
+class IdType:
+    """What ids are: how they are compared, and the type in which they came and go back."""
+
+    kind: Literal["integer", "unsigned", "text", "bytes"]
+    arrow: str  # Arrow's name of the type, see `sources/node_ids.py`
+
+    @property
+    def is_named(self) -> bool:
+        """Whether ids are kept as bytes."""
+        return self.kind in ("text", "bytes")
+
+    def __str__(self) -> str:
+        return {"text": "text", "bytes": "binary"}.get(self.kind, "integers")
+
+
+ROW_NUMBERS = IdType("integer", "int64")
 
 
 def part_name(part: int) -> str:

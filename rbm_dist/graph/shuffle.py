@@ -73,7 +73,7 @@ class Layout:
         else:
             index = str(id_dtype(max(source.feat.nnz, *source.feat.shape)))
             dtypes |= dict(zip(SPARSE_FEAT, (index, index, "float32", "int64"), strict=True))
-        return cls(dtypes, source.feat.shape[1], scales(features, feat_max_F))
+        return cls(dtypes, source.num_features, scales(features, feat_max_F))
 
 
 def chunk_bounds(indptr: np.ndarray) -> np.ndarray:
@@ -107,11 +107,12 @@ def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -
     degree, sources = _in_edges(rows, order, numbering.new_id)
     arrays = {"degree": degree, "indices": sources}
     starts = {"rows": row_starts, "indices": np.concatenate([[0], np.cumsum(degree)])[row_starts]}
-    if isinstance(source.feat, RowPieces):
-        arrays["feat"] = feat_nF = source.feat[first:stop][order]
+    feat = source.features(at)[order]
+    if isinstance(feat, np.ndarray):
+        arrays["feat"] = feat_nF = feat
         feat_max = np.maximum(feat_nF.max(axis=0), -feat_nF.min(axis=0))
     else:
-        feat, feat_max = source.feat[first:stop][order], np.empty(0)
+        feat_max = np.empty(0)
         arrays |= {"feat_counts": np.diff(feat.indptr), "feat_indices": feat.indices, "feat_values": feat.data}
         starts |= dict.fromkeys(("feat_indices", "feat_values"), feat.indptr[row_starts])
     arrays |= {name: array[first:stop][order] for name, array in source.per_row.items()}
@@ -181,12 +182,20 @@ def write_index(
     url: str,
     offsets: list[int],
     source: StagedSource,
-    num_classes: int,
+    about: dict[str, Any],
     files: dict[str, storage.FileInfo],
     report: dict[str, Any],
     layout: Layout,
 ) -> dict[str, storage.FileInfo]:
-    """Write `graph.json`: from here on the graph is there. Gives all files, by their path below `url`."""
+    """Write `graph.json`: from here on the graph is there. Gives all files, by their path below `url`.
+
+    about: further entries: `num_classes`, and what is to go back to the input's owner or to be done to new rows.
+    """
+    if source.scaling is not None:
+        arrays = source.scaling.as_arrays()
+        files = files | {
+            f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), arrays[name]) for name in arrays
+        }
     if layout.feat_scale is not None:
         files = {**files, FEAT_SCALE: storage.write_array(storage.join(url, FEAT_SCALE), layout.feat_scale)}
     index = storage.write_json(
@@ -197,7 +206,7 @@ def write_index(
             "num_edges": source.csc.num_edges,
             "num_features": layout.num_features,
             "sparse_features": "feat" not in layout.dtypes,
-            "num_classes": num_classes,
+            **about,
             "offsets": offsets,
             "partition": report,
             "dtypes": layout.dtypes,

@@ -24,7 +24,16 @@ from rbm_dist.graph.hot_rows import HotRows
 from rbm_dist.graph.quantised import decode
 from rbm_dist.graph.sampler import NumbaSampler, RemoteEdges, Sample, Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
-from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, QUANTISED, SPARSE_FEAT, VERSION, part_name, sparse_matrix
+from rbm_dist.graph.shards import (
+    FEAT_SCALE,
+    ORIG_NAME,
+    QUANTISED,
+    SPARSE_FEAT,
+    VERSION,
+    IdType,
+    part_name,
+    sparse_matrix,
+)
 
 # Checked when they are used: arrays that have not one row per node.
 _NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
@@ -58,7 +67,10 @@ class GraphStore:
         self.num_classes: int = index["num_classes"]
         self.num_parts = len(self.offsets) - 1
         self.sparse_features: bool = index["sparse_features"]
-        self.named = ORIG_NAME in index["dtypes"]  # whether the caller's ids are strings
+        self.class_names: list[str] | None = index.get("class_names")  # None: classes are numbers
+        self.named = ORIG_NAME in index["dtypes"]  # whether the caller's ids are kept as bytes
+        known = {"kind": "text" if self.named else "integer", "arrow": "string" if self.named else "int64"}
+        self.id_type = IdType(**index.get("id_type", known))
         self._held = np.full(self.num_parts, parts is None)
         self._remote = remote
         self._sparse: dict[int, sp.csr_array] = {}

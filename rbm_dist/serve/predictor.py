@@ -10,11 +10,12 @@ import torch
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
-from rbm_dist.graph.shards import ORIG_NAME
+from rbm_dist.graph.shards import ORIG_NAME, ROW_NUMBERS, IdType
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve.frozen import freeze
+from rbm_dist.sources import node_ids
 
 _ROWS = 65_536
 _CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ _CPU = torch.device("cpu")
 class Predictions:
     """Some nodes' predictions."""
 
-    orig_id: np.ndarray  # [n] int64 or UTF-8 bytes, the caller's node ids
+    orig_id: np.ndarray  # [n] int64 or bytes, the caller's node ids as the graph keeps them
     cls: np.ndarray  # [n] int64
     probability: np.ndarray  # [n, C] float32
 
@@ -42,16 +43,20 @@ def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
             yield Predictions(np.array(orig_id[rows]), probability.argmax(1), probability)
 
 
-def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int, named: bool = False) -> int:
+def write_parquet(
+    url: str, chunks: Iterator[Predictions], num_classes: int, id_type: IdType = ROW_NUMBERS,
+    class_names: list[str] | None = None,
+) -> int:  # fmt: skip
     """Write columns `node_id`, `class` and `probability` (a list of C); gives the number of rows.
 
-    named: node ids are strings.
+    Ids are of the type that they had in the input. class_names: then there is a column `class_name`, too.
     """
     if not url.endswith((".parquet", ".pq")):
         raise InputError(f"{url}: predictions are written as Parquet; name a file that ends in .parquet (--out)")
     probability = pa.list_(pa.float32(), num_classes)
-    node_id = pa.string() if named else pa.int64()
-    schema = pa.schema([("node_id", node_id), ("class", pa.int32()), ("probability", probability)])
+    fields = [("node_id", node_ids.arrow_type(id_type.arrow)), ("class", pa.int32())]
+    named = [("class_name", pa.string())] if class_names else []
+    schema = pa.schema([*fields, *named, ("probability", probability)])
     rows = 0
     with (
         storage.atomic_writer(url) as stream,
@@ -59,10 +64,11 @@ def write_parquet(url: str, chunks: Iterator[Predictions], num_classes: int, nam
     ):
         for chunk in chunks:
             flat = pa.array(chunk.probability.reshape(-1), pa.float32())
-            columns = [
-                pa.array(chunk.orig_id).cast(node_id), pa.array(chunk.cls, pa.int32()),
-                pa.FixedSizeListArray.from_arrays(flat, num_classes),
-            ]  # fmt: skip
+            cls = pa.array(chunk.cls, pa.int32())
+            columns = [node_ids.to_arrow(chunk.orig_id, id_type), cls]
+            if class_names:
+                columns.append(pa.array(class_names, pa.string()).take(cls))
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, num_classes))
             writer.write_table(pa.table(columns, schema=schema))
             rows += len(chunk.orig_id)
     return rows

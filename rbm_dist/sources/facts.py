@@ -3,7 +3,6 @@
 Only sources that are read as a whole anyway (digits, npz, regions, PyG) are read here too.
 """
 
-import gzip
 import tempfile
 from dataclasses import dataclass
 
@@ -12,14 +11,11 @@ import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.config.source import OgbConfig, PygConfig, SourceSection, SyntheticConfig, TablesConfig
-from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import TRAIN, VAL, split_per_class
-from rbm_dist.sources import node_columns, source, table_files, table_schema
+from rbm_dist.sources import node_columns, source
 from rbm_dist.sources.edges import RUN_EDGES
 from rbm_dist.sources.streamed import StreamedSource
-from rbm_dist.sources.table_files import Piece
-
-_BLOCK = 1 << 20  # bytes of text, or rows, that are read of a table
+from rbm_dist.sources.table_look import look_at
 
 
 @dataclass(frozen=True)
@@ -127,52 +123,26 @@ def _whole(config: SourceSection, seed: int) -> SourceFacts:
 
 
 def _tables(config: TablesConfig) -> SourceFacts:
-    node_files = table_files.find(config.nodes, "source.nodes")
-    edge_files = table_files.find(config.edges, "source.edges")
-    columns, pieces = table_schema.nodes(config, [file for file, _, _ in node_files])
-    edge_pieces = table_schema.edges(config, [file for file, _, _ in edge_files], columns.text_ids)
-    num_nodes, num_edges = _rows(pieces, node_files), _rows(edge_pieces, edge_files)
-    first = next((piece for piece in pieces if piece.rows), None)
-    if first is None or not num_nodes:
-        raise InputError(f"{config.nodes}: the node table is empty")
-    batch = next(table_files.batches(first, {name: columns.types[name] for name in columns.features}, 1))
-    width = sum(node_columns.width(batch.column(name)) for name in columns.features)
-    at_once = next(table_files.batches(first, columns.at_once, _BLOCK))
-    labels = node_columns.Labels()
-    labels.add(at_once.column(columns.label), columns.label, lambda row: first.at(0, row))
-    label_n, _ = labels.finish()
-    classes = config.num_classes or int(label_n.max(initial=0)) + 1
+    look = look_at(config)
+    classes = config.num_classes or (int(look.scanned.label.max(initial=0)) + 1)
     train, val = classes * config.train_per_class, classes * config.val_per_class
-    if columns.split:
-        split_n = node_columns.split(at_once.column(columns.split), columns.split, lambda row: first.at(0, row))
-        train, val = (round(num_nodes * float(np.mean(split_n == code))) for code in (TRAIN, VAL))
+    split_n = look.scanned.split
+    if split_n is not None:
+        train, val = (round(look.num_nodes * float(np.mean(split_n == code))) for code in (TRAIN, VAL))
     id_bytes = 0
-    if columns.id:
-        id_n = at_once.column(columns.id)
-        id_bytes = 20 if not columns.text_ids else 12 + 2 * max(len(str(each)) for each in id_n[:1000].to_pylist())
-    note = "" if config.num_classes else f"classes{' and splits' if columns.split else ''} are those of the first rows"
-    if table_files.num_rows([*pieces, *edge_pieces]) is None:
-        note = f"rows of CSV are estimated from sizes{'; ' * bool(note)}{note}"
+    if look.scanned.id is not None:
+        id_bytes = 20 if not look.scanned.id_type.is_named else 12 + 2 * look.scanned.id.dtype.itemsize
+    guessed = (
+        ""
+        if config.num_classes
+        else f"classes{' and splits' if split_n is not None else ''} are those of the first rows"
+    )
+    note = "; ".join(filter(None, ["rows of text are estimated from sizes" if look.estimated else "", guessed]))
     return SourceFacts(
-        num_nodes, (1 + config.undirected) * num_edges, width, classes, train, val, True, len(edge_pieces), len(pieces),
-        id_bytes=id_bytes, note=note,
+        look.num_nodes, (1 + config.undirected) * look.num_edges, node_columns.widths(look.features), classes,
+        train, val, True, len(look.edge_pieces), len(look.pieces), id_bytes=id_bytes, note=note,
     )  # fmt: skip
 
 
 def _pieces(opened: StreamedSource) -> tuple[int, int]:
     return opened.num_edge_pieces, len(opened.feat_offsets) - 1
-
-
-def _rows(pieces: list[Piece], files: list[tuple[str, int, str]]) -> int:
-    """Rows of a table; of CSV, what the files' sizes say, by the lines of a first block."""
-    known = table_files.num_rows(pieces)
-    if known is not None:
-        return known
-    file = files[0][0]
-    fs, path = storage.filesystem(file)
-    with table_files.reading(file), fs.open(path, "rb", compression="infer") as stream:
-        block = stream.read(_BLOCK)
-    lines = block.count(b"\n")
-    size = len(gzip.compress(block)) if file.lower().endswith(".gz") else len(block)
-    header = len(files)  # a line in each file
-    return max(0, round(sum(size for _, size, _ in files) * lines / max(size, 1)) - header)

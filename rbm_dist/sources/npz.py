@@ -11,6 +11,7 @@ from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc
 from rbm_dist.graph.splits import MASKS, count_classes, split_of_masks
+from rbm_dist.sources.streamed import About
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class NpzGraph:
     label: np.ndarray  # [N] int64, -1 where there is none
     num_classes: int
     split: np.ndarray | None  # [N] int8: TRAIN, VAL, TEST or NO_SPLIT; None without masks
+    about: About
 
 
 def read_npz(path: str, num_classes: int | None = None) -> NpzGraph:
@@ -29,7 +31,7 @@ def read_npz(path: str, num_classes: int | None = None) -> NpzGraph:
 
     `num_classes`: by default the highest label + 1, and every class must then occur.
     """
-    arrays = _load(path)
+    arrays, others = _load(path)
     adj = _csr(arrays, "adj", path)
     num_nodes = adj.shape[0]
     if adj.shape[0] != adj.shape[1]:
@@ -53,10 +55,18 @@ def read_npz(path: str, num_classes: int | None = None) -> NpzGraph:
     label = _labels(arrays["labels"], num_nodes, path)
     num_classes = count_classes(label, f"{path}: labels", num_classes)
     split = split_of_masks({name: arrays[name] for name in MASKS if name in arrays}, label, path)
-    return NpzGraph(adj, attr, label, num_classes, split)
+    about = About(
+        notes={
+            "label": "labels", "edges": "adj", "split": "train_mask, val_mask, test_mask" if split is not None else "",
+        },
+        left_out=[(name, "no array of this layout") for name in others]
+        + [("adj_data", "an edge is its two ends; weights are not used")] * (len(np.unique(adj.data)) > 1),
+    )  # fmt: skip
+    return NpzGraph(adj, attr, label, num_classes, split, about)
 
 
-def _load(path: str) -> dict[str, np.ndarray]:
+def _load(path: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of the layout, and the names of others."""
     fs, inner = storage.filesystem(path)
     required = [f"{kind}_{part}" for kind in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
     required.append("labels")
@@ -76,7 +86,9 @@ def _load(path: str) -> dict[str, np.ndarray]:
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing; found {', '.join(archive.files) or 'nothing'}")
     masks = [name for name in MASKS if name in archive.files]
-    return {name: _member(archive, name, path) for name in [*required, *masks]}
+    known = [*required, *masks]
+    others = [name for name in archive.files if name not in known]
+    return {name: _member(archive, name, path) for name in known}, others
 
 
 def _member(archive: Any, name: str, path: str) -> np.ndarray:

@@ -40,8 +40,6 @@ class Regions:
             residual_BF, noise_BF = _residual_and_noise(self.config, self.seed, start)
             centre_BF = centres_RF[self.region[start : start + _CHUNK_ROWS]]
             rows_BF = centre_BF + residual_BF + np.float32(self.config.noise) * noise_BF
-            if self.config.normalize == "row":
-                rows_BF /= np.abs(rows_BF).sum(axis=1, keepdims=True)
             yield rows_BF
 
 

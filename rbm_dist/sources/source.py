@@ -4,7 +4,7 @@ Self-loops and duplicate edges are dropped (and counted), isolated nodes are kep
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,7 +27,7 @@ from rbm_dist.graph.splits import UNSEEN, check_split, hidden_split, split_per_c
 from rbm_dist.sources import regions
 from rbm_dist.sources.npz import read_npz
 from rbm_dist.sources.ogb import open_ogb
-from rbm_dist.sources.streamed import StreamedSource
+from rbm_dist.sources.streamed import About, StreamedSource
 from rbm_dist.sources.synthetic import open_synthetic
 from rbm_dist.sources.tables import open_tables
 
@@ -38,7 +38,7 @@ _SPARSE = 0.2
 
 @dataclass(frozen=True)
 class SourceGraph:
-    """A whole graph as its source gives it: structure and labels in memory, features in chunks of rows."""
+    """A whole graph as its source gives it: structure and labels in memory, features in chunks of rows, unscaled."""
 
     csc: Csc
     num_features: int
@@ -46,10 +46,12 @@ class SourceGraph:
     label: np.ndarray  # [N] int64, -1 where there is none
     split: np.ndarray  # [N] int8: TRAIN, VAL, TEST, UNSEEN or NO_SPLIT
     feat_chunks: Callable[[], Iterator[np.ndarray | sp.csr_array]]  # [n, F] float32 each, rows in order, of one kind
+    read_edges: int  # as given, before any was dropped
     dropped_self_loops: int
     dropped_duplicates: int
     sparse_feat: bool = False  # whether the chunks are sparse
     orig_id: np.ndarray | None = None  # [N] int64, the input's row numbers; None: all rows are there
+    about: About = field(default_factory=About)
 
 
 def is_streamed(config: SourceSection) -> bool:
@@ -113,7 +115,7 @@ def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
     return _assemble(
         *(links.row, links.col, len(label), True),
         sp.csr_array(digits.data), label, int(label.max()) + 1,
-        split_per_class(label, config.train_per_class, config.val_per_class, seed), config.normalize,
+        split_per_class(label, config.train_per_class, config.val_per_class, seed),
     )  # fmt: skip
 
 
@@ -126,6 +128,7 @@ def _read_regions(config: RegionsConfig, seed: int) -> SourceGraph:
         label=drawn.label,
         split=split_per_class(drawn.label, config.train_per_class, config.val_per_class, seed),
         feat_chunks=drawn.feat_chunks,
+        read_edges=drawn.csc.num_edges // 2,
         dropped_self_loops=0,
         dropped_duplicates=0,
     )
@@ -142,10 +145,8 @@ def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
     if split is None:
         split = split_per_class(label, config.train_per_class, config.val_per_class, seed)
     links = adj.tocoo()
-    graph = _assemble(
-        links.row, links.col, len(label), config.undirected, attr, label, given.num_classes, split, config.normalize
-    )
-    return replace(graph, orig_id=orig_id)
+    graph = _assemble(links.row, links.col, len(label), config.undirected, attr, label, given.num_classes, split)
+    return replace(graph, orig_id=orig_id, about=given.about)
 
 
 def _largest_component(adj: sp.csr_array) -> np.ndarray:
@@ -163,17 +164,13 @@ def _assemble(
     label: np.ndarray,
     num_classes: int,
     split: np.ndarray,
-    normalize: str,
 ) -> SourceGraph:
     csc = csc_.build(src, dst, num_nodes, undirected)
     loops = int(np.sum(src == dst))
     distinct = len(np.unique(src.astype(np.int64)[src != dst] * num_nodes + dst[src != dst]))
 
-    attr = attr.astype(np.float64)  # adds up duplicates; no sum of float32 numbers overflows
-    if normalize == "row":
-        sums_N = abs(attr).sum(axis=1)
-        attr.data /= np.repeat(np.where(sums_N > 0, sums_N, 1), np.diff(attr.indptr))
-    attr = attr.astype(np.float32)
+    # Which adds up duplicates; no sum of float32 numbers overflows float64.
+    attr = attr.astype(np.float64).astype(np.float32)
     sparse = attr.nnz < _SPARSE * num_nodes * attr.shape[1]
 
     def feat_chunks() -> Iterator[np.ndarray | sp.csr_array]:
@@ -188,6 +185,7 @@ def _assemble(
         label=label,
         split=split,
         feat_chunks=feat_chunks,
+        read_edges=len(src),
         dropped_self_loops=loops,
         dropped_duplicates=len(src) - loops - distinct,
         sparse_feat=sparse,

@@ -1,7 +1,8 @@
 """A staged source: the arrays of a checked graph in the source's own node order, mapped by partitioners and shuffle.
 
 indptr.npy indices.npy label.npy split.npy orig_id.npy
-feat-00000.npy …           dense features, in pieces; or the four arrays of sparse ones
+feat-00000.npy …           dense features as they were read, in pieces; or the four arrays of sparse ones
+feat_scaling.npy …         how they are scaled when they go to the shards (`scaling.py`)
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import scipy.sparse as sp
 from rbm_dist import storage
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.shards import ORIG_NAME, PER_ROW, SPARSE_FEAT, sparse_arrays, sparse_matrix
+from rbm_dist.sources.scaling import SCALING, Moments, Scaling
 from rbm_dist.sources.source import SourceGraph
 
 
@@ -60,13 +62,29 @@ class RowPieces:
         return found[0] if len(found) == 1 else np.concatenate([self._pieces[0][:0], *found])
 
 
+def write_scaling(url: str, scaling: Scaling, moments: Moments) -> dict[str, storage.FileInfo]:
+    """How the staged features are scaled on the way to the shards, and the columns' statistics."""
+    arrays = scaling.as_arrays() | {"feat_moments": moments.as_array()}
+    return {f"{name}.npy": storage.write_array(storage.join(url, f"{name}.npy"), each) for name, each in arrays.items()}
+
+
 @dataclass(frozen=True)
 class StagedSource:
     """A staged source, memory-mapped."""
 
     csc: Csc
-    feat: RowPieces | sp.csr_array  # [N, F] float32
-    per_row: dict[str, np.ndarray]  # [N] each: label int64, split int8, orig_id int64, and orig_name if ids are strings
+    feat: RowPieces | sp.csr_array  # [N, F] float32, as it was read: NaN where a value is missing
+    per_row: dict[str, np.ndarray]  # [N] each: label int64, split int8, orig_id int64, and orig_name if ids are bytes
+    scaling: Scaling | None = None  # None: features are what was read
+
+    @property
+    def num_features(self) -> int:
+        return self.feat.shape[1] if self.scaling is None else self.scaling.num_features
+
+    def features(self, rows: slice) -> np.ndarray | sp.csr_array:
+        """The features that are learned from, `[n, num_features]` float32."""
+        feat = self.feat[rows]
+        return feat if self.scaling is None else self.scaling.apply(feat)
 
     @classmethod
     def open(cls, url: str, files: dict[str, storage.FileInfo]) -> "StagedSource":
@@ -77,6 +95,9 @@ class StagedSource:
             feat: RowPieces | sp.csr_array = sparse_matrix(*(array(f"{name}.npy") for name in SPARSE_FEAT))
         else:
             feat = RowPieces([array(name) for name in sorted(files) if name.startswith("feat-")])
+        scaling = None
+        if f"{SCALING[0]}.npy" in files:
+            scaling = Scaling.from_arrays({name: array(f"{name}.npy") for name in SCALING})
         csc = Csc(array("indptr.npy"), array("indices.npy"))
         names = [name for name in (*PER_ROW, ORIG_NAME) if f"{name}.npy" in files]
-        return cls(csc, feat, {name: array(f"{name}.npy") for name in names})
+        return cls(csc, feat, {name: array(f"{name}.npy") for name in names}, scaling)

@@ -6,14 +6,27 @@ A piece is what one task reads, front to back, in bounded chunks: a file, some r
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from rbm_dist.config.source import SourceSection
+from rbm_dist.graph.shards import ROW_NUMBERS, IdType
 
 Edges = tuple[np.ndarray, np.ndarray]
-"""Sources and destinations, `[m]` integers each: row numbers of nodes."""
+"""Sources and destinations, `[m]` integers each: row numbers of nodes; -1 where an edge to no node is to be dropped."""
+
+
+@dataclass(frozen=True)
+class About:
+    """How an input was understood, as far as its reader knows: for people, and for what is to go back to them."""
+
+    class_names: list[str] | None = None  # None: classes are numbers
+    id_type: IdType = ROW_NUMBERS
+    features: list[tuple[str, str]] | None = None  # the name of each, and its type in the input; None: unnamed
+    notes: dict[str, str] = field(default_factory=dict)  # by what they are about: nodes, ids, label, split, edges
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # parts of the input that are not used, and why
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class StreamedSource:
     feat_offsets: np.ndarray  # [pieces + 1] int64: piece i has the rows feat_offsets[i] to feat_offsets[i + 1]
     feat: Callable[[int], Iterator[np.ndarray]]  # of a piece, in chunks [n, F] of a float dtype, rows in order
     undirected: bool  # add the reverse of every edge
+    about: "About" = field(default_factory=lambda: About())
     fingerprint: str = ""  # of what it is read from; "" where that cannot change
 
 

@@ -1,120 +1,261 @@
-"""Which columns of a node table and an edge list are read, and whether all of their files agree."""
+"""Which columns of a node table and an edge list are read, as what, and why others are not."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from rbm_dist.config.source import TablesConfig
 from rbm_dist.errors import InputError
-from rbm_dist.sources import table_files
-from rbm_dist.sources.node_columns import is_feature, value_type
-from rbm_dist.sources.node_ids import is_text, is_whole
-from rbm_dist.sources.table_files import Columns, Piece, TableFile
+from rbm_dist.graph.shards import ROW_NUMBERS, IdType
+from rbm_dist.graph.splits import MASKS
+from rbm_dist.sources import node_columns, node_ids, npy_files, table_files
+from rbm_dist.sources.pieces import Columns, Piece, TableFile
+from rbm_dist.sources.table_files import is_list, is_number, is_string, plain, unified
 
-_NPY_FEATURES = "feat"
+_FEATURES = "feat"  # of npy
+_PANDAS_INDEX = ("", "Unnamed: 0", "__index_level_0__")
+_NAMES_IN_MESSAGES = 30
+_ROWS = 1 << 12  # in which the first list is looked for
 
 
 @dataclass(frozen=True)
 class NodeColumns:
-    """The columns that are read of a node table."""
+    """What the columns of a node table are for."""
 
     id: str | None
+    id_type: IdType | None  # None: text, of which it is not known yet whether all of it is integers
     label: str
     split: str | None
-    features: list[str]
-    types: Columns  # of all of these; of a dictionary, that of its values
-    text_ids: bool
+    masks: tuple[str, ...]  # in place of a split
+    text: bool  # whether all columns are text (CSV)
+    types: Columns  # of all columns, as they are read
+    features: list[str]  # that are numbers, booleans or lists of them by their type
+    candidates: list[str]  # text that is to be looked at: numbers as text
+    categorical: list[str]  # text whose values are to be known: `one_hot`
+    left_out: list[tuple[str, str]]  # columns, and why
+    named: bool  # whether `source.features` says which columns are features
 
     @property
-    def at_once(self) -> Columns:
-        """What is read of all nodes at once. `types` of it are those that text is converted to."""
-        # As text, labels do not depend on what a file's first lines look like.
-        types = {name: pa.string() for name in (self.label, self.split) if name}
-        return types | ({self.id: pa.string() if self.text_ids else pa.int64()} if self.id else {})
+    def scanned(self) -> Columns:
+        """What is read of all nodes at once, and in which types."""
+        names = [each for each in (self.id, self.label, self.split, *self.masks) if each]
+        return {name: self.types[name] for name in dict.fromkeys([*names, *self.candidates, *self.categorical])}
 
 
-def nodes(config: TablesConfig, urls: list[str]) -> tuple[NodeColumns, list[Piece]]:
+def nodes(config: TablesConfig, files: Sequence[str]) -> tuple[NodeColumns, list[Piece]]:
     """Columns and pieces of the node table. Raises `InputError` for what is missing, of a wrong type or at odds."""
-    if table_files.format_of(urls[0]) == "npy":
-        prefix, *others = config.features or (_NPY_FEATURES,)
-        names = [name for name in (config.id, config.label, config.split, *others) if name]
-        tables = table_files.scan_npy_nodes(urls, prefix, names)
+    kind = table_files.format_of(files[0])
+    if kind == "npy":
+        prefix, *others = config.features or (_FEATURES,)
+        names = [name for name in (config.id, config.label, config.split, *MASKS, *others) if name]
+        tables = npy_files.scan_nodes(list(files), prefix, names)
     else:
-        tables = table_files.scan(urls)
-    columns = _node_columns(config, tables[0])
-    for table in tables[1:]:
-        other = _node_columns(config, table)
-        for name in {**columns.types, **other.types}:
-            ours, theirs = columns.types.get(name, "not there"), other.types.get(name, "not there")
-            if ours != theirs:
-                raise InputError(f"{table.url}: column '{name}' is {theirs}, but {ours} in {tables[0].url}")
-    return columns, [piece for table in tables for piece in table.pieces]
+        wanted = [name for name in (config.id, config.label) if name]
+        tables = table_files.scan(list(files), config, wanted)
+    types = _one_schema(tables, config, _used_by_name(config), kind == "CSV")
+    by_path = {name for table in tables for piece in table.pieces for name in piece.constants}
+    found = _roles(config, types, tables[0].url, kind, by_path)
+    return found, [piece for table in tables for piece in table.pieces]
 
 
-def edges(config: TablesConfig, urls: list[str], text_ids: bool) -> list[Piece]:
-    """Pieces of the edge list. Raises `InputError` for what is missing or not of the type of the node ids."""
-    kind = table_files.format_of(urls[0])
-    tables = table_files.scan_npy_edges(urls, config.src, config.dst) if kind == "npy" else table_files.scan(urls)
+def edges(
+    config: TablesConfig, files: Sequence[str], ids: IdType | None
+) -> tuple[tuple[str, str], Columns, list[Piece]]:
+    """Columns of sources and destinations with their types, and pieces of the edge list.
+
+    `ids`: what node ids are. Raises `InputError` for what is missing or cannot be such ids.
+    """
+    kind = table_files.format_of(files[0])
+    src, dst = config.src, config.dst
+    if kind == "npy":
+        tables = npy_files.scan_edges(list(files), src, dst)
+    else:
+        tables = table_files.scan(list(files), config, (src, dst), is_edges=True)
+        fields = TablesConfig.model_fields
+        if kind == "CSV" and "0" in tables[0].columns and (src, dst) == (fields["src"].default, fields["dst"].default):
+            src, dst = "0", "1"  # without a header the first two are
     for table in tables:
-        for name, key in ((config.src, "src"), (config.dst, "dst")):
-            found = value_type(_need(table, name, key))
-            # Numbers in CSV can be read as text too.
-            fits = (kind == "CSV" or is_text(found)) if text_ids else is_whole(found)
-            if not fits and not pa.types.is_null(found):
-                ids = "strings" if text_ids else "integers" if config.id else "row numbers (source.id)"
-                raise InputError(f"{table.url}: column '{name}' is {found}, but node ids are {ids} (source.{key})")
-    return [piece for table in tables for piece in table.pieces]
+        for name, key in ((src, "src"), (dst, "dst")):
+            _need(table.columns, table.url, name, key)
+    types = _one_schema(tables, config, (src, dst), kind == "CSV")
+    for name, key in ((src, "src"), (dst, "dst")):
+        found = node_ids.id_type(types[name], config.id_type)
+        fits = kind == "CSV" or pa.types.is_null(types[name]) or (found is not None and _comparable(found, ids))
+        if not fits:
+            what = str(ids) if config.id else "row numbers (source.id)"
+            raise InputError(
+                f"{tables[0].url}: column '{name}' is {types[name]}, but node ids are {what} (source.{key}; "
+                "source.id_type: text or integer compares both as one)"
+            )
+    return (src, dst), types, [piece for table in tables for piece in table.pieces]
 
 
-def _node_columns(config: TablesConfig, table: TableFile) -> NodeColumns:
-    columns, kind = table.columns, table_files.format_of(table.url)
-    node_id, split = config.id, config.split
-    if kind == "npy" and node_id == TablesConfig.model_fields["id"].default and node_id not in columns:
+def left_out_of_edges(types: Columns, ends: tuple[str, str]) -> list[tuple[str, str]]:
+    """Columns of the edge list that are not used, and why."""
+    return [
+        (name, "of the edge list; an edge is its two ends, weights are not used") for name in types if name not in ends
+    ]
+
+
+def widths(columns: NodeColumns, pieces: list[Piece]) -> dict[str, int]:
+    """How many features are in each column of lists: as many as in the first row that has any."""
+    found: dict[str, int] = {}
+    for name in (name for name in columns.features if is_list(columns.types[name])):
+        lists = (
+            batch.column(0)
+            for piece in pieces
+            for batch in table_files.batches(piece, {name: columns.types[name]}, _ROWS)
+        )
+        found[name] = next(filter(None, map(node_columns.width, lists)), 0)
+    return found
+
+
+def _comparable(found: IdType, ids: IdType | None) -> bool:
+    return ids is None or found.kind == ids.kind or {found.kind, ids.kind} == {"integer", "unsigned"}
+
+
+def _used_by_name(config: TablesConfig) -> tuple[str, ...]:
+    names = (config.id, config.label, config.split, *(config.features or ()), *config.one_hot, *config.hashed)
+    return tuple(name for name in names if name)
+
+
+def _one_schema(tables: list[TableFile], config: TablesConfig, used: Sequence[str], text: bool) -> Columns:
+    """The type of each column that all files share. Raises `InputError` for one that is missing in some or at odds."""
+    types, first = {name: plain(kind) for name, kind in tables[0].columns.items()}, tables[0]
+    for table in tables[1:]:
+        if table.columns == first.columns:
+            continue
+        for name in {**first.columns, **table.columns}:
+            if name in config.ignore:
+                types.setdefault(name, plain(table.columns.get(name, pa.null())))
+                continue
+            there = name in first.columns, name in table.columns
+            if all(there):
+                both = unified(types[name], table.columns[name])
+                if both is not None:
+                    types[name] = both
+                elif name in used or is_number(types[name]) or is_number(plain(table.columns[name])):
+                    raise InputError(
+                        f"{table.url}: column '{name}' is {table.columns[name]}, but {first.columns[name]} in "
+                        f"{first.url}. Write one type, or leave the column out (source.ignore)"
+                    )
+                continue
+            kind = plain(first.columns[name] if there[0] else table.columns[name])
+            # A column of Parquet that would not be used anyway may be missing here and there.
+            if name in used or (config.features is None and (text or is_number(kind) or is_list(kind))):
+                without, other = (table, first) if there[0] else (first, table)
+                raise InputError(
+                    f"{without.url}: no column '{name}', which {other.url} has. Give all files the same columns, or "
+                    "leave it out (source.ignore)"
+                )
+            types.setdefault(name, kind)
+    return types
+
+
+def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: set[str]) -> NodeColumns:
+    defaults = TablesConfig.model_fields
+    text, node_id, split = kind == "CSV", config.id, config.split
+    if kind == "npy" and node_id == defaults["id"].default and node_id not in types:
         node_id = None
-    if split == TablesConfig.model_fields["split"].default and split not in columns:
+    if split == defaults["split"].default and split not in types:
         split = None
-    text_ids = False
+    ids: IdType | None = ROW_NUMBERS
     if node_id:
-        found = value_type(_need(table, node_id, "id", "; null: ids are row numbers"))
-        text_ids = not is_whole(found)
-        if kind != "CSV":
-            _expect(table, node_id, "id", lambda t: is_whole(t) or is_text(t), "integers or strings")
-    _need(table, config.label, "label")
-    _expect(table, config.label, "label", _is_label, "classes, as integers or names,")
+        found = _need(types, file, node_id, "id", "; null: ids are row numbers")
+        ids = None if text and config.id_type == "auto" else node_ids.id_type(found, config.id_type)
+        if ids is None and not text:
+            raise InputError(
+                f"{file}: column '{node_id}': integers, text or binary expected, found {found} (source.id; "
+                f"source.id_type is {config.id_type})"
+            )
+    _expect(types, file, config.label, "label", _is_label, "classes, as integers or names,")
+    masks: tuple[str, ...] = ()
     if split:
-        _need(table, split, "split")
-        _expect(table, split, "split", lambda t: is_whole(t) or is_text(t) or pa.types.is_null(t), "train, val or test")
-    taken = [name for name in (node_id, config.label, split) if name]
+        _expect(types, file, split, "split", lambda t: is_number(t) or is_string(t), "train, val or test")
+    elif config.split is not None:
+        masks = tuple(name for name in MASKS if name in types)
+        if masks and len(masks) < len(MASKS):
+            missing = [name for name in MASKS if name not in types]
+            raise InputError(
+                f"{file}: no column {' nor '.join(missing)} beside {' and '.join(masks)}; all three are the split, or "
+                "none is (leave them out: source.ignore)"
+            )
+        if any(name in config.ignore for name in masks):
+            masks = ()
+    taken = {node_id, config.label, split, *masks}
+    left_out = [(name, "source.ignore") for name in config.ignore if name in types]
+    for key in ("features", "one_hot", "hashed", "ignore"):
+        for name in getattr(config, key) or ():
+            _need(types, file, name, key)
+    features, candidates = [], []
+    categorical = [*config.one_hot, *config.hashed]
+    for name in categorical:
+        if not (is_string(types[name]) or pa.types.is_integer(types[name]) or pa.types.is_boolean(types[name])):
+            raise InputError(f"{file}: column '{name}': text expected, found {types[name]} (source.one_hot, hashed)")
+        types = types | {name: pa.large_string()}
+    aside = taken | set(categorical) | set(config.ignore)
+    if not config.features:
+        left_out += [(name, "said by the path, not in the files") for name in by_path - aside]
+        aside |= by_path
+    for name in config.features or [name for name in types if name not in aside]:
+        found = types[name]
+        of_numbers = is_number(found) or (is_list(found) and is_number(found.value_type))
+        if of_numbers:
+            features.append(name)
+        elif is_string(found) and (text or config.features):
+            candidates.append(name)
+        elif config.features:
+            raise InputError(
+                f"{file}: column '{name}': numbers or lists of numbers expected, found {found} (source.features)"
+            )
+        else:
+            left_out.append((name, f"{found}, which is no number"))
     if config.features:
-        features = list(config.features)
-        for name in features:
-            _need(table, name, "features")
-            _expect(table, name, "features", is_feature, "numbers or lists of numbers")
-    else:
-        features = [name for name, found in columns.items() if name not in taken and is_feature(found)]
-        if not features:
-            raise InputError(f"{table.url}: no columns of numbers for features (source.features); {_found(table)}")
-    types = {name: value_type(columns[name]) for name in (*taken, *features)}
-    return NodeColumns(node_id, config.label, split, features, types, text_ids)
+        unnamed = (name for name in types if name not in aside | set(config.features))
+        left_out += [(name, "not among source.features") for name in unnamed]
+    elif node_id not in _PANDAS_INDEX:
+        of_pandas = [name for name in _PANDAS_INDEX if name in features or name in candidates]
+        left_out += [(name, "the row index that pandas wrote") for name in of_pandas]
+        features, candidates = ([each for each in some if each not in of_pandas] for some in (features, candidates))
+    masks_beside = [name for name in MASKS if split and name in (*features, *candidates) and not config.features]
+    left_out += [(name, f"the split is that of column {split}") for name in masks_beside]
+    features, candidates = ([each for each in some if each not in masks_beside] for some in (features, candidates))
+    if not features and not candidates and not categorical:
+        raise InputError(f"{file}: no columns of numbers for features (source.features); {_found(types)}")
+    return NodeColumns(
+        node_id, ids, config.label, split, masks, text, types, features, candidates, categorical, left_out,
+        config.features is not None,
+    )  # fmt: skip
 
 
 def _is_label(kind: pa.DataType) -> bool:
-    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    return numbers or is_text(kind) or pa.types.is_null(kind)
+    return is_number(kind) or is_string(kind) or pa.types.is_null(kind)
 
 
-def _need(table: TableFile, name: str, key: str, hint: str = "") -> pa.DataType:
-    if name not in table.columns:
-        raise InputError(f"{table.url}: no column '{name}' (source.{key}{hint}); {_found(table)}")
-    return table.columns[name]
+def _need(types: Columns, file: str, name: str, key: str, hint: str = "") -> pa.DataType:
+    if name not in types:
+        raise InputError(f"{file}: no column '{name}' (source.{key}{hint}); {_found(types)}{_headless(types)}")
+    return types[name]
 
 
-def _expect(table: TableFile, name: str, key: str, fits: Callable[[pa.DataType], bool], expected: str) -> None:
-    found = value_type(table.columns[name])
-    if not fits(found):
-        raise InputError(f"{table.url}: column '{name}': {expected} expected, found {found} (source.{key})")
+def _expect(types: Columns, file: str, name: str, key: str, fits, expected: str) -> None:  # type: ignore[no-untyped-def]
+    found = plain(_need(types, file, name, key))
+    if not fits(found) and not pa.types.is_null(found):
+        raise InputError(f"{file}: column '{name}': {expected} expected, found {found} (source.{key})")
 
 
-def _found(table: TableFile) -> str:
-    return f"found {', '.join(table.columns) or 'nothing'}"
+def _found(types: Columns) -> str:
+    names = list(types)
+    more = f" and {len(names) - _NAMES_IN_MESSAGES:,} more" if len(names) > _NAMES_IN_MESSAGES else ""
+    return f"found {', '.join(names[:_NAMES_IN_MESSAGES]) or 'nothing'}{more}"
+
+
+def _headless(types: Columns) -> str:
+    """Advice for a file of text whose columns are named like values, or are all in one."""
+    if "0" in types and "1" in types:
+        return ". Without a header, columns are named by their place"
+    if len(types) == 1 and all(is_string(kind) for kind in types.values()):
+        return ". If another character stands between columns, set source.delimiter"
+    values = sum(name.strip().lstrip("-").replace(".", "", 1).isdigit() for name in types)
+    return ". If the file has no header, set source.header to false" if 2 * values > len(types) else ""

@@ -1,26 +1,32 @@
-"""A source from tables: a node table and an edge list in files of Parquet, CSV or npy, read in bounded chunks.
+"""A source from tables: a node table and an edge list in files of Parquet, text or npy, read in bounded chunks.
 
 The first to open it reads the ids, labels and split of all nodes once and leaves them, with an index of the ids, in a
 folder that is named after the configuration and the files; all others map them. Features and edges are read in pieces.
 """
 
-from collections.abc import Iterator
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 
 from rbm_dist import storage
 from rbm_dist.config.source import TablesConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph.shards import IdType
 from rbm_dist.graph.splits import NO_SPLIT, count_classes
-from rbm_dist.sources import node_columns, node_ids, table_files, table_schema
-from rbm_dist.sources.node_columns import Labels
+from rbm_dist.sources import node_columns, node_ids, pieces, table_files, table_schema
+from rbm_dist.sources.node_columns import Feature
 from rbm_dist.sources.node_ids import NodeIds
-from rbm_dist.sources.streamed import Edges, Nodes, StreamedSource, fingerprint
-from rbm_dist.sources.table_files import Columns, Piece
+from rbm_dist.sources.node_scan import NodeScan, Scanned, words
+from rbm_dist.sources.pieces import Columns, Piece
+from rbm_dist.sources.streamed import About, Edges, Nodes, StreamedSource, fingerprint
+from rbm_dist.sources.table_files import Listing
 from rbm_dist.sources.table_schema import NodeColumns
 
 _EDGES = 1 << 18  # edges in a chunk
@@ -32,30 +38,31 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
     """Open a node table and an edge list. `scratch`: a folder URL that all who open it share, for what is derived.
 
     Rows are nodes: files in the order of their names (numbers by value), rows in order. `Nodes.orig_id` are the ids,
-    int64 or fixed-width UTF-8. Memory of the first to open it, per node: 80 bytes and, for string ids, twice the
-    longest; of the others: what they touch of 12 bytes and an id, mapped. Raises `InputError`, here or when a piece is
-    read: for files or columns that are not there or of a wrong type, ids that occur twice or are of no node, labels
-    and splits out of range, features that are not finite.
+    int64 or fixed-width bytes (`node_ids`). Memory of the first to open it, per node: 80 bytes and, for ids of text,
+    twice the longest; of the others: what they touch of 12 bytes and an id, mapped. Raises `InputError`, here or when a
+    piece is read: for files or columns that are not there or of a wrong type, ids that occur twice or are of no node,
+    labels and splits out of range, features that are not finite.
     """
-    node_files = table_files.find(config.nodes, "source.nodes")
-    edge_files = table_files.find(config.edges, "source.edges")
-    made_of = fingerprint(config, node_files + edge_files)
+    node_files = table_files.listing(config.nodes, "source.nodes")
+    edge_files = table_files.listing(config.edges, "source.edges")
+    made_of = fingerprint(config, node_files.files + edge_files.files)
     folder = storage.join(scratch, f"tables-{made_of}")
-    work = partial(_derive, config, [file[0] for file in node_files], [file[0] for file in edge_files], folder)
+    work = partial(_derive, config, node_files, edge_files, folder)
     facts = storage.once(storage.join(folder, "tables.json"), work)
     tables = _Tables(config, folder, facts)
     return StreamedSource(
         name=config.nodes,
-        num_nodes=facts["offsets"][-1],
-        num_features=sum(width for _, width, _ in facts["features"]),
+        num_nodes=facts["num_nodes"],
+        num_features=node_columns.widths(tables.features),
         num_classes=facts["num_classes"],
         nodes=tables.nodes,
-        num_edges=table_files.num_rows(Piece(**piece) for piece in facts["edge_pieces"]),
+        num_edges=pieces.num_rows(Piece.of(piece) for piece in facts["edge_pieces"]),
         num_edge_pieces=len(facts["edge_pieces"]),
         edges=tables.edges,
-        feat_offsets=np.array(facts["offsets"], np.int64),
+        feat_offsets=np.array(facts["feat_offsets"], np.int64),
         feat=tables.feat,
         undirected=config.undirected,
+        about=tables.about(),
         fingerprint=made_of,
     )
 
@@ -66,106 +73,209 @@ class _Tables:
     folder: str
     facts: dict[str, Any]  # what `_derive` gives
 
+    @property
+    def features(self) -> list[Feature]:
+        return [Feature(**{**each, "values": tuple(each["values"])}) for each in self.facts["features"]]
+
+    @property
+    def id_type(self) -> IdType:
+        return IdType(**self.facts["id_type"])
+
+    def about(self) -> About:
+        facts = self.facts
+        names = [(name, each.type) for each in self.features for name in each.names]
+        left_out = [(what, why) for what, why in facts["left_out"]]
+        return About(facts["classes"], self.id_type, names, facts["notes"], left_out, facts["warnings"])
+
     def nodes(self) -> Nodes:
         split = self._array("split") if "split" in self.facts["files"] else None
         return Nodes(self._array("label"), split, self._array("id"))
 
     def edges(self, piece: int) -> Iterator[Edges]:
-        where = Piece(**self.facts["edge_pieces"][piece])
-        kind = pa.string() if self.facts["text_ids"] else pa.int64()
-        ids = None
-        if self.facts["salt"] is not None:
-            ids = NodeIds(self._array("id"), self._array("key"), self._array("row"), self.facts["salt"])
-        for batch, start in _batches(where, {self.config.src: kind, self.config.dst: kind}, _EDGES):
-            yield (
-                self._rows(batch, self.config.src, ids, where, start),
-                self._rows(batch, self.config.dst, ids, where, start),
-            )
+        where = Piece.of(self.facts["edge_pieces"][piece])
+        ids = _Ends(self.config, self.id_type, self.facts["num_nodes"], self._index())
+        for batch, start in _edge_batches(where, _unpacked(self.facts["edge_types"]), self.id_type):
+            src_M, dst_M = (ids.rows(column, name, where, start) for name, column in _ends_of(batch))
+            yield src_M, dst_M
 
     def feat(self, piece: int) -> Iterator[np.ndarray]:
-        where, features = Piece(**self.facts["pieces"][piece]), self.facts["features"]
-        types = {name: pa.type_for_alias(kind) for name, _, kind in features}
-        widths = {name: width for name, width, _ in features}
-        for batch, start in _batches(where, types, max(1, _VALUES // sum(widths.values()))):
-            yield node_columns.features(batch, widths, partial(where.at, start))
+        features = self.features
+        if piece == len(self.facts["pieces"]):  # of nodes that edges alone name
+            yield np.full((self.facts["num_added"], node_columns.widths(features)), np.nan, np.float32)
+            return
+        where, types = Piece.of(self.facts["pieces"][piece]), _unpacked(self.facts["feature_types"])
+        text, missing = words(self.config), self.config.missing != "refuse"
+        for batch, start in _batches(where, types, max(1, _VALUES // node_columns.widths(features))):
+            yield node_columns.features(batch, features, text, partial(where.at, start), missing)
 
     def _array(self, name: str) -> np.ndarray:
         return storage.open_array(storage.join(self.folder, f"{name}.npy"), self.facts["files"][name])
 
-    def _rows(self, batch: pa.RecordBatch, name: str, ids: NodeIds | None, piece: Piece, start: int) -> np.ndarray:
-        id_M = node_ids.from_arrow(batch.column(name), name, partial(piece.at, start))
-        num_nodes = self.facts["offsets"][-1]
-        row_M, unknown_M = ids.rows(id_M) if ids else (id_M, (id_M < 0) | (id_M >= num_nodes))
-        if unknown_M.any():
-            first = int(unknown_M.argmax())
+    def _index(self) -> NodeIds | None:
+        salt = self.facts["salt"]
+        return None if salt is None else NodeIds(self._array("id"), self._array("key"), self._array("row"), salt)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Finds the rows of nodes that edges name."""
+
+    config: TablesConfig
+    id_type: IdType
+    num_nodes: int
+    index: NodeIds | None  # None: ids are row numbers
+
+    def rows(self, column: pa.Array, name: str, piece: Piece, start: int) -> np.ndarray:
+        """The row of each id, -1 where it is of no node, if such edges are to be dropped; else raises `InputError`."""
+        id_M, wrong_M = node_ids.from_arrow(column, self.id_type, name, partial(piece.at, start))
+        if self.index is None:
+            row_M, unknown_M = id_M, (id_M < 0) | (id_M >= self.num_nodes)
+        else:
+            row_M, unknown_M = self.index.rows(id_M)
+        if wrong_M is not None:
+            unknown_M = unknown_M | wrong_M
+        if not unknown_M.any():
+            return row_M
+        if self.config.unknown_nodes == "drop":
+            return np.where(unknown_M, -1, row_M)
+        first = int(unknown_M.argmax())
+        value = column[first].as_py()
+        what = value.hex() if isinstance(value, bytes) else repr(value) if isinstance(value, str) else value
+        raise InputError(
+            f"{piece.at(start, first)}, column {name}: no node has the id {what}, and "
+            f"{int(unknown_M.sum()):,} of these {len(row_M):,} ids are of no node ({self.config.nodes}). "
+            "source.unknown_nodes: drop leaves such edges out, add makes nodes of them"
+        )
+
+    def unknown(self, column: pa.Array, name: str, piece: Piece, start: int) -> np.ndarray:
+        """The ids that are of no node, each once."""
+        id_M, wrong_M = node_ids.from_arrow(column, self.id_type, name, partial(piece.at, start))
+        if wrong_M is not None:
+            row = int(wrong_M.argmax())
             raise InputError(
-                f"{piece.at(start, first)}, column {name}: no node has the id {node_ids.shown(id_M[first])}, and "
-                f"{int(unknown_M.sum()):,} of these {len(id_M):,} ids are of no node ({self.config.nodes})"
+                f"{piece.at(start, row)}, column {name}: no node can have the id {column[row].as_py()!r}, as ids are "
+                "integers (source.unknown_nodes: add; source.id_type)"
             )
-        return row_M
+        if self.index is None:
+            return np.unique(id_M[(id_M < 0) | (id_M >= self.num_nodes)])
+        return np.unique(id_M[self.index.rows(id_M)[1]])
 
 
-def _derive(config: TablesConfig, node_urls: list[str], edge_urls: list[str], folder: str) -> dict[str, Any]:
+def _derive(config: TablesConfig, node_files: Listing, edge_files: Listing, folder: str) -> dict[str, Any]:
     """Read what is asked of all nodes, write it below `folder`, and give what is to be known of the tables."""
-    columns, found = table_schema.nodes(config, node_urls)
-    edge_pieces = table_schema.edges(config, edge_urls, columns.text_ids)
-    pieces: list[Piece] = []
-    offsets, ids, labels, splits = [0], [], Labels(), []
+    columns, found = table_schema.nodes(config, [file[0] for file in node_files.files])
+    scan, parts, offsets = NodeScan(config, columns), [], [0]
     for piece in found:
         rows = 0
-        for batch in table_files.batches(piece, columns.at_once, _NODES):
-            at = partial(piece.at, rows)
+        for batch in table_files.batches(piece, columns.scanned, _NODES):
             with table_files.reading(piece.file):  # a conversion can fail too
-                labels.add(batch.column(columns.label), columns.label, at)
-                if columns.split:
-                    splits.append(node_columns.split(batch.column(columns.split), columns.split, at))
-                if columns.id:
-                    ids.append(node_ids.from_arrow(batch.column(columns.id), columns.id, at))
+                scan.add(batch, partial(piece.at, rows))
             rows += batch.num_rows
-        pieces.append(replace(piece, rows=rows))
+        parts.append(replace(piece, rows=rows))
         offsets.append(offsets[-1] + rows)
-    num_nodes = offsets[-1]
-    if not num_nodes:
+    num_rows = offsets[-1]
+    if not num_rows:
         raise InputError(f"{config.nodes}: the node table is empty")
 
     def node_at(row: int) -> str:
         piece = int(np.searchsorted(offsets, row, side="right")) - 1
-        return pieces[piece].at(0, row - offsets[piece])
+        return parts[piece].at(0, row - offsets[piece])
 
-    arrays: dict[str, np.ndarray] = {}
-    arrays["label"], classes = labels.finish()
-    where = f"{config.nodes}: column {config.label}"
-    if classes and config.num_classes and arrays["label"].max() >= config.num_classes:
-        raise InputError(
-            f"{where}: {len(classes):,} classes ({', '.join(classes[:5])} …), but source.num_classes is "
-            f"{config.num_classes:,}"
-        )
-    num_classes = count_classes(
-        arrays["label"], where, config.num_classes, lambda row: f"{node_at(row)}, column {config.label}"
-    )
-    if columns.split:
-        arrays["split"] = np.concatenate(splits)
-        bare = np.flatnonzero((arrays["split"] != NO_SPLIT) & (arrays["label"] < 0))
+    scanned = scan.finish()
+    arrays: dict[str, np.ndarray] = {"label": scanned.label}
+    num_classes = _num_classes(config, scanned, node_at)
+    if scanned.split is not None:
+        arrays["split"] = scanned.split
+        bare = np.flatnonzero((scanned.split != NO_SPLIT) & (scanned.label < 0))
         if len(bare):
             raise InputError(
-                f"{node_at(int(bare[0]))}, column {columns.split}: the node is in a split but has no label"
+                f"{node_at(int(bare[0]))}, column {columns.split or ' or '.join(columns.masks)}: the node is in a "
+                f"split but has no label, as are {len(bare):,} in all. Take these out of the split, or name another "
+                "column (source.split, source.label; source.unlabelled: the words that stand for no label)"
             )
-    arrays["id"] = np.concatenate(ids) if columns.id else np.arange(num_nodes)
-    ids.clear()
-    salt = None
-    if columns.text_ids or not np.array_equal(arrays["id"], np.arange(num_nodes)):
-        index = node_ids.index(arrays["id"], node_at)
-        arrays["key"], arrays["row"], salt = index.key, index.row, index.salt
-    features = _features(columns, pieces)
+    arrays["id"] = np.arange(num_rows) if scanned.id is None else scanned.id
+    (src, dst), edge_types, edge_pieces = table_schema.edges(
+        config, [file[0] for file in edge_files.files], scanned.id_type
+    )
+    end_types = {name: edge_types[name] for name in (src, dst)}
+    index = _indexed(arrays["id"], scanned.id_type, node_at)
+    added = np.empty(0, arrays["id"].dtype)
+    if config.unknown_nodes == "add":
+        ends = _Ends(config, scanned.id_type, num_rows, index)
+        added = _unknown_ids(ends, edge_pieces, end_types)
+    if len(added):
+        arrays["id"] = np.concatenate([arrays["id"], added])
+        arrays["label"] = np.concatenate([arrays["label"], np.full(len(added), -1)])
+        if "split" in arrays:
+            arrays["split"] = np.concatenate([arrays["split"], np.full(len(added), NO_SPLIT, np.int8)])
+        index = _indexed(arrays["id"], scanned.id_type, node_at)
+    if index is not None:
+        arrays["key"], arrays["row"] = index.key, index.row
+    features, left_out = scan.features(table_schema.widths(columns, parts))
+    left_out += table_schema.left_out_of_edges(edge_types, (src, dst))
+    if not node_columns.widths(features):
+        raise InputError(f"{config.nodes}: nodes have no features; a graph-free student needs some")
     return {
-        "num_classes": num_classes, "classes": classes, "text_ids": columns.text_ids, "salt": salt,
-        "pieces": [asdict(piece) for piece in pieces], "offsets": offsets,
-        "edge_pieces": [asdict(piece) for piece in edge_pieces],
-        "features": features,
+        "num_nodes": num_rows + len(added), "num_added": len(added), "num_classes": num_classes,
+        "classes": scanned.classes.names, "id_type": asdict(scanned.id_type),
+        "salt": None if index is None else index.salt,
+        "pieces": [asdict(piece) for piece in parts],
+        "feat_offsets": offsets + [num_rows + len(added)] * bool(len(added)),
+        "edge_pieces": [asdict(piece) for piece in edge_pieces], "edge_types": _packed(end_types),
+        "features": [asdict(each) for each in features],
+        "feature_types": _packed({each.name: columns.types[each.name] for each in features}),
+        "left_out": left_out + _passed_over(node_files) + _passed_over(edge_files),
+        "notes": _notes(columns, scanned, (src, dst), node_files, edge_files, edge_pieces, len(added)),
+        "warnings": _warnings(scanned),
         "files": {
             name: storage.write_array(storage.join(folder, f"{name}.npy"), array) for name, array in arrays.items()
         },
     }  # fmt: skip
+
+
+def _num_classes(config: TablesConfig, scanned: Scanned, node_at: Callable[[int], str]) -> int:
+    names, where = scanned.classes.names, f"{config.nodes}: column {config.label}"
+    if names and config.num_classes and len(names) > config.num_classes:
+        raise InputError(
+            f"{where}: {len(names):,} classes ({', '.join(names[:5])} …), but source.num_classes is "
+            f"{config.num_classes:,}"
+        )
+    return count_classes(scanned.label, where, config.num_classes, lambda row: f"{node_at(row)}, column {config.label}")
+
+
+def _indexed(id_N: np.ndarray, of: IdType, node_at: Callable[[int], str]) -> NodeIds | None:
+    """An index of ids, unless they are row numbers."""
+    if not of.is_named and np.array_equal(id_N, np.arange(len(id_N))):
+        return None
+    return node_ids.index(id_N, of, node_at)
+
+
+def _unknown_ids(ends: _Ends, edge_pieces: list[Piece], types: Columns) -> np.ndarray:
+    """The ids that edges name and the node table does not, in ascending order."""
+    found = np.empty(0, np.int64)
+    for piece in edge_pieces:
+        for batch, start in _edge_batches(piece, types, ends.id_type):
+            for name, column in _ends_of(batch):
+                found = np.union1d(found, ids) if len(ids := ends.unknown(column, name, piece, start)) else found
+    return found
+
+
+def _edge_batches(piece: Piece, types: Columns, ids: IdType) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The batches of an edge list, and how many rows of it were before. Text is read as integers as far as it is."""
+    done = 0
+    if piece.dialect is not None and not ids.is_named:
+        with suppress(InputError):  # what is wrong is found again, and said better
+            for batch, start in _batches(piece, dict.fromkeys(types, pa.int64()), _EDGES):
+                yield batch, start
+                done = start + batch.num_rows
+            return
+    for batch, start in _batches(piece, types, _EDGES):
+        if start + batch.num_rows > done:
+            yield batch.slice(max(done - start, 0)), max(done, start)
+
+
+def _ends_of(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.Array]]:
+    return zip(batch.schema.names, batch.columns, strict=True)
 
 
 def _batches(piece: Piece, types: Columns, rows: int) -> Iterator[tuple[pa.RecordBatch, int]]:
@@ -176,13 +286,55 @@ def _batches(piece: Piece, types: Columns, rows: int) -> Iterator[tuple[pa.Recor
         start += batch.num_rows
 
 
-def _features(columns: NodeColumns, pieces: list[Piece]) -> list[tuple[str, int, str]]:
-    """Columns of features, how many are in each, and the type that text is converted to."""
-    first = next(piece for piece in pieces if piece.rows)
-    kinds = {name: "bool" if pa.types.is_boolean(columns.types[name]) else "double" for name in columns.features}
-    types = {name: pa.type_for_alias(kind) for name, kind in kinds.items()}
-    batch = next(batch for batch in table_files.batches(first, types, 1) if batch.num_rows)
-    features = [(name, node_columns.width(batch.column(name)), kind) for name, kind in kinds.items()]
-    if not any(width for _, width, _ in features):
-        raise InputError(f"{first.file}: nodes have no features; a graph-free student needs some")
-    return features
+def _notes(
+    columns: NodeColumns,
+    scanned: Scanned,
+    edge_columns: tuple[str, str],
+    node_files: Listing,
+    edge_files: Listing,
+    edge_pieces: list[Piece],
+    num_added: int,
+) -> dict[str, str]:
+    """How the tables were understood, a line by part."""
+    ids = "row numbers"
+    if columns.id and scanned.id is not None:
+        example = node_ids.to_arrow(scanned.id[:1], scanned.id_type)[0].as_py()
+        shown = example.hex() if isinstance(example, bytes) else repr(example)
+        ids = f"column {columns.id}, {scanned.id_type}, such as {shown}"
+    none = ", ".join(f"{word} ({count:,})" for word, count in scanned.classes.none.items())
+    dialect = edge_pieces[0].dialect if edge_pieces else None
+    return {
+        "nodes": _files(node_files) + (f"; {num_added:,} more that only edges name" if num_added else ""),
+        "ids": ids,
+        "label": f"column {columns.label}" + (f"; read as no label: {none}" if none else ""),
+        "split": f"column {columns.split}" if columns.split else ", ".join(columns.masks),
+        "edges": f"columns {' and '.join(edge_columns)} of {_files(edge_files)}"
+        + ("; no header" if dialect and not dialect.header else ""),
+    }  # fmt: skip
+
+
+def _files(found: Listing) -> str:
+    count, kind = len(found.files), table_files.format_of(found.files[0][0])
+    empty = f", and {found.empty:,} empty" if found.empty else ""
+    return f"{count:,} {kind} file{'s' * (count > 1)}{empty}"
+
+
+def _passed_over(found: Listing) -> list[tuple[str, str]]:
+    return [(file, "the file is no table") for file in found.others]
+
+
+def _warnings(scanned: Scanned) -> list[str]:
+    return [
+        f"label '{name}' ({count:,} nodes) is a class; if it stands for no label, add it to source.unlabelled"
+        for name, count in scanned.classes.doubtful.items()
+    ]
+
+
+def _packed(types: Columns) -> str:
+    """Types of columns as text, for JSON."""
+    return base64.b64encode(pa.schema(types.items()).serialize()).decode()
+
+
+def _unpacked(packed: str) -> Columns:
+    schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(packed)))
+    return dict(zip(schema.names, schema.types, strict=True))

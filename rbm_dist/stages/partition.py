@@ -54,10 +54,9 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     written: Files = {}
     for part_files in over("parts", shuffle.write_part, parts):
         written |= part_files
-    num_classes = storage.read_json(storage.join(source_url, "source.json"))["num_classes"]
-    written = shuffle.write_index(
-        graph_url, assigned["offsets"], source, num_classes, written, assigned["report"], layout
-    )
+    facts = storage.read_json(storage.join(source_url, "source.json"))
+    about = {name: facts[name] for name in ("num_classes", "class_names", "id_type", "feature_names") if name in facts}
+    written = shuffle.write_index(graph_url, assigned["offsets"], source, about, written, assigned["report"], layout)
     storage.remove_work(spill_url)
     return written
 

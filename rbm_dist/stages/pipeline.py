@@ -12,6 +12,7 @@ from rbm_dist.errors import InputError, disk_full
 from rbm_dist.graph import encodings
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
+from rbm_dist.report.source_table import source_table
 from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.progress import ProgressRelay
 from rbm_dist.stages import run as run_
@@ -99,6 +100,9 @@ def _work(stages: list[Stage], config: Config, url: str, console: Console, addre
                     metrics.flush()
                     resumed = " (went on from where it was)" if state == "started" else ""
                     console.print(f"  [green]✓[/] {stage.name}: {spent:.1f} s{resumed}", highlight=False)
+                    if stage.name == "source":
+                        summary = storage.read_json(storage.join(url, "source", "source.json"))["summary"]
+                        console.print(source_table(summary), highlight=False)
                 upstream = run_.digest(stage, url)
     finally:
         metrics.close()

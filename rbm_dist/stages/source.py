@@ -1,12 +1,13 @@
 """Stage `source`: read and check the input, and stage its arrays for the partitioner and the shuffle.
 
 A small source is read by one task. A streamed one by many: its edges are sorted in runs and merged to a CSC, its
-features are checked and scaled piece by piece; each task's result is kept, so that none is done twice as long as the
-input's files are the same.
+features are checked and their statistics gathered piece by piece; each task's result is kept, so that none is done
+twice as long as the input's files are the same.
 """
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,10 +22,13 @@ from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.sources import edges, staged
 from rbm_dist.sources import source as source_
 from rbm_dist.sources.edges import Merge
-from rbm_dist.sources.streamed import StreamedSource
+from rbm_dist.sources.scaling import Moments, Scaling
+from rbm_dist.sources.streamed import About, Edges, StreamedSource
+from rbm_dist.sources.summary import summarise
 from rbm_dist.stages.run import Files, Run
 
 _WORK = "work"
+_PER_NODE = ("label", "split")
 _log = logging.getLogger(__name__)
 
 
@@ -80,18 +84,46 @@ def below(files: Files, folder: str) -> Files:
 def _stage_in_memory(config: Config, url: str) -> Files:
     graph = source_.read(config.source, config.seed)
     files = staged.write_source(url, graph)
-    counts = (graph.csc.num_nodes, graph.csc.num_edges, graph.num_features, graph.num_classes)
-    dropped = (graph.dropped_self_loops, graph.dropped_duplicates)
-    return {**files, "source.json": _write_facts(url, counts, graph.split, dropped)}
+    rows, moments = 0, Moments.of((), graph.num_features)
+    for chunk in graph.feat_chunks():
+        seen = np.flatnonzero(graph.split[rows : rows + chunk.shape[0]] != UNSEEN)
+        moments = moments + Moments.of([chunk[seen]], graph.num_features)
+        rows += chunk.shape[0]
+    edge_counts = {
+        "read": graph.read_edges, "self_loops": graph.dropped_self_loops, "duplicates": graph.dropped_duplicates,
+        "kept": graph.csc.num_edges,
+    }  # fmt: skip
+    return files | _write_facts(
+        config, url, graph.about, graph.num_classes, graph.label, graph.split, edge_counts, moments, graph.sparse_feat
+    )
 
 
 def _write_facts(
-    url: str, counts: tuple[int, int, int, int], split_N: np.ndarray, dropped: tuple[int, int]
-) -> storage.FileInfo:
-    names = ("num_nodes", "num_edges", "num_features", "num_classes", "dropped_self_loops", "dropped_duplicates")
-    facts: dict[str, Any] = dict(zip(names, counts + dropped, strict=True))
-    facts["split"] = {name: int(np.sum(split_N == code)) for code, name in SPLIT_NAMES.items()}
-    return storage.write_json(storage.join(url, "source.json"), facts)
+    config: Config,
+    url: str,
+    about: About,
+    num_classes: int,
+    label_N: np.ndarray,
+    split_N: np.ndarray,
+    edge_counts: dict[str, int],
+    moments: Moments,
+    sparse: bool,
+) -> Files:
+    """Write how features are scaled, and `source.json`."""
+    scaling = Scaling.of(config.source, moments, sparse)
+    files = staged.write_scaling(url, scaling, moments)
+    facts: dict[str, Any] = {
+        "num_nodes": len(label_N), "num_edges": edge_counts["kept"], "num_features": scaling.num_features,
+        "num_classes": num_classes, "dropped_self_loops": edge_counts["self_loops"],
+        "dropped_duplicates": edge_counts["duplicates"], "dropped_unknown": edge_counts.get("unknown", 0),
+        "split": {name: int(np.sum(split_N == code)) for code, name in SPLIT_NAMES.items()},
+        "class_names": about.class_names, "id_type": asdict(about.id_type),
+    }  # fmt: skip
+    if about.features is not None:
+        names = [name for name, _ in about.features]
+        facts["feature_names"] = names + [f"{names[k]} is missing" for k in scaling.indicators]
+    facts["summary"] = summarise(config.source, about, num_classes, label_N, split_N, edge_counts, moments, scaling)
+    return files | {"source.json": storage.write_json(storage.join(url, "source.json"), facts)}
 
 
 def _stage_streamed(config: Config, url: str, over: Over) -> Files:
@@ -100,17 +132,18 @@ def _stage_streamed(config: Config, url: str, over: Over) -> Files:
     if nodes["changed"]:
         _log.warning("%s: the input's files were changed since the last attempt; it is read again from the start", url)
     pieces = [(config, url, kept, piece, nodes["files"]) for piece in range(nodes["num_edge_pieces"])]
-    runs = [edges.Run(**run) for piece in over("edge pieces", _sort_edges, pieces) for run in piece]
+    sorted_pieces = over("edge pieces", _sort_edges, pieces)
+    runs = [edges.Run(**run) for piece in sorted_pieces for run in piece["runs"]]
+    unknown = sum(piece["unknown"] for piece in sorted_pieces)
     merges = [
         (kept, index, wanted, nodes["num_nodes"])
         for index, wanted in enumerate(edges.plan_merges(runs, nodes["num_nodes"]))
     ]
     merged = over("merges", _merge_edges, merges)
-    feats = over(
-        "feature pieces", _stage_feat, [(config, url, kept, piece) for piece in range(nodes["num_feat_pieces"])]
-    )
-    (files,) = over("joins", _join, [(url, nodes, [run.__dict__ for run in runs], merged)])
-    files |= {staged.feat_piece(piece): info for piece, info in enumerate(feats)}
+    feat_pieces = [(config, url, kept, piece, nodes["files"]) for piece in range(nodes["num_feat_pieces"])]
+    feats = over("feature pieces", _stage_feat, feat_pieces)
+    (files,) = over("joins", _join, [(config, url, nodes, [run.__dict__ for run in runs], unknown, merged, feats)])
+    files |= {staged.feat_piece(piece): feat["info"] for piece, feat in enumerate(feats)}
     storage.remove_work(storage.join(url, _WORK))
     return files
 
@@ -147,15 +180,26 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
     return {**storage.once(storage.join(kept, "nodes.json"), work), "kept": kept, "changed": bool(old)}
 
 
-def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Files) -> list[dict[str, Any]]:
-    def work() -> list[dict[str, Any]]:
+def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Files) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        unknown = 0
+
+        def known(chunks: Iterator[Edges]) -> Iterator[Edges]:
+            nonlocal unknown
+            for src_M, dst_M in chunks:
+                keep = (src_M >= 0) & (dst_M >= 0) if drops else slice(None)
+                unknown += len(src_M) - len(src_M[keep])
+                yield src_M[keep], dst_M[keep]
+
+        # Of other sources an end below 0 is a mistake, which is refused where edges are sorted.
+        drops = getattr(config.source, "unknown_nodes", "refuse") == "drop"
         source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
         unseen_N = None
         if config.source.unseen_share:
             unseen_N = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"]) == UNSEEN
         name = storage.join(kept, f"run-{piece:05d}")
-        runs = edges.write_runs(name, source.edges(piece), source.num_nodes, source.undirected, unseen_N)
-        return [run.__dict__ for run in runs]
+        runs = edges.write_runs(name, known(source.edges(piece)), source.num_nodes, source.undirected, unseen_N)
+        return {"runs": [run.__dict__ for run in runs], "unknown": unknown}
 
     return storage.once(storage.join(kept, f"run-{piece:05d}.json"), work)
 
@@ -171,36 +215,56 @@ def _merge_edges(kept: str, index: int, wanted: Merge, num_nodes: int) -> dict[s
     return storage.once(storage.join(kept, f"merge-{index:05d}.json"), work)
 
 
-def _stage_feat(config: Config, url: str, kept: str, piece: int) -> storage.FileInfo:
-    def work() -> storage.FileInfo:
+def _stage_feat(config: Config, url: str, kept: str, piece: int, node_files: Files) -> dict[str, Any]:
+    """The file of a piece's features (`info`), and its columns' statistics over the nodes that training sees."""
+    moments_name = storage.join(kept, f"moments-{piece:05d}.npy")
+
+    def work() -> dict[str, Any]:
         source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
         first, stop = (int(row) for row in source.feat_offsets[piece : piece + 2])
-        rows = _checked(source, first, piece, config.source.normalize == "row")
-        name = staged.feat_piece(piece)
-        return storage.write_chunks(storage.join(url, name), np.float32, (stop - first, source.num_features), rows)
+        seen_n = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"])[first:stop] != UNSEEN
+        moments, rows = Moments.of((), source.num_features), 0
+
+        def checked() -> Iterator[np.ndarray]:
+            nonlocal moments, rows
+            for feat_nF in _checked(source, first, piece, config.source.missing != "refuse"):
+                some_nF = feat_nF[seen_n[rows : rows + len(feat_nF)]]
+                moments, rows = moments + Moments.of([some_nF], source.num_features), rows + len(feat_nF)
+                yield feat_nF
+
+        shape = (stop - first, source.num_features)
+        info = storage.write_chunks(storage.join(url, staged.feat_piece(piece)), np.float32, shape, checked())
+        return {"info": info, "moments": storage.write_array(moments_name, moments.as_array())}
 
     return storage.once(storage.join(kept, f"feat-{piece:05d}.json"), work)
 
 
-def _checked(source: StreamedSource, row: int, piece: int, scale: bool) -> Iterator[np.ndarray]:
-    """The features of a piece as finite float32, scaled row by row if so configured."""
+def _checked(source: StreamedSource, row: int, piece: int, missing: bool) -> Iterator[np.ndarray]:
+    """The features of a piece as float32, finite or, if values may be missing, NaN."""
     for chunk_nF in source.feat(piece):
         with np.errstate(over="ignore"):
             feat_nF = chunk_nF.astype(np.float32, copy=False)
-        if not np.isfinite(feat_nF).all():
-            bad = np.argwhere(~np.isfinite(feat_nF))
+        wrong_nF = np.isinf(feat_nF) if missing else ~np.isfinite(feat_nF)
+        if wrong_nF.any():
+            bad = np.argwhere(wrong_nF)
+            advice = "" if missing else "; where NaN says that a value is missing, set source.missing to mean or zero"
             raise InputError(
                 f"{source.name}: {len(bad):,} features are NaN, infinite or beyond float32; "
-                f"the first is of row {row + bad[0, 0]}, column {bad[0, 1]}"
+                f"the first is of row {row + bad[0, 0]}, column {bad[0, 1]}{advice}"
             )
-        if scale:
-            sums_n = np.abs(feat_nF).sum(axis=1, keepdims=True, dtype=np.float64)
-            feat_nF = (feat_nF / np.where(sums_n > 0, sums_n, 1)).astype(np.float32)
         yield feat_nF
         row += len(feat_nF)
 
 
-def _join(url: str, nodes: dict[str, Any], runs: list[dict[str, Any]], merged: list[dict[str, Any]]) -> Files:
+def _join(
+    config: Config,
+    url: str,
+    nodes: dict[str, Any],
+    runs: list[dict[str, Any]],
+    unknown: int,
+    merged: list[dict[str, Any]],
+    feats: list[dict[str, Any]],
+) -> Files:
     def pieces(name: str) -> Iterator[np.ndarray]:
         for each in merged:
             yield storage.open_array(each["names"][name], each["files"][name])
@@ -220,8 +284,15 @@ def _join(url: str, nodes: dict[str, Any], runs: list[dict[str, Any]], merged: l
         storage.join(url, "indices.npy"), id_dtype(num_nodes), (num_edges,), pieces("indices")
     )
     given, loops, hidden = (sum(run[name] for run in runs) for name in ("given", "self_loops", "hidden"))
-    dropped = (loops, given - loops - hidden - sum(each["given"] for each in merged))
-    counts = (num_nodes, num_edges, nodes["num_features"], nodes["num_classes"])
-    split = storage.open_array(storage.join(url, "split.npy"), files["split.npy"])
-    files["source.json"] = _write_facts(url, counts, split, dropped)
-    return files
+    moments = Moments.of((), nodes["num_features"])
+    for piece, feat in enumerate(feats):
+        array = storage.open_array(storage.join(nodes["kept"], f"moments-{piece:05d}.npy"), feat["moments"])
+        moments = moments + Moments.from_array(array)
+    label, split = (storage.open_array(storage.join(url, f"{name}.npy"), files[f"{name}.npy"]) for name in _PER_NODE)
+    edge_counts = {
+        "read": given + unknown, "self_loops": loops, "hidden": hidden, "unknown": unknown,
+        "duplicates": given - loops - hidden - sum(each["given"] for each in merged), "kept": num_edges,
+    }  # fmt: skip
+    about = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK)).about
+    num_classes = nodes["num_classes"]
+    return files | _write_facts(config, url, about, num_classes, label, split, edge_counts, moments, sparse=False)

@@ -127,7 +127,7 @@ def test_a_malformed_override_is_shown(path: Path, override: str) -> None:
     assert refusal(path, overrides=[override]).startswith(f"command line: '{override}' is not of the form key=value")
 
 
-@pytest.mark.parametrize("value", ["[", "{a: ", "'", "2024-13-45", "[" * 5000])
+@pytest.mark.parametrize("value", ["[[", "{a: ", "'a", "2024-13-45", "[" * 5000])
 def test_an_override_that_is_no_yaml_is_shown(path: Path, value: str) -> None:
     message = refusal(path, overrides=[f"teacher.lr={value}"])
     assert message == f"command line: teacher.lr: '{value}' is not a YAML value"
@@ -166,7 +166,11 @@ def test_a_bad_override_says_that_it_came_from_the_command_line(path: Path) -> N
         ("student: {krd: {bins: 0}}", "student.krd.bins", "found 0"),
         ("student: {adversarial: {epsilon: 0}}", "student.adversarial.epsilon", "greater than 0"),
         ("encodings: {folds: 1}", "encodings.folds", "greater than or equal to 2, found 1"),
-        ("source: {kind: digits, normalize: max}", "source.normalize", "'row' or 'none', found 'max'"),
+        (
+            "source: {kind: digits, normalize: max}",
+            "source.normalize",
+            "'column' or 'none', found 'max'",
+        ),
         ("seed: two", "seed", "valid integer.*found 'two'"),
         ("seed: -1", "seed", "greater than or equal to 0, found -1"),
         ("seed: 2147483648", "seed", "less than 2147483648"),

@@ -24,7 +24,7 @@ def stored(url: str, csc: Csc, split: np.ndarray, part_N: np.ndarray) -> tuple[G
     """A store with an array `x`, and its rows by the input's ids, `[N, WIDTH]`."""
     num_nodes = csc.num_nodes
     label, feat = np.zeros(num_nodes, np.int64), np.zeros((num_nodes, 1), np.float32)
-    graph = SourceGraph(csc, 1, 1, label, split.astype(np.int8), lambda: iter([feat]), 0, 0)
+    graph = SourceGraph(csc, 1, 1, label, split.astype(np.int8), lambda: iter([feat]), 0, 0, 0)
     store = write_graph(url, graph, part_N.astype(np.int32))
     x_ND = np.random.default_rng(0).normal(size=(num_nodes, WIDTH)).astype(np.float32)
     files = [

@@ -34,6 +34,7 @@ def with_rows(graph: Graph, seed: int) -> tuple[SourceGraph, np.ndarray]:
         label=rng.integers(-1, 4, graph.num_nodes),
         split=rng.integers(-1, 3, graph.num_nodes).astype(np.int8),
         feat_chunks=lambda: iter(np.array_split(feat, 2)),
+        read_edges=0,
         dropped_self_loops=0,
         dropped_duplicates=0,
     )

@@ -52,7 +52,7 @@ def test_parquet_by_its_footers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
 def test_csv_by_its_size(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbm_dist.sources.facts._BLOCK", 1 << 16)
+    monkeypatch.setattr("rbm_dist.sources.table_look._BLOCK", 1 << 16)
     for name, table in zip(("nodes", "edges"), columns(), strict=True):
         with (
             pa.CompressedOutputStream(tmp_path / f"{name}.{suffix}", "gzip")
@@ -62,7 +62,7 @@ def test_csv_by_its_size(tmp_path: Path, suffix: str, monkeypatch: pytest.Monkey
             pa.csv.write_csv(pa.table(table), stream)
     facts = source_facts(TablesConfig(nodes=f"{tmp_path}/nodes.{suffix}", edges=f"{tmp_path}/edges.{suffix}"), 0)
     check(facts, 0.1)
-    assert facts.note.startswith("rows of CSV are estimated from sizes")
+    assert facts.note.startswith("rows of text are estimated from sizes")
 
 
 def test_npy_by_its_headers(tmp_path: Path) -> None:

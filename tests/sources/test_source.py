@@ -36,7 +36,7 @@ def test_digits_link_each_image_to_its_nearest() -> None:
     assert (graph.csc.num_nodes, graph.num_features, graph.num_classes) == (1797, 64, 10)
     assert not graph.sparse_feat
     np.testing.assert_array_equal(graph.label, digits.target)
-    np.testing.assert_allclose(features(graph), digits.data / digits.data.sum(1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(features(graph), digits.data, rtol=1e-6)
     squared = (digits.data**2).sum(1)
     distance = squared[:, None] + squared - 2 * digits.data @ digits.data.T
     np.fill_diagonal(distance, np.inf)
@@ -106,9 +106,7 @@ def test_real_graph(
         assert (stored.dtype, np.count_nonzero(chunk)) == (np.float32, rows.count_nonzero())
         some = np.arange(0, len(chunk), 97)
         dense = rows[some].toarray()
-        np.testing.assert_allclose(
-            chunk[some], dense / np.maximum(np.abs(dense).sum(1, keepdims=True), 1e-30), rtol=1e-5
-        )
+        np.testing.assert_allclose(chunk[some], dense, rtol=1e-6)
         start += len(chunk)
     assert start == num_nodes
 
@@ -165,29 +163,17 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
     assert (graph.csc.num_nodes, graph.csc.num_edges) == (NODES, 0)
 
 
-@pytest.mark.parametrize("normalize", ["row", "none"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "uint8", "bool"])
-def test_features_of_any_number_type(tmp_path: Path, dtype: str, normalize: str) -> None:
+def test_features_of_any_number_type(tmp_path: Path, dtype: str) -> None:
     values = npz_arrays()["attr_data"].astype(dtype)
     expected = values.astype(np.float64).reshape(NODES, 3)
-    if normalize == "row":
-        expected /= expected.sum(1, keepdims=True)
-    graph = read_npz(tmp_path, npz_arrays() | {"attr_data": values}, normalize=normalize)
+    graph = read_npz(tmp_path, npz_arrays() | {"attr_data": values})
     assert features(graph).dtype == np.float32
     np.testing.assert_allclose(features(graph), expected, rtol=1e-6)
 
 
-def test_rows_are_normalised_by_magnitude_and_empty_ones_stay_zero(tmp_path: Path) -> None:
-    dense = np.array([[-3, 1, 0], [0, 0, 0], [3e38, 3e38, -3e38], *[[1, 1, 2]] * 5])
-    attr = sp.csr_array(dense)
-    arrays = {f"attr_{part}": getattr(attr, part) for part in ("data", "indices", "indptr")}
-    rows = features(read_npz(tmp_path, npz_arrays() | arrays))
-    third = 1 / 3
-    np.testing.assert_allclose(rows[:4], [[-0.75, 0.25, 0], [0, 0, 0], [third, third, -third], [0.25, 0.25, 0.5]])
-
-
 def test_sparse_features_are_the_same_numbers(tmp_path: Path) -> None:
-    """Entries given in pieces count as their sum, whose magnitude is what rows are scaled by."""
+    """Entries given in pieces count as their sum."""
     indptr = np.array([0, 3, 4, 4, 5, 6, 7, 8, 9])
     arrays = {
         "attr_data": np.array([3, -2, -1, 5, 1, 1, 1, 1, 0.0]), "attr_indices": np.array([4, 4, 9, 7, 1, 2, 3, 4, 5]),
@@ -199,11 +185,11 @@ def test_sparse_features_are_the_same_numbers(tmp_path: Path) -> None:
     assert chunk.dtype == np.float32
     assert chunk.has_canonical_format, "one entry per place"
     expected = np.zeros((NODES, 10))
-    expected[0, [4, 9]] = 0.5, -0.5
-    expected[[1, 3, 4, 5, 6], [7, 1, 2, 3, 4]] = 1
+    expected[0, [4, 9]] = 1, -1
+    expected[[1, 3, 4, 5, 6], [7, 1, 2, 3, 4]] = 5, 1, 1, 1, 1
     np.testing.assert_allclose(chunk.toarray(), expected)
     dense = read_npz(tmp_path, npz_arrays() | arrays | {"attr_data": np.array([4, 0.0, 0, 0, 0, 0, 0, 0, 0])})
-    np.testing.assert_array_equal(next(dense.feat_chunks()).toarray()[0], np.eye(10)[4])
+    np.testing.assert_array_equal(next(dense.feat_chunks()).toarray()[0], 4 * np.eye(10)[4])
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from rbm_dist.config.source import TablesConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph.shards import IdType
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
-from rbm_dist.sources import node_ids, table_files, tables
+from rbm_dist.sources import node_ids, pieces, tables
+from rbm_dist.sources.npy_files import NpyArray
 from rbm_dist.sources.tables import open_tables
 from tests.sources.table_input import Table, edges, nodes, opened, put, read_all, rows, save, save_npy
 
 SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST, None: NO_SPLIT}
+TEXT = IdType("text", "string")
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
 NAMES = st.text("aé😀-,\"' 0", max_size=11).map("n{}".format)
 
@@ -78,7 +81,7 @@ def save_all(folder: str, suffix: str, table: Table, edge_table: Table, cuts: tu
 def test_every_format_gives_the_graph_that_was_written(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, suffix: str, graph: Any, cuts: Any
 ) -> None:
-    for module, name in ((table_files, "PIECE_ROWS"), (tables, "_EDGES"), (tables, "_NODES"), (tables, "_VALUES")):
+    for module, name in ((pieces, "PIECE_ROWS"), (tables, "_EDGES"), (tables, "_NODES"), (tables, "_VALUES")):
         monkeypatch.setattr(module, name, 4)
     table, edge_table = graph
     folder = str(tmp_path_factory.mktemp("tables"))
@@ -154,7 +157,7 @@ def test_which_columns_are_features(tmp_path: Path) -> None:
     [
         (["1", "0", "", "2"], [1, 0, -1, 2]),
         (["1.0", "0.0", "NaN", "2.0"], [1, 0, -1, 2]),
-        (["10", "b", "9", "NA"], [0, 2, 1, -1]),
+        (["10", "b", "9", "NA"], [0, 3, 1, 2]),
         ([1.0, 0.0, float("nan"), None], [1, 0, -1, -1]),
         ([True, False, None, True], [1, 0, -1, 1]),
         (pa.array(["b", "a", None, "b"]).dictionary_encode(), [1, 0, -1, 1]),
@@ -187,7 +190,7 @@ def test_csv_types_do_not_depend_on_where_a_file_begins(tmp_path: Path) -> None:
 def test_rows_of_an_array_are_sliced_in_every_layout(tmp_path: Path, dtype: str, order: Any, axis: int) -> None:
     array = np.arange(30).reshape((10, 3) if axis == 0 else (3, 10)).astype(dtype)
     np.save(tmp_path / "a.npy", np.asarray(array, order=order))
-    rows_n3 = table_files.NpyArray(f"{tmp_path}/a.npy", axis).read(4, 9)
+    rows_n3 = NpyArray(f"{tmp_path}/a.npy", axis).read(4, 9)
     np.testing.assert_array_equal(rows_n3, (array if axis == 0 else array.T)[4:9])
     assert rows_n3.dtype.isnative
 
@@ -201,10 +204,10 @@ def test_strings_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(node_ids, "_hashes", poor)
     ids = np.array([b"d", b"b", b"a", b"c-and-more"])
-    index = node_ids.index(ids, str)
+    index = node_ids.index(ids, TEXT, str)
     assert salts == [0, 1]
     row, unknown = index.rows(np.array([b"c-and-more", b"b", b"c-and-more-still", b"x"]))
     assert row[:2].tolist() == [3, 1]
     assert unknown.tolist() == [False, False, True, True]
     with pytest.raises(InputError, match=r"3: the node id 'd' is also that of 0"):
-        node_ids.index(np.array([b"d", b"b", b"a", b"d"]), str)
+        node_ids.index(np.array([b"d", b"b", b"a", b"d"]), TEXT, str)

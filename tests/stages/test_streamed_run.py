@@ -41,7 +41,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[st
         "run_dir": str(folder / "run"),
         "source": {
             "kind": "tables", "nodes": f"{folder}/nodes-*.parquet", "edges": f"{folder}/edges-*.parquet",
-            "undirected": False,
+            "undirected": False, "normalize": "none",
         },
         "partition": {"num_parts": 3, "features": "int8"},
     }  # fmt: skip

@@ -1,0 +1,131 @@
+"""Delimited text (CSV, TSV, SNAP's edge lists) as tables whose every value is text until a column's whole is known.
+
+What a column is made of is never guessed from a file's first lines: text is read, and `text_columns` decides.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.csv
+
+from rbm_dist import storage
+from rbm_dist.config.source import TablesConfig
+from rbm_dist.errors import InputError
+from rbm_dist.sources.pieces import Columns, Dialect, Piece, TableFile, in_threads, reading, without_compression
+
+_BLOCK = 1 << 22  # bytes of text that are parsed at once; a row has to fit
+_HEAD = 1 << 16
+_COMMENTS = ("#", "%")
+_DELIMITERS = (",", "\t", ";", "|", " ")
+_TABS = (".tsv", ".tab")
+
+
+def scan(files: list[str], config: TablesConfig, wanted: Sequence[str], is_edges: bool) -> list[TableFile]:
+    """Columns and pieces of some files. `wanted`: columns that a header should name, which tells the delimiter."""
+
+    def one(file: str) -> TableFile:
+        found = _dialect(file, config, wanted, is_edges)
+        for name in {name for name in found.names if found.names.count(name) > 1} if _twice(found.names) else ():
+            raise InputError(f"{file}: column '{name}' is there twice")
+        return TableFile(file, dict.fromkeys(found.names, pa.string()), [Piece(file, 0, -1, dialect=found)])
+
+    return in_threads(one, files)
+
+
+def batches(piece: Piece, types: Columns) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, in batches of some megabytes of text. `types`: text, or numbers where all values are."""
+    dialect = piece.dialect
+    assert dialect is not None
+    fs, path = storage.filesystem(piece.file)
+    names = list(types)
+    read = pa.csv.ReadOptions(
+        use_threads=False,  # a task has one core, and every further thread would hold further blocks
+        block_size=_BLOCK, skip_rows=dialect.skip, encoding=dialect.encoding,
+        column_names=None if dialect.header else list(dialect.names),
+    )  # fmt: skip
+    parse = pa.csv.ParseOptions(
+        delimiter=dialect.delimiter, newlines_in_values=True, invalid_row_handler=_comment_or_error
+    )
+    convert = pa.csv.ConvertOptions(
+        column_types=types, include_columns=names, null_values=[], strings_can_be_null=False
+    )
+    with fs.open(path, "rb", compression="infer") as stream:
+        yield from pa.csv.open_csv(stream, read, parse, convert)
+
+
+def _comment_or_error(row: pa.csv.InvalidRow) -> str:
+    return "skip" if row.text.lstrip().startswith(_COMMENTS) else "error"
+
+
+def _twice(names: Sequence[str]) -> bool:
+    return len(set(names)) < len(names)
+
+
+def _dialect(file: str, config: TablesConfig, wanted: Sequence[str], is_edges: bool) -> Dialect:
+    with reading(file):
+        head = _head(file)
+        text = head.decode(config.encoding.replace("utf8", "utf-8-sig"), errors="replace")
+    skip, comment = 0, ""
+    lines = text.splitlines(keepends=True)
+    while skip < len(lines) and (not lines[skip].strip() or _is_comment(lines[skip], wanted, config)):
+        comment = lines[skip].strip() or comment
+        skip += 1
+    rest = "".join(lines[skip:])
+    if not rest.strip():
+        raise InputError(f"{file}: has no lines but comments; remove it, or write a header")
+    delimiter = config.delimiter or _delimiter(file, rest, wanted)
+    first = _record(rest, delimiter)
+    if config.header is False or (config.header is None and is_edges and _is_data(first, wanted)):
+        said = _record(comment.lstrip("#% "), delimiter)
+        if config.header is None and comment and set(wanted) <= set(said) and len(said) == len(first):
+            return Dialect(delimiter, skip, tuple(said), header=False, encoding=config.encoding)
+        return Dialect(delimiter, skip, tuple(map(str, range(len(first)))), header=False, encoding=config.encoding)
+    return Dialect(delimiter, skip, tuple(first), header=True, encoding=config.encoding)
+
+
+def _is_comment(line: str, wanted: Sequence[str], config: TablesConfig) -> bool:
+    """A first line such as `#id,label` is a header whose first column is named `#id`, if that is what is asked for."""
+    if not line.startswith(_COMMENTS):
+        return False
+    return not any(name.startswith(_COMMENTS) and name in line for name in wanted)
+
+
+def _is_data(first: list[str], wanted: Sequence[str]) -> bool:
+    """Whether the first line of an edge list is an edge: it names no wanted column, and begins with two numbers."""
+    return (
+        not set(first) & set(wanted)
+        and len(first) >= 2
+        and all(each.strip().lstrip("-").isdigit() for each in first[:2])
+    )
+
+
+def _head(file: str) -> bytes:
+    """A first line at least, and what comes with it."""
+    fs, path = storage.filesystem(file)
+    with fs.open(path, "rb", compression="infer") as stream:
+        head = b""
+        while block := stream.read(_HEAD):
+            head += block
+            if (b"\n" in block and not head.lstrip().startswith((b"#", b"%"))) or len(head) >= _BLOCK:
+                break
+    return head
+
+
+def _delimiter(file: str, text: str, wanted: Sequence[str]) -> str:
+    """That which separates the wanted columns in the first line; else that which makes most columns of it."""
+    stem = without_compression(file).lower()
+    candidates = ("\t", *_DELIMITERS) if stem.endswith(_TABS) else _DELIMITERS
+    records = {each: _record(text, each) for each in candidates}
+    for each, fields in records.items():
+        if set(wanted) <= set(fields):
+            return each
+    return max(records, key=lambda each: min(len(records[each]), 2) if stem.endswith(".csv") else len(records[each]))
+
+
+def _record(text: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+    except csv.Error:
+        return text.splitlines()[0].split(delimiter) if text else []

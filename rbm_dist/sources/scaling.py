@@ -1,0 +1,186 @@
+"""Features as they are learned from: what was read, with missing values filled, columns scaled, rows normalised.
+
+Statistics are of the nodes that training sees. They are gathered while a source is staged, and applied when rows go
+from there to the parts; what was read is kept as it was until then.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.sparse as sp
+
+from rbm_dist.config.source import SourceSection
+
+_VALUES = 1 << 20  # that are scaled at once
+_APART = 10.0  # how far the columns' spreads may be apart from that of the middle one
+SCALING = ("feat_scaling", "feat_indicators")
+"""The arrays that a `Scaling` is kept as."""
+Rows: TypeAlias = np.ndarray | sp.csr_array
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of each column over some rows, `[F]` float64 each. Missing values are counted apart."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray  # Σ (x − mean)²
+    low: np.ndarray
+    high: np.ndarray
+    missing: np.ndarray
+
+    @classmethod
+    def of(cls, chunks: Iterable[Rows], num_features: int) -> "Moments":
+        """Those of all rows of some chunks."""
+        empty = np.zeros(num_features)
+        total = cls(empty, empty, empty, empty + np.inf, empty - np.inf, empty)
+        for rows in chunks:
+            total = total + (cls._sparse(rows) if sp.issparse(rows) else cls._dense(rows))
+        return total
+
+    @classmethod
+    def _dense(cls, rows_nF: np.ndarray) -> "Moments":
+        if not len(rows_nF):
+            return cls.of((), rows_nF.shape[1])
+        rows_nF = rows_nF.astype(np.float64)
+        gone_nF = np.isnan(rows_nF)
+        missing = gone_nF.sum(axis=0).astype(np.float64)
+        count = len(rows_nF) - missing
+        some = np.maximum(count, 1)
+        mean = np.where(gone_nF, 0, rows_nF).sum(axis=0) / some
+        away_nF = np.where(gone_nF, 0, rows_nF - mean)
+        low, high = np.where(gone_nF, np.inf, rows_nF).min(axis=0), np.where(gone_nF, -np.inf, rows_nF).max(axis=0)
+        return cls(count, mean, (away_nF**2).sum(axis=0), low, high, missing)
+
+    @classmethod
+    def _sparse(cls, rows: sp.csr_array) -> "Moments":
+        count, num_features = rows.shape
+        if not count:
+            return cls.of((), num_features)
+        data, column = rows.data.astype(np.float64), rows.indices
+        stored = np.bincount(column, minlength=num_features)
+        mean = np.bincount(column, data, num_features) / count
+        squares = np.bincount(column, (data - mean[column]) ** 2, num_features) + (count - stored) * mean**2
+        low, high = (np.where(stored < count, 0.0, start) for start in (np.inf, -np.inf))
+        np.minimum.at(low, column, data)
+        np.maximum.at(high, column, data)
+        return cls(np.full(num_features, float(count)), mean, squares, low, high, np.zeros(num_features))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Those of both (Chan et al., 1979)."""
+        count = self.count + other.count
+        some = np.maximum(count, 1)
+        apart = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + apart * (other.count / some),
+            self.squares + other.squares + apart**2 * (self.count * other.count / some),
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            self.missing + other.missing,
+        )
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """The standard deviation of each column; 0 where all values are equal, whatever rounding says."""
+        return np.where(self.high > self.low, np.sqrt(self.squares / np.maximum(self.count, 1)), 0.0)
+
+    @property
+    def magnitude(self) -> np.ndarray:
+        """The root of the mean square of each column."""
+        return np.sqrt(self.squares / np.maximum(self.count, 1) + self.mean**2)
+
+    def as_array(self) -> np.ndarray:
+        """All of it, `[6, F]`."""
+        return np.stack([self.count, self.mean, self.squares, self.low, self.high, self.missing])
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> "Moments":
+        return cls(*array)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the features of a row are made of what was read of it, column by column."""
+
+    fill: np.ndarray  # [F] in place of a missing value
+    shift: np.ndarray  # [F] is taken away
+    factor: np.ndarray  # [F] and what is left multiplied; 0 for a column whose values are all equal
+    by_row: bool  # then a row is divided by the sum of its magnitudes
+    indicators: np.ndarray  # columns for which a further feature says where a value was missing
+
+    @classmethod
+    def of(cls, settings: SourceSection, moments: Moments, sparse: bool) -> "Scaling":
+        """The configured one. Sparse features are scaled, but not shifted: they would no longer be sparse."""
+        fill = moments.mean if settings.missing == "mean" else np.zeros(len(moments.mean))
+        shift, factor = np.zeros(len(fill)), np.ones(len(fill))
+        if settings.normalize in ("auto", "column"):
+            spread = moments.magnitude if sparse else moments.deviation
+            shift = shift if sparse else moments.mean
+            wanted = np.ones(len(fill)) if settings.normalize == "column" else _wanted_spread(spread)
+            factor = np.divide(wanted, spread, out=np.zeros(len(fill)), where=spread > 0)
+        indicators = np.flatnonzero(moments.missing) if settings.missing_indicator else np.empty(0, np.int64)
+        return cls(fill, shift, factor, settings.normalize == "row", indicators)
+
+    @property
+    def num_features(self) -> int:
+        return len(self.fill) + len(self.indicators)
+
+    def apply(self, rows: Rows) -> Rows:
+        """Features of some rows as they were read, `[n, F]` float32; gives `[n, num_features]` float32."""
+        if sp.issparse(rows):
+            return self._sparse(rows)
+        if self._is_identity and not np.isnan(rows).any():
+            return rows
+        scaled_nF = np.empty((len(rows), self.num_features), np.float32)
+        at_once = max(1, _VALUES // max(1, len(self.fill)))
+        for start in range(0, len(rows), at_once):
+            block = slice(start, start + at_once)
+            scaled_nF[block] = self._dense(rows[block])
+        return scaled_nF
+
+    @property
+    def _is_identity(self) -> bool:
+        return not (self.by_row or self.shift.any() or (self.factor != 1).any() or len(self.indicators))
+
+    def _dense(self, rows_nF: np.ndarray) -> np.ndarray:
+        gone_nF = np.isnan(rows_nF)
+        scaled_nF = (np.where(gone_nF, self.fill, rows_nF.astype(np.float64)) - self.shift) * self.factor
+        if self.by_row:
+            sum_n = np.abs(scaled_nF).sum(axis=1)
+            scaled_nF /= np.where(sum_n > 0, sum_n, 1)[:, None]
+        return np.concatenate([scaled_nF, gone_nF[:, self.indicators]], axis=1)
+
+    def _sparse(self, rows: sp.csr_array) -> sp.csr_array:
+        data = rows.data.astype(np.float64) * self.factor[rows.indices]
+        if self.by_row:
+            row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+            sum_n = np.bincount(row, np.abs(data), rows.shape[0])
+            data /= np.where(sum_n > 0, sum_n, 1)[row]
+        return sp.csr_array((data.astype(np.float32), rows.indices, rows.indptr), shape=rows.shape)
+
+    def as_arrays(self) -> dict[str, np.ndarray]:
+        """All of it: two arrays, for `from_arrays`."""
+        columns = np.stack([self.fill, self.shift, self.factor])
+        return dict(zip(SCALING, (columns, np.array([int(self.by_row), *self.indicators])), strict=True))
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Any]) -> "Scaling":
+        columns, rest = (arrays[name] for name in SCALING)
+        by_row, *indicators = rest.tolist()
+        fill, shift, factor = np.asarray(columns)
+        return cls(fill, shift, factor, bool(by_row), np.array(indicators, np.int64))
+
+
+def _wanted_spread(spread_F: np.ndarray) -> np.ndarray:
+    """What each column's spread becomes under `auto`.
+
+    Columns keep their proportions, as far as they are within ten times that of the middle one, and rows get length 1 in
+    the root mean square. So neither a factor that all have in common nor a column of another unit matters, and rare
+    words of a bag of words stay rare, as they would not with a deviation of 1 for each.
+    """
+    middle = np.median(spread_F[spread_F > 0]) if (spread_F > 0).any() else 1.0
+    clipped_F = np.where(spread_F > 0, np.clip(spread_F, middle / _APART, middle * _APART), 0.0)
+    return clipped_F / max(np.sqrt((clipped_F / middle) @ (clipped_F / middle)) * middle, np.finfo(np.float64).tiny)
