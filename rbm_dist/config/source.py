@@ -29,8 +29,8 @@ class SourceSection(Section):
     val_per_class: Positive = 30
     normalize: Normalize = Field(
         "auto",
-        description="auto: columns centred and in proportion, rows of length 1 in the mean (docs/sources.md); column: "
-        "each has deviation 1 over the nodes that training sees; row: each node's features sum to 1 in magnitude",
+        description="auto: whatever the unit, see docs/sources.md; column: each has mean 0 and deviation 1 over the "
+        "nodes that training sees; row: each node's features sum to 1 in magnitude",
     )
     missing: Literal["refuse", "mean", "zero"] = Field(
         "refuse", description="what a missing feature becomes: mean: that of its column, over nodes that training sees"

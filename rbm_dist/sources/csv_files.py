@@ -16,6 +16,8 @@ from rbm_dist.errors import InputError
 from rbm_dist.sources.pieces import Columns, Dialect, Piece, TableFile, in_threads, reading, without_compression
 
 _BLOCK = 1 << 22  # bytes of text that are parsed at once; a row has to fit
+_WIDE_ROWS = 256  # of very wide tables so many rows at once, or the work per column would outweigh that per value
+_WIDE_BLOCK = 1 << 28
 _HEAD = 1 << 16
 _COMMENTS = ("#", "%")
 _DELIMITERS = (",", "\t", ";", "|", " ")
@@ -42,7 +44,8 @@ def batches(piece: Piece, types: Columns) -> Iterator[pa.RecordBatch]:
     names = list(types)
     read = pa.csv.ReadOptions(
         use_threads=False,  # a task has one core, and every further thread would hold further blocks
-        block_size=_BLOCK, skip_rows=dialect.skip, encoding=dialect.encoding,
+        block_size=max(_BLOCK, min(_WIDE_ROWS * dialect.row_bytes, _WIDE_BLOCK)),
+        skip_rows=dialect.skip, encoding=dialect.encoding,
         column_names=None if dialect.header else list(dialect.names),
     )  # fmt: skip
     parse = pa.csv.ParseOptions(
@@ -77,12 +80,12 @@ def _dialect(file: str, config: TablesConfig, wanted: Sequence[str], is_edges: b
         raise InputError(f"{file}: has no lines but comments; remove it, or write a header")
     delimiter = config.delimiter or _delimiter(file, rest, wanted)
     first = _record(rest, delimiter)
+    header, names = True, first
     if config.header is False or (config.header is None and is_edges and _is_data(first, wanted)):
         said = _record(comment.lstrip("#% "), delimiter)
-        if config.header is None and comment and set(wanted) <= set(said) and len(said) == len(first):
-            return Dialect(delimiter, skip, tuple(said), header=False, encoding=config.encoding)
-        return Dialect(delimiter, skip, tuple(map(str, range(len(first)))), header=False, encoding=config.encoding)
-    return Dialect(delimiter, skip, tuple(first), header=True, encoding=config.encoding)
+        named = config.header is None and set(wanted) <= set(said) and len(said) == len(first)
+        header, names = False, said if named else list(map(str, range(len(first))))
+    return Dialect(delimiter, skip, tuple(names), header, config.encoding, row_bytes=len(rest.partition("\n")[0]))
 
 
 def _is_comment(line: str, wanted: Sequence[str], config: TablesConfig) -> bool:

@@ -107,7 +107,8 @@ class NodeScan:
                 found[name] = Feature(name, "number", str(kind), 1)
         for name, text in self._text.items():
             if text.kind in ("number", "bool"):
-                found[name] = Feature(name, "text" if text.kind == "number" else "bool", f"{text.kind} as text", 1)
+                how = "bool" if text.kind == "bool" else "number" if text.plain else "text"
+                found[name] = Feature(name, how, f"{text.kind} as text", 1)
             elif text.kind == "empty" and not columns.named:
                 left_out.append((name, "no value in any row"))
             elif text.kind == "text" and not columns.named:

@@ -25,7 +25,7 @@ from rbm_dist import storage
 from rbm_dist.config.source import OgbConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL, count_classes, whole_labels
-from rbm_dist.sources.streamed import Edges, Nodes, StreamedSource, fingerprint
+from rbm_dist.sources.streamed import About, Edges, Nodes, StreamedSource, fingerprint
 
 _ARCHIVES = "http://snap.stanford.edu/ogb/data/nodeproppred"
 _SPLITS = {"train": TRAIN, "valid": VAL, "test": TEST}
@@ -80,6 +80,9 @@ def open_ogb(config: OgbConfig) -> StreamedSource:
     _ensure(url, config, names)
     read = _open_npz if dataset.files == _NPZ else _open_csv
     source = read(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
+    notes = {"nodes": f"{config.name}, below {url}", "label": dataset.files[-1 if dataset.files == _NPZ else 2]}
+    notes |= {"split": f"split/{dataset.split}", "edges": dataset.files[0]}
+    source = replace(source, about=About(notes=notes))
     return replace(source, fingerprint=fingerprint(config, [storage.stamp(storage.join(url, name)) for name in names]))
 
 

@@ -15,6 +15,8 @@ from rbm_dist.errors import InputError
 PIECE_ROWS = 1 << 22
 """Rows of a Parquet or npy file after which another piece begins."""
 
+_GROUPS = 256  # of pieces, as long as these are small
+
 At = Callable[[int], str]
 """Says where a row is, for messages."""
 Columns = dict[str, pa.DataType]
@@ -30,6 +32,7 @@ class Dialect:
     names: tuple[str, ...]  # of the columns
     header: bool  # whether a line of the file says these names
     encoding: str = "utf8"
+    row_bytes: int = 0  # of a row, about
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,18 @@ class TableFile:
     url: str
     columns: Columns
     pieces: list[Piece]
+
+
+def grouped(pieces: list[Piece]) -> list[tuple[int, int]]:
+    """Which neighbouring pieces one task reads: many small files are read some at a time."""
+    most = -(-len(pieces) // _GROUPS)
+    groups, first, rows = [], 0, 0
+    for index, piece in enumerate(pieces):
+        rows += piece.rows
+        if index + 1 - first >= most or rows >= PIECE_ROWS or index + 1 == len(pieces):
+            groups.append((first, index + 1))
+            first, rows = index + 1, 0
+    return groups
 
 
 def num_rows(pieces: Iterable[Piece]) -> int | None:

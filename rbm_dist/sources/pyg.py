@@ -18,12 +18,20 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config.source import PygConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.splits import MASKS, count_classes, split_of_masks, whole_labels
-from rbm_dist.sources.streamed import Edges, Nodes, StreamedSource, fingerprint
+from rbm_dist.graph.splits import count_classes, split_of_masks, whole_labels
+from rbm_dist.sources.streamed import About, Edges, Nodes, StreamedSource, fingerprint
 
 PIECE_EDGES = 1 << 22
 PIECE_ROWS = 1 << 17
 _CHUNK_ROWS = 1 << 13
+_FORMS = ("{}_mask", "{}_idx", "{}_index", "idx_{}")
+MASK_OF = {
+    form.format(name): f"{part}_mask"
+    for part, names in {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}.items()
+    for name in names
+    for form in _FORMS
+}
+"""The masks that attributes of a graph say: as booleans, or as arrays of node numbers."""
 
 
 def open_pyg(config: PygConfig, scratch: str) -> StreamedSource:
@@ -49,7 +57,8 @@ def from_data(data: Any, name: str, scratch: str, undirected: bool = True, mask_
     """The graph of a `torch_geometric.data.Data`; its arrays are written below `scratch`, a folder or fsspec URL.
 
     x: `[N, F]` numbers. y: `[N]` or `[N, 1]` classes, -1 or NaN where there is none. edge_index: `[2, M]`.
-    train_mask, val_mask, test_mask: `[N]` or `[N, S]` booleans, of which column `mask_column` counts; all or none.
+    train_mask, val_mask, test_mask: `[N]` or `[N, S]` booleans, of which column `mask_column` counts, or node numbers
+    (then also as train_idx and the like, or `split_idx`); all or none.
     Raises `InputError` for anything else.
     """
     return _open(_write(data, name, scratch, mask_column), name, scratch, undirected)
@@ -70,6 +79,10 @@ def _open(facts: dict[str, Any], name: str, scratch: str, undirected: bool) -> S
         feat_offsets=np.array([*range(0, rows, PIECE_ROWS), rows]),
         feat=partial(_feat, *arrays["x"]),
         undirected=undirected,
+        about=About(
+            notes={"nodes": name, "label": "y", "split": facts["split"], "edges": "edge_index"},
+            left_out=[(what, why) for what, why in facts["left_out"]],
+        ),
     )
 
 
@@ -164,11 +177,19 @@ def _write(data: Any, name: str, scratch: str, mask_column: int) -> dict[str, An
     # Its datasets number the classes themselves, and not all need occur.
     num_classes = count_classes(label, f"{name}: y", max(1, int(label.max()) + 1))
     arrays = {"x": feat.numpy(), "edge_index": edge_index.numpy(), "label": label}
-    masks = {each: _mask(data[each], f"{name}: {each}", mask_column) for each in MASKS if data.get(each) is not None}
+    given = _given_split(data)
+    masks = {MASK_OF[each]: _mask(given[each], len(label), f"{name}: {each}", mask_column) for each in given}
     split = split_of_masks(masks, label, name)
     if split is not None:
         arrays["split"] = split
+    used = {"x", "y", "edge_index", "num_nodes", *given, *(["split_idx"] if "split_idx" in data else [])}
+    left_out = [
+        (key, "an edge is its two ends; weights are not used" if key.startswith("edge_") else "not used")
+        for key in data.to_dict()
+        if key not in used and data[key] is not None
+    ]  # fmt: skip
     return {
+        "left_out": left_out, "split": ", ".join(given),
         "num_nodes": len(label), "num_features": feat.shape[1], "num_classes": num_classes,
         "num_edges": edge_index.shape[1],
         "files": {
@@ -189,10 +210,31 @@ def _label(y: torch.Tensor, num_nodes: int, name: str) -> np.ndarray:
     return whole_labels(y.detach().double().numpy(), f"{name}: y")
 
 
-def _mask(given: Any, where: str, column: int) -> np.ndarray:
+def _given_split(data: Any) -> dict[str, Any]:
+    """What a graph says of its split, by the name it says it under: masks, or arrays of node numbers."""
+    given = {name: data[name] for name in MASK_OF if data.get(name) is not None}
+    by_part = data.get("split_idx")  # as of OGB's `get_idx_split`
+    if not given and isinstance(by_part, dict):
+        given = {f"{part}_idx": each for part, each in by_part.items() if f"{part}_idx" in MASK_OF}
+    return given
+
+
+def _mask(given: Any, num_nodes: int, where: str, column: int) -> np.ndarray:
+    """Booleans `[N]` of a mask, of one column of several masks, or of an array of node numbers."""
     mask = np.asarray(given)
-    if mask.ndim != 2:
+    if mask.ndim == 2:
+        if column >= mask.shape[1]:
+            raise InputError(f"{where}: no column {column} in a mask of shape {mask.shape}; change source.mask_column")
+        mask = mask[:, column]
+    if mask.dtype == bool or mask.ndim != 1:
         return mask
-    if column >= mask.shape[1]:
-        raise InputError(f"{where}: no column {column} in a mask of shape {mask.shape}; change source.mask_column")
-    return mask[:, column]
+    if len(mask) == num_nodes and np.isin(mask, (0, 1)).all():
+        return mask.astype(bool)
+    if mask.dtype.kind not in "iu":
+        return mask
+    if len(mask) and (mask.min() < 0 or mask.max() >= num_nodes):
+        outside = mask[(mask < 0) | (mask >= num_nodes)]
+        raise InputError(f"{where}: node {outside[0]} is out of range (0 to {num_nodes - 1})")
+    found = np.zeros(num_nodes, bool)
+    found[mask] = True
+    return found

@@ -6,7 +6,7 @@ from there to the parts; what was read is kept as it was until then.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,6 +14,8 @@ import scipy.sparse as sp
 from rbm_dist.config.source import SourceSection
 
 _VALUES = 1 << 20  # that are scaled at once
+_ROWS: tuple[Literal["", "sum", "length"], ...] = ("", "sum", "length")
+_WILD = 100.0  # of features that are mostly zeros, a column of so many times the middle one's magnitude is held back
 _APART = 10.0  # how far the columns' spreads may be apart from that of the middle one
 SCALING = ("feat_scaling", "feat_indicators")
 """The arrays that a `Scaling` is kept as."""
@@ -30,12 +32,13 @@ class Moments:
     low: np.ndarray
     high: np.ndarray
     missing: np.ndarray
+    zeros: np.ndarray
 
     @classmethod
     def of(cls, chunks: Iterable[Rows], num_features: int) -> "Moments":
         """Those of all rows of some chunks."""
         empty = np.zeros(num_features)
-        total = cls(empty, empty, empty, empty + np.inf, empty - np.inf, empty)
+        total = cls(empty, empty, empty, empty + np.inf, empty - np.inf, empty, empty)
         for rows in chunks:
             total = total + (cls._sparse(rows) if sp.issparse(rows) else cls._dense(rows))
         return total
@@ -52,7 +55,8 @@ class Moments:
         mean = np.where(gone_nF, 0, rows_nF).sum(axis=0) / some
         away_nF = np.where(gone_nF, 0, rows_nF - mean)
         low, high = np.where(gone_nF, np.inf, rows_nF).min(axis=0), np.where(gone_nF, -np.inf, rows_nF).max(axis=0)
-        return cls(count, mean, (away_nF**2).sum(axis=0), low, high, missing)
+        zeros = (rows_nF == 0).sum(axis=0).astype(np.float64)
+        return cls(count, mean, (away_nF**2).sum(axis=0), low, high, missing, zeros)
 
     @classmethod
     def _sparse(cls, rows: sp.csr_array) -> "Moments":
@@ -66,7 +70,8 @@ class Moments:
         low, high = (np.where(stored < count, 0.0, start) for start in (np.inf, -np.inf))
         np.minimum.at(low, column, data)
         np.maximum.at(high, column, data)
-        return cls(np.full(num_features, float(count)), mean, squares, low, high, np.zeros(num_features))
+        zeros = count - np.bincount(column, data != 0, num_features)
+        return cls(np.full(num_features, float(count)), mean, squares, low, high, np.zeros(num_features), zeros)
 
     def __add__(self, other: "Moments") -> "Moments":
         """Those of both (Chan et al., 1979)."""
@@ -80,6 +85,7 @@ class Moments:
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
             self.missing + other.missing,
+            self.zeros + other.zeros,
         )
 
     @property
@@ -88,13 +94,18 @@ class Moments:
         return np.where(self.high > self.low, np.sqrt(self.squares / np.maximum(self.count, 1)), 0.0)
 
     @property
+    def mostly_zeros(self) -> bool:
+        """Whether more than half of all values are 0, as those of a bag of words are."""
+        return bool(2 * self.zeros.sum() > self.count.sum())
+
+    @property
     def magnitude(self) -> np.ndarray:
         """The root of the mean square of each column."""
         return np.sqrt(self.squares / np.maximum(self.count, 1) + self.mean**2)
 
     def as_array(self) -> np.ndarray:
-        """All of it, `[6, F]`."""
-        return np.stack([self.count, self.mean, self.squares, self.low, self.high, self.missing])
+        """All of it, `[7, F]`."""
+        return np.stack([self.count, self.mean, self.squares, self.low, self.high, self.missing, self.zeros])
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> "Moments":
@@ -108,7 +119,7 @@ class Scaling:
     fill: np.ndarray  # [F] in place of a missing value
     shift: np.ndarray  # [F] is taken away
     factor: np.ndarray  # [F] and what is left multiplied; 0 for a column whose values are all equal
-    by_row: bool  # then a row is divided by the sum of its magnitudes
+    rows: Literal["", "sum", "length"]  # then a row is divided by the sum of its magnitudes, or by its length
     indicators: np.ndarray  # columns for which a further feature says where a value was missing
 
     @classmethod
@@ -116,13 +127,18 @@ class Scaling:
         """The configured one. Sparse features are scaled, but not shifted: they would no longer be sparse."""
         fill = moments.mean if settings.missing == "mean" else np.zeros(len(moments.mean))
         shift, factor = np.zeros(len(fill)), np.ones(len(fill))
-        if settings.normalize in ("auto", "column"):
+        rows: Literal["", "sum", "length"] = ""
+        if settings.normalize == "row":
+            rows = "sum"
+        elif settings.normalize == "auto" and (sparse or moments.mostly_zeros):
+            rows, factor = "length", _tamed(moments.magnitude)
+        elif settings.normalize != "none":
             spread = moments.magnitude if sparse else moments.deviation
             shift = shift if sparse else moments.mean
-            wanted = np.ones(len(fill)) if settings.normalize == "column" else _wanted_spread(spread)
+            wanted = np.ones(len(fill)) if settings.normalize == "column" else _in_proportion(spread)
             factor = np.divide(wanted, spread, out=np.zeros(len(fill)), where=spread > 0)
         indicators = np.flatnonzero(moments.missing) if settings.missing_indicator else np.empty(0, np.int64)
-        return cls(fill, shift, factor, settings.normalize == "row", indicators)
+        return cls(fill, shift, factor, rows, indicators)
 
     @property
     def num_features(self) -> int:
@@ -143,44 +159,51 @@ class Scaling:
 
     @property
     def _is_identity(self) -> bool:
-        return not (self.by_row or self.shift.any() or (self.factor != 1).any() or len(self.indicators))
+        return not (self.rows or self.shift.any() or (self.factor != 1).any() or len(self.indicators))
 
     def _dense(self, rows_nF: np.ndarray) -> np.ndarray:
         gone_nF = np.isnan(rows_nF)
         scaled_nF = (np.where(gone_nF, self.fill, rows_nF.astype(np.float64)) - self.shift) * self.factor
-        if self.by_row:
-            sum_n = np.abs(scaled_nF).sum(axis=1)
-            scaled_nF /= np.where(sum_n > 0, sum_n, 1)[:, None]
+        if self.rows:
+            norm_n = np.linalg.norm(scaled_nF, 1 if self.rows == "sum" else 2, axis=1)
+            scaled_nF /= np.where(norm_n > 0, norm_n, 1)[:, None]
         return np.concatenate([scaled_nF, gone_nF[:, self.indicators]], axis=1)
 
     def _sparse(self, rows: sp.csr_array) -> sp.csr_array:
         data = rows.data.astype(np.float64) * self.factor[rows.indices]
-        if self.by_row:
+        if self.rows:
             row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-            sum_n = np.bincount(row, np.abs(data), rows.shape[0])
-            data /= np.where(sum_n > 0, sum_n, 1)[row]
+            norm_n = np.bincount(row, np.abs(data) if self.rows == "sum" else data**2, rows.shape[0])
+            norm_n = norm_n if self.rows == "sum" else np.sqrt(norm_n)
+            data /= np.where(norm_n > 0, norm_n, 1)[row]
         return sp.csr_array((data.astype(np.float32), rows.indices, rows.indptr), shape=rows.shape)
 
     def as_arrays(self) -> dict[str, np.ndarray]:
         """All of it: two arrays, for `from_arrays`."""
         columns = np.stack([self.fill, self.shift, self.factor])
-        return dict(zip(SCALING, (columns, np.array([int(self.by_row), *self.indicators])), strict=True))
+        return dict(zip(SCALING, (columns, np.array([_ROWS.index(self.rows), *self.indicators])), strict=True))
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "Scaling":
         columns, rest = (arrays[name] for name in SCALING)
-        by_row, *indicators = rest.tolist()
+        rows, *indicators = rest.tolist()
         fill, shift, factor = np.asarray(columns)
-        return cls(fill, shift, factor, bool(by_row), np.array(indicators, np.int64))
+        return cls(fill, shift, factor, _ROWS[rows], np.array(indicators, np.int64))
 
 
-def _wanted_spread(spread_F: np.ndarray) -> np.ndarray:
-    """What each column's spread becomes under `auto`.
+def _in_proportion(spread_F: np.ndarray) -> np.ndarray:
+    """What each column's spread becomes under `auto`, where features are not mostly zeros.
 
-    Columns keep their proportions, as far as they are within ten times that of the middle one, and rows get length 1 in
-    the root mean square. So neither a factor that all have in common nor a column of another unit matters, and rare
-    words of a bag of words stay rare, as they would not with a deviation of 1 for each.
+    Columns keep their proportions, as far as they are within ten times the middle one's, and rows get length 1 in the
+    root mean square. So neither a factor that all have in common nor a column of another unit matters.
     """
     middle = np.median(spread_F[spread_F > 0]) if (spread_F > 0).any() else 1.0
     clipped_F = np.where(spread_F > 0, np.clip(spread_F, middle / _APART, middle * _APART), 0.0)
     return clipped_F / max(np.sqrt((clipped_F / middle) @ (clipped_F / middle)) * middle, np.finfo(np.float64).tiny)
+
+
+def _tamed(magnitude_F: np.ndarray) -> np.ndarray:
+    """Factors that leave columns as they are, but for one whose magnitude would decide every row's length."""
+    some = magnitude_F[magnitude_F > 0]
+    most = _WILD * np.median(some) if len(some) else 1.0
+    return np.minimum(1.0, np.divide(most, magnitude_F, out=np.ones(len(magnitude_F)), where=magnitude_F > 0))

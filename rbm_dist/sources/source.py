@@ -116,6 +116,7 @@ def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
         *(links.row, links.col, len(label), True),
         sp.csr_array(digits.data), label, int(label.max()) + 1,
         split_per_class(label, config.train_per_class, config.val_per_class, seed),
+        About(notes={"nodes": "scikit-learn's digit images", "edges": f"{config.neighbors} nearest neighbours"}),
     )  # fmt: skip
 
 
@@ -145,8 +146,9 @@ def _read_npz(config: NpzConfig, seed: int) -> SourceGraph:
     if split is None:
         split = split_per_class(label, config.train_per_class, config.val_per_class, seed)
     links = adj.tocoo()
-    graph = _assemble(links.row, links.col, len(label), config.undirected, attr, label, given.num_classes, split)
-    return replace(graph, orig_id=orig_id, about=given.about)
+    about = given.about
+    graph = _assemble(links.row, links.col, len(label), config.undirected, attr, label, given.num_classes, split, about)
+    return replace(graph, orig_id=orig_id)
 
 
 def _largest_component(adj: sp.csr_array) -> np.ndarray:
@@ -164,6 +166,7 @@ def _assemble(
     label: np.ndarray,
     num_classes: int,
     split: np.ndarray,
+    about: About,
 ) -> SourceGraph:
     csc = csc_.build(src, dst, num_nodes, undirected)
     loops = int(np.sum(src == dst))
@@ -189,4 +192,5 @@ def _assemble(
         dropped_self_loops=loops,
         dropped_duplicates=len(src) - loops - distinct,
         sparse_feat=sparse,
+        about=about,
     )

@@ -62,7 +62,7 @@ def described(settings: SourceSection, scaling: Scaling) -> str:
     """What is done to features before they are learned from."""
     centred = "centred and " if scaling.shift.any() else ""
     parts = {
-        "auto": [f"columns {centred}kept in proportion, rows of length 1 in the mean"],
+        "auto": ["each row scaled to length 1"] if scaling.rows else [f"columns {centred}kept in proportion"],
         "column": [f"columns {centred}scaled, each to deviation 1"],
         "row": ["each row divided by its sum"],
         "none": [],

@@ -31,6 +31,7 @@ from rbm_dist.sources.table_schema import NodeColumns
 
 _EDGES = 1 << 18  # edges in a chunk
 _VALUES = 1 << 21  # features in a chunk
+_WIDE_ROWS = 256  # but so many rows: with few of very many columns, the work per column outweighs that per value
 _NODES = 1 << 18  # ids, labels and splits that are converted at once
 
 
@@ -57,7 +58,7 @@ def open_tables(config: TablesConfig, scratch: str) -> StreamedSource:
         num_classes=facts["num_classes"],
         nodes=tables.nodes,
         num_edges=pieces.num_rows(Piece.of(piece) for piece in facts["edge_pieces"]),
-        num_edge_pieces=len(facts["edge_pieces"]),
+        num_edge_pieces=len(facts["edge_groups"]),
         edges=tables.edges,
         feat_offsets=np.array(facts["feat_offsets"], np.int64),
         feat=tables.feat,
@@ -92,21 +93,27 @@ class _Tables:
         return Nodes(self._array("label"), split, self._array("id"))
 
     def edges(self, piece: int) -> Iterator[Edges]:
-        where = Piece.of(self.facts["edge_pieces"][piece])
         ids = _Ends(self.config, self.id_type, self.facts["num_nodes"], self._index())
-        for batch, start in _edge_batches(where, _unpacked(self.facts["edge_types"]), self.id_type):
-            src_M, dst_M = (ids.rows(column, name, where, start) for name, column in _ends_of(batch))
-            yield src_M, dst_M
+        types = _unpacked(self.facts["edge_types"])
+        for where in map(Piece.of, self.facts["edge_pieces"][slice(*self.facts["edge_groups"][piece])]):
+            for batch, start in _edge_batches(where, types, self.id_type):
+                src_M, dst_M = (ids.rows(column, name, where, start) for name, column in _ends_of(batch))
+                yield src_M, dst_M
 
     def feat(self, piece: int) -> Iterator[np.ndarray]:
         features = self.features
-        if piece == len(self.facts["pieces"]):  # of nodes that edges alone name
-            yield np.full((self.facts["num_added"], node_columns.widths(features)), np.nan, np.float32)
+        width = node_columns.widths(features)
+        if piece == len(self.facts["groups"]):  # of nodes that edges alone name
+            yield np.full((self.facts["num_added"], width), np.nan, np.float32)
             return
-        where, types = Piece.of(self.facts["pieces"][piece]), _unpacked(self.facts["feature_types"])
-        text, missing = words(self.config), self.config.missing != "refuse"
-        for batch, start in _batches(where, types, max(1, _VALUES // node_columns.widths(features))):
-            yield node_columns.features(batch, features, text, partial(where.at, start), missing)
+        types, text, missing = (
+            _unpacked(self.facts["feature_types"]),
+            words(self.config),
+            self.config.missing != "refuse",
+        )
+        for where in map(Piece.of, self.facts["pieces"][slice(*self.facts["groups"][piece])]):
+            for batch, start in _batches(where, types, max(_WIDE_ROWS, _VALUES // width)):
+                yield node_columns.features(batch, features, text, partial(where.at, start), missing)
 
     def _array(self, name: str) -> np.ndarray:
         return storage.open_array(storage.join(self.folder, f"{name}.npy"), self.facts["files"][name])
@@ -211,6 +218,7 @@ def _derive(config: TablesConfig, node_files: Listing, edge_files: Listing, fold
         index = _indexed(arrays["id"], scanned.id_type, node_at)
     if index is not None:
         arrays["key"], arrays["row"] = index.key, index.row
+    groups = pieces.grouped(parts)
     features, left_out = scan.features(table_schema.widths(columns, parts))
     left_out += table_schema.left_out_of_edges(edge_types, (src, dst))
     if not node_columns.widths(features):
@@ -220,10 +228,11 @@ def _derive(config: TablesConfig, node_files: Listing, edge_files: Listing, fold
         "classes": scanned.classes.names, "id_type": asdict(scanned.id_type),
         "salt": None if index is None else index.salt,
         "pieces": [asdict(piece) for piece in parts],
-        "feat_offsets": offsets + [num_rows + len(added)] * bool(len(added)),
+        "groups": groups, "edge_groups": pieces.grouped(edge_pieces),
+        "feat_offsets": [0, *(offsets[stop] for _, stop in groups), *[num_rows + len(added)] * bool(len(added))],
         "edge_pieces": [asdict(piece) for piece in edge_pieces], "edge_types": _packed(end_types),
         "features": [asdict(each) for each in features],
-        "feature_types": _packed({each.name: columns.types[each.name] for each in features}),
+        "feature_types": _packed({each.name: _read_as(each, columns) for each in features}),
         "left_out": left_out + _passed_over(node_files) + _passed_over(edge_files),
         "notes": _notes(columns, scanned, (src, dst), node_files, edge_files, edge_pieces, len(added)),
         "warnings": _warnings(scanned),
@@ -328,6 +337,11 @@ def _warnings(scanned: Scanned) -> list[str]:
         f"label '{name}' ({count:,} nodes) is a class; if it stands for no label, add it to source.unlabelled"
         for name, count in scanned.classes.doubtful.items()
     ]
+
+
+def _read_as(feature: Feature, columns: NodeColumns) -> pa.DataType:
+    """The type that a column of features is read in: text that is plain numbers as numbers."""
+    return pa.float64() if feature.how == "number" and columns.text else columns.types[feature.name]
 
 
 def _packed(types: Columns) -> str:

@@ -30,6 +30,8 @@ class Words:
 
 def numbers(column: pa.Array, words: Words) -> tuple[pa.Array, np.ndarray | None]:
     """Text as numbers, float64 with null where one is missing, and which values are neither (bool; None: none is)."""
+    if (found := plain_numbers(column, words)) is not None:
+        return found, None
     text = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
     if words.thousands:
         marks = re.escape(words.thousands), re.escape(words.decimal)
@@ -47,6 +49,17 @@ def numbers(column: pa.Array, words: Words) -> tuple[pa.Array, np.ndarray | None
         return pc.if_else(is_number, unsigned, None).cast(pa.float64()), wrong if wrong.any() else None
 
 
+def plain_numbers(column: pa.Array, words: Words) -> pa.Array | None:
+    """Text as float64, if there is nothing else in it: not a mark, not a word, not a missing value; else None."""
+    if words.thousands or words.decimal != "." or column.null_count:
+        return None
+    try:
+        found = column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return None
+    return None if pc.any(pc.is_nan(found)).as_py() else found
+
+
 def booleans(column: pa.Array, words: Words) -> pa.Array | None:
     """Text as uint8 with null where a value is missing, if all of it is `true` or `false` in any case; else None."""
     text = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
@@ -62,14 +75,18 @@ class TextColumn:
         self._words = words
         self.values = self.numbers = 0  # that are not missing; and that are numbers
         self._alike = 0  # that are none, but would be with other marks: 1.234,5
-        self.all_booleans = True
+        self.all_booleans = self.plain = True  # plain: see `plain_numbers`
         self.first: str | None = None
         self.no_number: tuple[str, str] | None = None  # the first value that is none, and where it is
 
     def add(self, column: pa.Array, at: At) -> None:
         if not len(column):
             return
-        found, wrong = numbers(column, self._words)
+        found = plain_numbers(column, self._words) if self.plain else None
+        wrong = None
+        if found is None:
+            self.plain = False
+            found, wrong = numbers(column, self._words)
         is_number = len(column) - found.null_count
         others = 0 if wrong is None else int(wrong.sum())
         if wrong is not None and self.no_number is None:

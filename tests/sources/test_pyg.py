@@ -95,6 +95,31 @@ def test_a_saved_file_on_other_storage(memory_url: str, tmp_path: Path) -> None:
     assert_is(open_pyg(PygConfig(path=f"{memory_url}/data.pt"), str(tmp_path / "scratch")), graph())
 
 
+@pytest.mark.parametrize("form", ["bytes", "numbers", "train_idx", "idx_train", "split_idx"])
+def test_splits_as_people_have_them(form: str, tmp_path: Path) -> None:
+    expected = from_data(graph(), "masks", str(tmp_path / "masks")).nodes().split
+    masks = {part: graph()[f"{part}_mask"] for part in ("train", "val", "test")}
+    numbers = {part: mask.nonzero()[:, 0] for part, mask in masks.items()}
+    none = {f"{part}_mask": None for part in masks}
+    given = {
+        "bytes": {f"{part}_mask": mask.to(torch.uint8) for part, mask in masks.items()},
+        "numbers": {f"{part}_mask": each for part, each in numbers.items()},
+        "train_idx": none | {f"{'valid' if part == 'val' else part}_idx": each for part, each in numbers.items()},
+        "idx_train": none | {f"idx_{part}": each for part, each in numbers.items()},
+        "split_idx": none
+        | {"split_idx": {"train": numbers["train"], "valid": numbers["val"], "test": numbers["test"]}},
+    }[form]
+    source = from_data(graph(**given), form, str(tmp_path / "given"))
+    np.testing.assert_array_equal(source.nodes().split, expected)
+    assert source.about.notes["split"]
+
+
+def test_what_is_not_used_is_said(tmp_path: Path) -> None:
+    weights = torch.rand(graph().edge_index.shape[1])
+    found = from_data(graph(edge_weight=weights, pos=torch.rand(10, 2)), "weights", str(tmp_path)).about.left_out
+    assert sorted(name for name, _ in found) == ["edge_weight", "pos"]
+
+
 @pytest.mark.parametrize("column", [0, 1])
 def test_masks_of_several_splits(column: int, tmp_path: Path) -> None:
     one = graph()
@@ -137,7 +162,8 @@ REFUSED = {
     "a label below -1": ({"y": torch.full((10,), -2)}, "y, node 0: class -2 is out of range"),
     "labels nowhere": ({"y": torch.full((10,), -1)}, "y: no node has a label"),
     "one mask": ({"val_mask": None, "test_mask": None}, "val_mask, test_mask missing beside other masks"),
-    "masks of ids": ({"train_mask": torch.arange(4)}, r"train_mask: 10 booleans expected, found int64 of shape \(4,\)"),
+    "masks of floats": ({"train_mask": torch.rand(10)}, r"train_mask: 10 booleans expected, found float32"),
+    "a number of no node": ({"train_mask": torch.tensor([3, 10])}, r"train_mask: node 10 is out of range \(0 to 9\)"),
     "a column too few": (
         {"val_mask": torch.ones(10, 2, dtype=torch.bool)}, r"val_mask: no column 2 .*\(10, 2\); change source"
     ),

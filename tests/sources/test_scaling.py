@@ -78,7 +78,13 @@ def test_auto_knows_no_unit(sparse: bool, factor: float) -> None:
         one, other = one.toarray(), other.toarray()
         assert np.array_equal(one != 0, rows != 0), "it stays sparse"
     np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(np.mean((one.astype(np.float64) ** 2).sum(axis=1)), 1, rtol=1e-4)
+    length_n = np.linalg.norm(one.astype(np.float64), axis=1)
+    if sparse:
+        filled = length_n > 0
+        np.testing.assert_allclose(length_n[filled], 1, rtol=1e-5)
+        np.testing.assert_allclose(one[filled] * np.linalg.norm(rows[filled], axis=1)[:, None], rows[filled], rtol=1e-4)
+    else:
+        np.testing.assert_allclose(np.mean(length_n**2), 1, rtol=1e-4)
 
 
 def test_auto_keeps_proportions_but_no_column_drowns_the_others() -> None:
@@ -91,6 +97,16 @@ def test_auto_keeps_proportions_but_no_column_drowns_the_others() -> None:
     spread = found.std(0, dtype=np.float64)
     np.testing.assert_allclose(spread[1] / spread[4], 100, rtol=1e-3)
     np.testing.assert_allclose(spread[2] / spread[0], rows.std(0)[2] / rows.std(0)[0], rtol=1e-3)
+
+
+def test_a_wild_column_of_mostly_zeros_does_not_decide_every_length() -> None:
+    rows = np.where(np.random.default_rng(1).random((200, 6)) < 0.3, np.abs(example()), 0)
+    for form in (rows, sp.csr_array(rows)):  # dense or sparse, mostly zeros is what counts
+        assert scaling(form).rows == "length"
+    wild = rows.copy()
+    wild[:, 3] = 1.7e9
+    found = scaling(wild).apply(wild)
+    assert np.median(np.abs(np.delete(found, 3, axis=1)).max(axis=1)) > 1e-3, "the others can still be told apart"
 
 
 def test_a_column_that_never_changes_becomes_zero() -> None:

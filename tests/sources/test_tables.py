@@ -81,8 +81,9 @@ def save_all(folder: str, suffix: str, table: Table, edge_table: Table, cuts: tu
 def test_every_format_gives_the_graph_that_was_written(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, suffix: str, graph: Any, cuts: Any
 ) -> None:
-    for module, name in ((pieces, "PIECE_ROWS"), (tables, "_EDGES"), (tables, "_NODES"), (tables, "_VALUES")):
-        monkeypatch.setattr(module, name, 4)
+    monkeypatch.setattr(pieces, "PIECE_ROWS", 4)
+    for name in ("_EDGES", "_NODES", "_VALUES", "_WIDE_ROWS"):
+        monkeypatch.setattr(tables, name, 4)
     table, edge_table = graph
     folder = str(tmp_path_factory.mktemp("tables"))
     config = TablesConfig(**save_all(folder, suffix, table, edge_table, cuts), num_classes=3, undirected=False)
