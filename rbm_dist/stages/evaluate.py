@@ -1,4 +1,4 @@
-"""Stage `evaluate`: accuracy, latency and expert load of teacher and students, in one Ray task."""
+"""Stage `evaluate`: accuracy of teacher, students and baselines, latency and expert load, in one Ray task."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.artifact import load_student, load_weights
 from rbm_dist.serve.frozen import freeze
+from rbm_dist.stages.baselines import FeatureRegression, majority_class
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.teacher import build_teacher, sample_logits
 
@@ -39,7 +40,7 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     store = GraphStore.open(storage.join(url, "graph"), config.teacher.sampler)
     students = {kind: load_student(storage.join(url, "student", kind)) for kind in config.student.models}
-    figures: dict[str, Any] = {"teacher": teacher_accuracy(store)}
+    figures: dict[str, Any] = {"baselines": baseline_accuracy(store, config.seed), "teacher": teacher_accuracy(store)}
     figures["students"] = {kind: student_accuracy(student, store) for kind, student in students.items()}
     if "rbm" in students:
         per_layer = expert_load(students["rbm"], store)
@@ -79,6 +80,15 @@ def student_accuracy(student: Student, store: GraphStore) -> dict[str, float | N
 def teacher_accuracy(store: GraphStore) -> dict[str, float | None]:
     """`accuracy` of the soft labels."""
     return accuracy(store, lambda ids: store.gather("soft", ids).argmax(1))
+
+
+def baseline_accuracy(store: GraphStore, seed: int) -> dict[str, dict[str, float | None]]:
+    """`accuracy` of each baseline."""
+    most = majority_class(store)
+    return {
+        "majority": accuracy(store, lambda ids: np.full(len(ids), most)),
+        "regression": accuracy(store, FeatureRegression(store, seed)),
+    }
 
 
 def accuracy(store: GraphStore, classes: Callable[[np.ndarray], np.ndarray]) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ from rbm_dist.graph.shuffle import _CHUNK_EDGES as CHUNK_EDGES
 from rbm_dist.graph.shuffle import _CHUNK_ROWS as CHUNK_ROWS
 from rbm_dist.sources.edges import MERGED_EDGES, RUN_EDGES
 from rbm_dist.sources.facts import SourceFacts
+from rbm_dist.stages.baselines import SAMPLED_ROWS, SAMPLED_VALUES
 
 _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready and one in the making (`Prefetch`)
 # Measured on degrees that follow a power law: samples repeat nodes as often as if half of the nodes had all edges, and
@@ -206,7 +207,7 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
 
 
 def evaluate_task(config: Config, facts: SourceFacts) -> float:
-    """`_evaluate`: predictions of so many rows, by dispatch and with all experts in one product."""
+    """`_evaluate`: predictions of so many rows, by dispatch and with all experts in one product; or the regression."""
     settings, rows = config.student, min(_PREDICTED_ROWS, facts.num_nodes)
     floats = []
     for kind in settings.models:
@@ -216,7 +217,10 @@ def evaluate_task(config: Config, facts: SourceFacts) -> float:
                 floats.append(2 * d + settings.top_k * (d + 4 * o))
                 if settings.num_experts <= 4 * settings.top_k:
                     floats.append(d + (settings.num_experts + 3) * o)
-    return 4 * facts.num_nodes + 4 * rows * max(floats)
+    fitted = min(SAMPLED_ROWS, facts.num_train)
+    values = fitted * feature_bytes(facts) / 4 if facts.nonzeros else min(fitted * facts.num_features, SAMPLED_VALUES)
+    regression = 20 * values + 40 * fitted * facts.num_classes  # as stored, in float64, scaled; of a row, by class
+    return 4 * facts.num_nodes + max(4 * rows * max(floats), regression)
 
 
 def teacher_parameters(config: Config, facts: SourceFacts) -> int:

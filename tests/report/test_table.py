@@ -9,6 +9,7 @@ from rich.console import Console
 from rbm_dist.report.table import results_table
 
 RESULTS: dict[str, Any] = {
+    "baselines": {"majority": {"val": 0.2, "test": 0.21}, "regression": {"val": 0.7, "test": 0.75}},
     "teacher": {"val": 0.81, "test": 0.8},
     "students": {
         "mlp": {"val": 0.5, "test": 0.49},
@@ -32,6 +33,8 @@ def lines(results: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "figures"),
     [
+        ("majority class", ["20.0 %", "21.0 %", "–", "–", "yes"]),
+        ("logistic regression", ["70.0 %", "75.0 %", "–", "–", "yes"]),
         ("teacher (GraphSAGE)", ["81.0 %", "80.0 %", "1,234.5", "99.0", "no"]),
         ("MLP (GLNN)", ["50.0 %", "49.0 %", "20.0", "0.4", "yes"]),
         ("RbM", ["61.2 %", "60.9 %", "80.0", "2.0", "yes"]),
@@ -54,3 +57,22 @@ def test_what_was_not_measured_is_a_dash() -> None:
     [row] = [line for line in shown if line.startswith("│ MLP")]
     assert [cell.strip() for cell in row.strip("│").split("│")][1:3] == ["–", "50.0 %"]
     assert not any("expert" in line or "RbM" in line for line in shown)
+
+
+def test_a_teacher_that_does_not_beat_the_baselines_is_named_and_the_keys_to_change() -> None:
+    def warning(teacher_val: float) -> str:
+        shown = " ".join(lines(RESULTS | {"teacher": {"val": teacher_val, "test": 0.9}}))
+        return shown[shown.rindex("┘") : shown.index("seconds per stage")]
+
+    assert "no better" not in warning(0.7001)
+    for val in (0.7, 0.3):
+        assert "no better than the baseline 'logistic regression'" in warning(val)
+        for key in ("source.normalize", "teacher.norm", "teacher.weight_decay", "teacher.epochs", "teacher.lr"):
+            assert key in warning(val)
+
+
+def test_a_run_without_baselines_is_shown_as_it_is() -> None:
+    older = {name: figures for name, figures in RESULTS.items() if name != "baselines"}
+    shown = lines(older)
+    assert not any("majority" in line or "no better" in line for line in shown)
+    assert any(line.startswith("│ teacher") for line in shown)

@@ -1,0 +1,90 @@
+"""What needs neither edges nor much time: the accuracies that a teacher has to beat to be worth its cost."""
+
+import warnings
+
+import numpy as np
+import scipy.sparse as sp
+
+from rbm_dist.graph.random_bits import generator
+from rbm_dist.graph.splits import TRAIN
+from rbm_dist.graph.store import GraphStore
+
+SAMPLED_ROWS, SAMPLED_VALUES = 20_000, 20_000_000
+_ROWS = 4096  # predicted at once, in float64
+_SAMPLE = 12  # word of the random keys
+_ITERATIONS = 50
+_INVERSE_PENALTY = 0.1
+_APART = 10.0  # how far a scaled column's deviation may lie from the median's
+
+
+def majority_class(store: GraphStore) -> int:
+    """The most frequent class among the training nodes; of equals the lowest."""
+    counts = np.zeros(store.num_classes, np.int64)
+    for part in range(store.num_parts):
+        counts += np.bincount(store.array("label", part)[_train(store, part)], minlength=store.num_classes)
+    return int(counts.argmax())
+
+
+class FeatureRegression:
+    """Multinomial logistic regression on the features of some training nodes, drawn with the seed.
+
+    At most `SAMPLED_ROWS`, and of dense features no more than have `SAMPLED_VALUES`. Their statistics centre the
+    columns, unless these are sparse, and scale them, so that units do not matter.
+    """
+
+    def __init__(self, store: GraphStore, seed: int):
+        # Imported here: it takes a second, and only this stage needs it.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        self._store = store
+        parts = range(store.num_parts)
+        train = np.concatenate([store.ids(part)[_train(store, part)] for part in parts])
+        most = SAMPLED_ROWS if store.sparse_features else min(SAMPLED_ROWS, -(-SAMPLED_VALUES // store.num_features))
+        ids = np.sort(generator(seed, _SAMPLE).permutation(train)[:most])
+        label, rows = store.gather("label", ids), self._rows(ids)
+        self._model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_ITERATIONS)
+        self._mean_F, self._scale_F = _statistics(rows)
+        self._only = label[0] if np.all(label == label[0]) else None  # scikit-learn refuses to fit a single class
+        if self._only is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # it predicts well long before
+                self._model.fit(self._scaled(rows), label)
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """The predicted classes `[n]` of nodes `[n]`."""
+        if self._only is not None or not len(ids):
+            return np.full(len(ids), self._only)
+        pieces = (ids[start : start + _ROWS] for start in range(0, len(ids), _ROWS))
+        return np.concatenate([self._model.predict(self._scaled(self._rows(each))) for each in pieces])
+
+    def _rows(self, ids: np.ndarray) -> np.ndarray | sp.csr_array:
+        return self._store.inputs(ids).astype(np.float64)  # in which the square of no float32 overflows
+
+    def _scaled(self, rows: np.ndarray | sp.csr_array) -> np.ndarray | sp.csr_array:
+        if isinstance(rows, np.ndarray):
+            return (rows - self._mean_F) / self._scale_F
+        return sp.csr_array(rows.multiply(1 / self._scale_F))
+
+
+def _train(store: GraphStore, part: int) -> np.ndarray:
+    return store.array("split", part) == TRAIN
+
+
+def _statistics(rows: np.ndarray | sp.csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """What to subtract from each column (of sparse ones: nothing) and what to divide it by.
+
+    Columns are left as they are to each other, which says what matters in counts and in principal components, but for
+    those whose deviation is more than `_APART` times the median's, or less than that part of it.
+    """
+    width = rows.shape[1]
+    if isinstance(rows, np.ndarray):
+        mean_F, deviation_F = rows.mean(axis=0), rows.std(axis=0)
+    else:
+        mean_F, deviation_F = np.zeros(width), np.sqrt(np.asarray(rows.power(2).mean(axis=0)).reshape(width))
+    varies_F = deviation_F > 1e-12 * np.abs(mean_F)  # else it is the rounding of a constant
+    if not np.any(varies_F):
+        return mean_F, np.ones(width)
+    median = np.median(deviation_F[varies_F])
+    within_F = np.clip(deviation_F, median / _APART, median * _APART)
+    return mean_F, np.where(varies_F, deviation_F / within_F * median, 1.0)
