@@ -1,4 +1,4 @@
-"""Normalisation between a student's layers."""
+"""Normalisation between the layers of students and teacher."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

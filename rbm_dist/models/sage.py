@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
 from rbm_dist.moe.sparse_rows import Rows, matmul
 
@@ -22,15 +23,18 @@ class Neighbourhood:
 
 
 class Sage(nn.Module):
-    """One `SAGEConv` per hop; ReLU and dropout between layers."""
+    """One `SAGEConv` per hop; norm, ReLU and dropout between layers."""
 
-    def __init__(self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float):
+    def __init__(
+        self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, norm: str = "none"
+    ):
         # Imported here: it takes seconds, and only who builds a teacher needs it.
         from torch_geometric.nn import SAGEConv
 
         super().__init__()
         widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
         self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in pairwise(widths))
+        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(num_layers - 1))
         self.dropout = dropout
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))  # of the logits; set by calibration
@@ -66,7 +70,7 @@ class Sage(nn.Module):
         out = _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m)
         if layer == self.num_layers - 1:
             return out / self.temperature
-        return out.relu()
+        return self.norms[layer](out).relu()
 
 
 def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:
@@ -79,8 +83,10 @@ def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:
     return mean_nO + conv.lin_l.bias + matmul(x_sD[:num_dst], conv.lin_r.weight.T.contiguous())
 
 
-def init_sage(num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int) -> Sage:
+def init_sage(
+    num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int, norm: str = "none"
+) -> Sage:
     """A teacher with seeded weights, the same on every rank, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Sage(num_features, hidden, num_classes, num_layers, dropout)
+        return Sage(num_features, hidden, num_classes, num_layers, dropout, norm)

@@ -133,10 +133,13 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     """`train_teacher`: positions of the sampler, training and validation nodes, batches ahead, and the messages."""
     teacher = config.teacher
     seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
-    nodes, edges, inner = sampled(facts, seeds, teacher.fanout)
+    together = 1
+    if teacher.norm == "batch":  # a worker's parts go through the model as one
+        together = math.ceil(config.partition.num_parts / config.cluster.train_workers)
+    nodes, edges, inner = (together * each for each in sampled(facts, seeds, teacher.fanout))
     narrow, mapped = min(facts.num_features, teacher.hidden), facts.num_features > teacher.hidden
     messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
-    states = 4 * inner * (facts.num_features + 4 * teacher.hidden)
+    states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)
     ids = 8 * (facts.num_train + facts.num_val) * (1 + 1 / config.cluster.train_workers)
     model = 4 * _STATES * teacher_parameters(config, facts)
     return 4 * facts.num_nodes + ids + _ALIVE * _batch(facts, nodes, edges) + messages + states + model
@@ -159,7 +162,7 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
         nodes, edges, inner = sampled(facts, seeds, fanout or config.teacher.fanout)
     narrow, mapped = min(facts.num_features, hidden), facts.num_features > hidden
     messages = 4 * narrow * (edges + mapped * nodes)
-    states = 4 * inner * (facts.num_features + 2 * hidden)
+    states = 4 * inner * (facts.num_features + (2 + (config.teacher.norm != "none")) * hidden)
     noise = 0.0
     if settings.entropy_change:  # `keyed_normal`: two uniform draws and their hashes
         noise = 6 * 4 * nodes * facts.num_features

@@ -40,7 +40,13 @@ def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[stor
 
 
 def prepare(
-    url: Path, graph: SourceGraph, num_parts: int, layers: int, features: str = "float32", **soft_labels: Any
+    url: Path,
+    graph: SourceGraph,
+    num_parts: int,
+    layers: int,
+    features: str = "float32",
+    norm: str = "none",
+    **soft_labels: Any,
 ) -> tuple[Run, Sage]:
     """A graph and a teacher whose weights are no longer small; node ids are the input's, however it is cut."""
     part_N = np.arange(graph.csc.num_nodes) * num_parts // graph.csc.num_nodes
@@ -48,7 +54,7 @@ def prepare(
     config = Config.model_validate(
         {
             "run_dir": str(url),
-            "teacher": {"hidden": 16 if graph.num_features < 20 else 6, "fanout": [-1] * layers},
+            "teacher": {"hidden": 16 if graph.num_features < 20 else 6, "fanout": [-1] * layers, "norm": norm},
             "soft_labels": {"batch_size": 50, "hidden": True, "entropy_change": True} | soft_labels,
         }
     )
@@ -56,6 +62,8 @@ def prepare(
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter *= 1.5
+        for buffer in teacher.norms.buffers():  # running statistics
+            buffer += 0.5
         teacher.temperature.fill_(0.6)
     save_weights(f"{url}/teacher/model.safetensors", teacher)
     return Run(config, str(url), MetricsRecorder()), teacher.double()
@@ -74,7 +82,7 @@ def dense_states(graph: SourceGraph, teacher: Sage, x: np.ndarray) -> tuple[np.n
     mean = sp.diags_array(1 / np.maximum(np.diff(csc.indptr), 1)) @ mean
     hidden = x
     for layer, conv in enumerate(teacher.convs):
-        hidden = np.maximum(x, 0) if layer else x
+        hidden = np.maximum(normalised(teacher.norms[layer - 1], x), 0) if layer else x
         weights = (each.detach().numpy() for each in (conv.lin_l.weight, conv.lin_l.bias, conv.lin_r.weight))
         neighbour, bias, own = weights
         x = (mean @ hidden) @ neighbour.T + bias + hidden @ own.T
@@ -82,12 +90,23 @@ def dense_states(graph: SourceGraph, teacher: Sage, x: np.ndarray) -> tuple[np.n
     return exp / exp.sum(1, keepdims=True), hidden
 
 
-@pytest.mark.parametrize("layers", [2, 3])
+def normalised(norm: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+    state = {name: tensor.detach().numpy() for name, tensor in norm.state_dict().items()}
+    if not state:
+        return x
+    if "running_mean" in state:
+        mean, var = state["running_mean"], state["running_var"]
+    else:
+        mean, var = x.mean(axis=1, keepdims=True), x.var(axis=1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-5) * state["weight"] + state["bias"]
+
+
+@pytest.mark.parametrize(("layers", "norm"), [(2, "none"), (3, "none"), (3, "layer"), (3, "batch")])
 @pytest.mark.parametrize("features", ["dense", "sparse", "int8"])
-def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: int) -> None:
+def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: int, norm: str) -> None:
     graph = GRAPHS[features]
     dtype = "int8" if features == "int8" else "float32"
-    run, teacher = prepare(tmp_path / "exact", graph, 3, layers, dtype, inference="exact")
+    run, teacher = prepare(tmp_path / "exact", graph, 3, layers, dtype, norm, inference="exact")
     feat = np.concatenate([x.toarray() if sp.issparse(x) else x for x in graph.feat_chunks()])
     if features == "int8":
         step = np.abs(feat).max(axis=0) / 127
@@ -99,7 +118,7 @@ def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: in
     change = np.abs(scipy.stats.entropy(noisy_soft, axis=1) - scipy.stats.entropy(soft, axis=1))
     assert np.ptp(change) > 0.1
     exact = written(run)
-    sampled = written(prepare(tmp_path / "sampled", graph, 3, layers, dtype, inference="sampled")[0])
+    sampled = written(prepare(tmp_path / "sampled", graph, 3, layers, dtype, norm, inference="sampled")[0])
     for found in (exact, sampled):
         for name, expected in zip(NAMES, (soft, hidden, change), strict=True):
             assert found[name].dtype == np.float32

@@ -23,6 +23,7 @@ from rbm_dist.stages import teacher
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import build_teacher, sample_logits, train_teacher
+from tests.gloo import run_ranks
 from tests.small_graph import small_store
 
 
@@ -109,6 +110,33 @@ def test_what_fails_while_reading_ahead_ends_the_training(
     with pytest.raises(InputError, match="part-00002: damaged"):
         train(store, tmp_path)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def on_ranks(rank: int, world: int, graph_url: str, url: str, norms: list[str]) -> dict[str, list[Row]]:
+    mesh = Mesh.init(1, torch.device("cpu")) if world > 1 else Mesh.single()
+    curves = {}
+    for norm in norms:
+        recorder = MetricsRecorder()
+        settings = config(norm=norm, fanout=[4, 3], epochs=4, dropout=0.3)
+        train_teacher(mesh, recorder, settings, graph_url, f"{url}/{norm}")
+        curves[norm] = recorder.loops.get("teacher", [])
+    return curves
+
+
+def test_the_curve_and_the_weights_do_not_depend_on_the_number_of_ranks(store: GraphStore, tmp_path: Path) -> None:
+    norms = ["none", "layer", "batch"]
+    reference = on_ranks(0, 1, store.url, f"{tmp_path}/1", norms)
+    losses = {norm: [row["loss"] for row in rows] for norm, rows in reference.items()}
+    assert all(len({losses[norm][epoch] for norm in norms}) == 3 for epoch in range(4)), "norms differ"
+    for world in (2, 5):  # there are four parts: of five ranks one has no rows
+        found = run_ranks(on_ranks, world, world, store.url, f"{tmp_path}/{world}", norms)[0]
+        for norm in norms:
+            for name in ("loss", "val_loss", "val_accuracy"):
+                curves = [[row[name] for row in rows[norm]] for rows in (found, reference)]
+                np.testing.assert_allclose(*curves, rtol=1e-4, err_msg=f"{norm}, {world} ranks: {name}")
+            weights, expected = (load_file(tmp_path / n / norm / "model.safetensors") for n in (str(world), "1"))
+            for name, tensor in expected.items():
+                torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{norm}: {name}")
 
 
 def test_calibration_is_the_best_temperature_on_validation(store: GraphStore, tmp_path: Path) -> None:
