@@ -52,7 +52,7 @@ class TeacherConfig(Section):
     norm: Literal["layer", "batch", "none"] = Field("none", description="between the layers, before ReLU")
     dropout: Fraction = 0.5
     lr: Rate = 0.01
-    weight_decay: Weight = 5e-4
+    weight_decay: Weight | None = Field(None, description="default: 0.3 / training nodes, less the more labels speak")
     epochs: Positive = 100
     batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
     select: Literal["loss", "accuracy"] = Field("loss", description="what the kept epoch is best at, on validation")

@@ -38,6 +38,7 @@ from rbm_dist.stages.training import train_on_graph
 
 _TRAINING, _VALIDATION, _HOT = 1, 2, 10  # words of the random keys
 _HOT_BATCHES = 64  # sampled to find the nodes that are needed most
+_PENALTY = 0.3  # of the summed loss: times half the weights' square
 _LOG_TEMPERATURES = (math.log(0.05), math.log(20))
 
 
@@ -141,17 +142,19 @@ def train_teacher(
     store = open_graph(graph_url, config.teacher.sampler, servers)
     model = build_teacher(config, store).to(mesh.device)
     mesh.join_batch_norms(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    forwards = _together if settings.norm == "batch" else _one_by_one
-    checkpoints = TrainingCheckpoints(
-        f"{url}/checkpoints", config.cluster.checkpoint_every, model, optimizer, num_experts=0, mesh=mesh,
-        patience=settings.patience,
-    )  # fmt: skip
     splits = [store.array("split", part) for part in range(store.num_parts)]
     train, val = (
         PartBatches([store.ids(part)[split == code] for part, split in enumerate(splits)], settings.batch_size)
         for code in (TRAIN, VAL)
     )
+    # The loss is a mean: a fixed decay, right for 140 labels, leaves a teacher with 30,000 too little to learn with.
+    decay = _PENALTY / sum(map(len, train.nodes)) if settings.weight_decay is None else settings.weight_decay
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=decay)
+    checkpoints = TrainingCheckpoints(
+        f"{url}/checkpoints", config.cluster.checkpoint_every, model, optimizer, num_experts=0, mesh=mesh,
+        patience=settings.patience,
+    )  # fmt: skip
+    forwards = _together if settings.norm == "batch" else _one_by_one
     parts = mesh.parts(store.num_parts)
     store.hold(parts)
     steps = [*train.epoch(parts, config.seed, 0), *val.epoch(parts, config.seed, None)]
