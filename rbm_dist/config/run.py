@@ -258,13 +258,48 @@ def read_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[dic
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         raise InputError(f"{path}: cannot read the configuration: {reason}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree, twice = _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date of month 13
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if twice:
+        raise InputError("\n".join(f"{path}: {each}" for each in twice))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a configuration is a mapping of keys to values, found {type(tree).__name__}")
     return tree, [_apply(tree, item) for item in overrides or []]
+
+
+def _parse(text: str) -> tuple[Any, list[str]]:
+    """The value of a YAML text, and a message per key that a mapping has twice: the value would be that of the last."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, []
+        twice = _twice(node, "", set())  # before merge keys (<<), which may be overridden, are put in their place
+        return loader.construct_document(node), twice
+    finally:
+        loader.dispose()
+
+
+def _twice(node: yaml.Node, prefix: str, seen: set[int]) -> list[str]:
+    if id(node) in seen:  # an alias
+        return []
+    seen.add(id(node))
+    messages = []
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            messages += _twice(item, f"{prefix}{index}.", seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines and not key.tag.endswith(":merge"):
+                where = f"lines {lines[name]} and {line}" if lines[name] < line else f"line {line}"
+                messages.append(f"{prefix}{key.value}: given twice ({where})")
+            lines.setdefault(name, line)
+            messages += _twice(value, f"{prefix}{key.value}.", seen)
+    return messages
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -285,9 +320,12 @@ def _apply(tree: dict[str, Any], item: str) -> str:
         raise InputError(f"command line: '{item}' is not of the form key=value, such as student.num_experts=16")
     try:
         # A mark, such as a delimiter, is itself, whatever it means in YAML; but for ~, which is null.
-        parsed = value if len(value) == 1 and not value.isalnum() and value != "~" else yaml.safe_load(value)
+        is_mark = len(value) == 1 and not value.isalnum() and value != "~"
+        parsed, twice = (value, []) if is_mark else _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"command line: {key}: '{value}' is not a YAML value") from None
+    if twice:
+        raise InputError("\n".join(f"command line: {key}: {each}" for each in twice))
     for name in names[:-1]:
         child = tree.setdefault(name, {})
         if not isinstance(child, dict):

@@ -195,6 +195,11 @@ def test_files_that_cannot_be_read_are_named(path: Path) -> None:
     assert "students: missing" in refusal(path)
 
 
+def test_a_key_that_is_given_twice_is_refused(path: Path) -> None:
+    path.write_text(SMALL.replace("  digits: {", "  cora: {}\n  digits: {"))
+    assert refusal(path) == f"{path}: datasets.cora: given twice (lines 7 and 9)"
+
+
 trees = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3)).filter(
     lambda tree: isinstance(tree, dict)
 )

@@ -280,6 +280,31 @@ def test_bad_yaml_is_refused(path: Path, text: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("run_dir: a\nteacher: {epochs: 7}\nseed: 1\nteacher: {hidden: 64}\n", ["teacher: given twice (lines 2 and 4)"]),
+        ("run_dir: a\nteacher:\n  lr: 1\n  'lr': 1\n", ["teacher.lr: given twice (lines 3 and 4)"]),
+        ("teacher: {lr: 1, epochs: 1, lr: 2}\n", ["teacher.lr: given twice (line 1)"]),
+        ("a: [{b: 1, b: 2}]\nseed: 1\nseed: 2\nseed: 3\n", [
+            "a.0.b: given twice (line 1)", "seed: given twice (lines 2 and 3)", "seed: given twice (lines 2 and 4)",
+        ]),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_given_twice_is_refused(path: Path, text: str, messages: list[str]) -> None:
+    assert refusal(path, text).splitlines() == [f"{path}: {message}" for message in messages]
+
+
+def test_on_the_command_line_too(path: Path) -> None:
+    message = refusal(path, overrides=["source={kind: digits, neighbors: 3, neighbors: 4}"])
+    assert message == "command line: source: neighbors: given twice (line 1)"
+
+
+def test_a_merged_key_may_be_overridden(path: Path) -> None:
+    path.write_text("run_dir: a\nsoft_labels: &a {batch_size: 3}\nteacher: {<<: *a, lr: 1, batch_size: 4}\n")
+    assert (load(path).teacher.batch_size, load(path).soft_labels.batch_size) == (4, 3)
+
+
+@pytest.mark.parametrize(
     ("text", "kind"), [("- a\n- b", "list"), ("[]", "list"), ("text", "str"), ("0", "int"), ("false", "bool")]
 )
 def test_what_is_no_mapping_is_refused(path: Path, text: str, kind: str) -> None:
