@@ -26,9 +26,9 @@ _REVERSE = np.int64(1)
 
 @dataclass(frozen=True)
 class Run:
-    """One sorted run: where it is, what it was made from, and how many of its words lie below each range's end."""
+    """One sorted run: its file, what it was made from, and how many of its words lie below each range's end."""
 
-    url: str
+    name: str  # below the folder of the runs, which may be moved
     info: storage.FileInfo
     given: int  # edges, before self-loops and duplicates were dropped
     self_loops: int
@@ -66,7 +66,7 @@ def write_runs(
         run_url = f"{url}-{len(runs):05d}.npy"
         info = storage.write_array(run_url, words)
         ends = np.searchsorted(words, _first_words(range_bounds(num_nodes)[1:], num_nodes))
-        runs.append(Run(run_url, info, len(src_M), loops, hidden, ends.tolist()))
+        runs.append(Run(run_url.rsplit("/", 1)[-1], info, len(src_M), loops, hidden, ends.tolist()))
     return runs
 
 
@@ -77,7 +77,7 @@ def range_bounds(num_nodes: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Merge:
-    """What one merge takes: the nodes `low` to `high`, and of each run the words `(url, info, first, stop)`."""
+    """What one merge takes: the nodes `low` to `high`, and of each run the words `(name, info, first, stop)`."""
 
     low: int
     high: int
@@ -96,7 +96,7 @@ def plan_merges(runs: list[Run], num_nodes: int) -> list[Merge]:
         fits = int(np.searchsorted(total, total[first] + MERGED_EDGES, side="right")) - 1
         stop = min(max(fits, first + 1), len(bounds) - 1)
         slices = [
-            (run.url, run.info, int(below[first]), int(below[stop]))
+            (run.name, run.info, int(below[first]), int(below[stop]))
             for run, below in zip(runs, below_RunRange, strict=True)
             if below[first] < below[stop]
         ]
@@ -105,12 +105,14 @@ def plan_merges(runs: list[Run], num_nodes: int) -> list[Merge]:
     return merges
 
 
-def merge(wanted: Merge, num_nodes: int) -> tuple[Csc, int]:
+def merge(url: str, wanted: Merge, num_nodes: int) -> tuple[Csc, int]:
     """The CSC of a range of nodes, and how many distinct edges of it were given rather than reversed.
 
-    Sources ascend per node; there are neither self-loops nor duplicates.
+    url: the folder of the runs. Sources ascend per node; there are neither self-loops nor duplicates.
     """
-    slices = [storage.open_array(url, info)[first:stop] for url, info, first, stop in wanted.slices]
+    slices = [
+        storage.open_array(storage.join(url, name), info)[first:stop] for name, info, first, stop in wanted.slices
+    ]
     words = np.concatenate(slices) if slices else np.empty(0, np.int64)
     words.sort()
     given = int(np.sum((words & _REVERSE == 0) & _is_first(words)))

@@ -154,7 +154,8 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
     old = [name for name in storage.listdir(storage.join(url, _WORK)) if not name.endswith(source.fingerprint)]
     for name in old:  # even if those files came back, what is staged beside the folder would not be theirs
         storage.remove(storage.join(url, _WORK, name))
-    kept = storage.join(url, _WORK, f"staged-{source.fingerprint}")
+    # What is kept there names files relative to it, so that a run can be moved; in "staged-…" it did not.
+    kept = storage.join(url, _WORK, f"pieces-{source.fingerprint}")
 
     def work() -> dict[str, Any]:
         nodes = source.nodes()
@@ -206,13 +207,16 @@ def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Fil
 
 def _merge_edges(kept: str, index: int, wanted: Merge, num_nodes: int) -> dict[str, Any]:
     def work() -> dict[str, Any]:
-        csc, given = edges.merge(wanted, num_nodes)
+        csc, given = edges.merge(kept, wanted, num_nodes)
         arrays = {"degree": np.diff(csc.indptr), "indices": csc.indices}
-        names = {name: storage.join(kept, f"merge-{index:05d}-{name}.npy") for name in arrays}
-        files = {name: storage.write_array(names[name], array) for name, array in arrays.items()}
-        return {"names": names, "files": files, "num_edges": csc.num_edges, "given": given}
+        files = {name: storage.write_array(_merged(kept, index, name), array) for name, array in arrays.items()}
+        return {"files": files, "num_edges": csc.num_edges, "given": given}
 
     return storage.once(storage.join(kept, f"merge-{index:05d}.json"), work)
+
+
+def _merged(kept: str, index: int, name: str) -> str:
+    return storage.join(kept, f"merge-{index:05d}-{name}.npy")
 
 
 def _stage_feat(config: Config, url: str, kept: str, piece: int, node_files: Files) -> dict[str, Any]:
@@ -266,8 +270,8 @@ def _join(
     feats: list[dict[str, Any]],
 ) -> Files:
     def pieces(name: str) -> Iterator[np.ndarray]:
-        for each in merged:
-            yield storage.open_array(each["names"][name], each["files"][name])
+        for index, each in enumerate(merged):
+            yield storage.open_array(_merged(nodes["kept"], index, name), each["files"][name])
 
     def indptr() -> Iterator[np.ndarray]:
         total = 0

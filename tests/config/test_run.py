@@ -282,7 +282,7 @@ def test_bad_yaml_is_refused(path: Path, text: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("run_dir: a\nteacher: {epochs: 7}\nseed: 1\nteacher: {hidden: 64}\n", ["teacher: given twice (lines 2 and 4)"]),
+        ("run_dir: a\nteacher: {epochs: 7}\nseed: 1\nteacher: {lr: 64}\n", ["teacher: given twice (lines 2 and 4)"]),
         ("run_dir: a\nteacher:\n  lr: 1\n  'lr': 1\n", ["teacher.lr: given twice (lines 3 and 4)"]),
         ("teacher: {lr: 1, epochs: 1, lr: 2}\n", ["teacher.lr: given twice (line 1)"]),
         ("a: [{b: 1, b: 2}]\nseed: 1\nseed: 2\nseed: 3\n", [

@@ -17,7 +17,7 @@ def merged(url: str, chunks: list, num_nodes: int, undirected: bool, unseen_N: n
     runs = edges.write_runs(url, chunks, num_nodes, undirected, unseen_N)
     degrees, indices, given_edges = [], [], 0
     for wanted in edges.plan_merges(runs, num_nodes):
-        csc, given_here = edges.merge(wanted, num_nodes)
+        csc, given_here = edges.merge(url.rsplit("/", 1)[0], wanted, num_nodes)
         degrees.append(np.diff(csc.indptr))
         indices.append(csc.indices)
         given_edges += given_here
@@ -60,7 +60,7 @@ def test_ids_near_the_limit_do_not_overflow(tmp_path: Path) -> None:
     last = num_nodes - 1
     chunks = [(np.array([last, 0, last - 1]), np.array([0, last, last]))]
     runs = edges.write_runs(str(tmp_path / "run"), chunks, num_nodes, True, None)
-    words = np.load(runs[0].url)
+    words = np.load(tmp_path / runs[0].name)
     shift = edges._shift(num_nodes)
     found = sorted({(int(word >> 1) & (1 << (shift - 1)) - 1, int(word) >> shift) for word in words})
     assert found == sorted([(last, 0), (0, last), (last - 1, last), (last, last - 1)])

@@ -133,11 +133,11 @@ def test_the_shuffle(tmp_path: Path, graph: SourceGraph) -> None:
 def test_merges_of_sorted_runs(tmp_path: Path, graph: SourceGraph) -> None:
     chunk = graph.csc.indices, csc_.destinations(graph.csc)
     (run,) = edges.write_runs(f"{tmp_path}/run", [chunk], graph.csc.num_nodes, False, None)
-    put_far(tmp_path / "far.npy", np.load(run.url))
+    put_far(tmp_path / "far.npy", np.load(tmp_path / run.name))
     (wanted,) = edges.plan_merges([run], graph.csc.num_nodes)
     ((_, info, first, stop),) = wanted.slices
-    far = replace(wanted, slices=[(f"{tmp_path}/far.npy", info, first + HOLE, stop + HOLE)])
-    csc, given = edges.merge(far, graph.csc.num_nodes)
+    far = replace(wanted, slices=[("far.npy", info, first + HOLE, stop + HOLE)])
+    csc, given = edges.merge(str(tmp_path), far, graph.csc.num_nodes)
     np.testing.assert_array_equal(csc.indptr, graph.csc.indptr)
     np.testing.assert_array_equal(csc.indices, graph.csc.indices)
     assert given == graph.csc.num_edges

@@ -7,6 +7,7 @@ import pytest
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
+from rbm_dist.graph import shuffle
 from rbm_dist.sources.source import SourceGraph
 from rbm_dist.sources.staged import write_source
 from rbm_dist.stages.partition import write_graph
@@ -46,6 +47,17 @@ def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypat
             partitioned(tmp_path / "cut", small_graph())
     assert partitioned(tmp_path / "cut", small_graph()) == whole
     assert not (tmp_path / "cut" / "graph" / "spill").exists()
+
+
+def test_cut_off_and_moved_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = partitioned(tmp_path / "whole", small_graph())
+    with monkeypatch.context() as patch:
+        patch.setattr(shuffle, "write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            partitioned(tmp_path / "cut", small_graph())
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    monkeypatch.setattr(shuffle, "_spill", lambda *_: pytest.fail("a chunk was grouped again"))
+    assert partitioned(tmp_path / "moved", small_graph()) == whole
 
 
 @pytest.mark.parametrize("features", ["float32", "int8"])

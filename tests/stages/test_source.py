@@ -122,21 +122,23 @@ def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypat
     assert not (tmp_path / "cut" / "work").exists()
 
 
-def test_a_stage_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_was_cut_off_and_moved_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staged(tmp_path / "whole", config())
     real, calls = edges.merge, []
 
-    def fails_once(wanted: edges.Merge, num_nodes: int) -> Any:
+    def fails_once(url: str, wanted: edges.Merge, num_nodes: int) -> Any:
         calls.append(wanted.low)
         if len(calls) == 3:
             raise OSError("gone")
-        return real(wanted, num_nodes)
+        return real(url, wanted, num_nodes)
 
     monkeypatch.setattr(edges, "merge", fails_once)
     with pytest.raises(OSError, match="gone"):
         stage_source(config(), str(tmp_path / "cut"), over_here)
     monkeypatch.setattr(edges, "write_runs", lambda *_: pytest.fail("edges were sorted again"))
-    files = stage_source(config(), str(tmp_path / "cut"), over_here)
+    moved = tmp_path / "moved"
+    (tmp_path / "cut").rename(moved)
+    files = stage_source(config(), str(moved), over_here)
     assert len(calls) == len(set(calls)) + 1, "only the merge that failed was done twice"
     for name, info in files.items():
         assert storage.file_info(str(tmp_path / "whole" / name.removeprefix("source/"))) == info
