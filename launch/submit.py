@@ -19,8 +19,7 @@ import typer
 import yaml
 
 import rbm_dist
-from rbm_dist import storage
-from rbm_dist.config.run import Config, load
+from rbm_dist.config.run import Config, load, locations
 from rbm_dist.errors import InputError, RunError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -46,12 +45,12 @@ def submit(
 ) -> None:
     """Run all stages as a job on a Ray cluster, and show its log. Submit it again to go on."""
     settings = load(config, overrides)
-    arguments = [*(overrides or []), *_absolute_paths(settings), *(["--overwrite"] if overwrite else [])]
+    arguments = [*(overrides or []), *_paths(settings), *(["--overwrite"] if overwrite else [])]
     address = address if "://" in address else f"http://{address}"
     client = _connect(address)
     job = _send(client, Path(config), arguments, address)
     try:
-        print(f"job {job} at {address}; results in {_absolute(settings.run_dir)}", flush=True)
+        print(f"job {job} at {address}; results in {settings.run_dir}", flush=True)
         code = _follow(client, job, address)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the job goes on. {_how_to_go_on(job, address)}", file=sys.stderr)
@@ -59,16 +58,10 @@ def submit(
     raise typer.Exit(code)
 
 
-def _absolute_paths(config: Config) -> list[str]:
+def _paths(config: Config) -> list[str]:
     """Overrides that name the same local files from the folder of the job as from here."""
-    paths = {"run_dir": config.run_dir, "source.path": getattr(config.source, "path", None)}
     # JSON is quoted YAML: a path with ': ' or '#' in it stays one string.
-    return [f"{key}={json.dumps(_absolute(path), ensure_ascii=False)}" for key, path in paths.items() if path]
-
-
-def _absolute(path: str) -> str:
-    # A URL is left alone: what it takes to open it is needed on the cluster only.
-    return path if "://" in path else storage.absolute(path)
+    return [f"{key}={json.dumps(path, ensure_ascii=False)}" for key, path in locations(config).items()]
 
 
 def _connect(address: str) -> Any:

@@ -129,7 +129,7 @@ def test_plan_says_whether_a_run_fits(
     assert "published sizes of ogbn-papers100M" in shown
     assert "does not fit: partition: needs " in shown
     assert run(monkeypatch, "plan", str(config_path), "source={kind: npz, path: no.npz}") == 2
-    assert capsys.readouterr().err == "error: no.npz: no such file (source.path)\n"
+    assert capsys.readouterr().err == f"error: {Path.cwd()}/no.npz: no such file (source.path)\n"
     assert not (config_path.parent / "run").exists()
 
 

@@ -6,7 +6,6 @@ a whole `Config` before anything is computed. Every refusal names the file, the 
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from rbm_dist import storage
 from rbm_dist.config.fields import Count, Rate, Section
-from rbm_dist.config.run import Config, read_tree, refusals
+from rbm_dist.config.run import Config, absolute, absolute_path, read_tree, refusals
 from rbm_dist.errors import InputError
 
 PREPARED = ("seed", "source", "partition", "teacher", "soft_labels", "encodings")
@@ -123,6 +122,7 @@ class Trial:
     student: str
     objective: str
     config: Config
+    written: Config  # with paths as they were given: results are known again wherever the files lie
 
     @property
     def seed(self) -> int:
@@ -136,12 +136,12 @@ class Trial:
     @cached_property
     def config_hash(self) -> str:
         """Of all that decides the result."""
-        return _hash({section: self.config.model_dump(mode="json")[section] for section in (*PREPARED, "student")})
+        return _hash({section: self.written.model_dump(mode="json")[section] for section in (*PREPARED, "student")})
 
     @cached_property
     def prepared_hash(self) -> str:
         """Of all that decides the graph that the student learns from."""
-        return _hash({section: self.config.model_dump(mode="json")[section] for section in PREPARED})
+        return _hash({section: self.written.model_dump(mode="json")[section] for section in PREPARED})
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> tuple[ExperimentConfig, list[Trial]]:
@@ -154,7 +154,9 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> tup
         experiment = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(refusals(error, str(path), overridden))) from None
-    return experiment, _trials(experiment, str(path))
+    trials = _trials(experiment, str(path))
+    places = {name: absolute_path(getattr(experiment, name)) for name in ("run_dir", "data_dir")}
+    return experiment.model_copy(update=places), trials
 
 
 def merge(*trees: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +182,9 @@ def _trials(experiment: ExperimentConfig, path: str) -> list[Trial]:
         if len(config.student.models) > 1:
             message = f"{path}: student.models: a run trains one student, found {', '.join(config.student.models)}"
             refused.setdefault(message, []).append(" × ".join(names))
-        trials += [Trial(*names, config.model_copy(update={"seed": seed})) for seed in experiment.seeds]
+        found = absolute(config)
+        for seed in experiment.seeds:
+            trials.append(Trial(*names, *(each.model_copy(update={"seed": seed}) for each in (found, config))))
     if refused:
         more = {message: f" and {len(cells) - 1} more" if cells[1:] else "" for message, cells in refused.items()}
         raise InputError("\n".join(f"{text} (in {cells[0]}{more[text]})" for text, cells in refused.items()))
@@ -206,7 +210,7 @@ def _at_data_dir(tree: dict[str, Any], data_dir: str) -> dict[str, Any]:
     source = tree.get("source")
     for key in ("path", "root"):
         path = source.get(key) if isinstance(source, dict) else None
-        if isinstance(path, str) and "://" not in path and not os.path.isabs(path):
+        if isinstance(path, str) and "://" not in path and path[:1] not in ("/", "~"):
             tree = merge(tree, {"source": {key: storage.join(data_dir, path)}})
     return tree
 

@@ -1,18 +1,25 @@
 """The whole configuration as typed, validated models, and how a YAML file and `key=value` overrides become one.
 
-`load(path, overrides)` is the only way in. Every refusal names the file, the key and the reason. The section
-`cluster` says how a run is carried out; all other sections say what is computed, and are part of a run's identity.
+`load(path, overrides)` is the only way in; local paths are absolute from there on, so that they mean the same in every
+process and folder. Every refusal names the file, the key and the reason. The section `cluster` says how a run is
+carried out; all other sections say what is computed, and are part of a run's identity.
 """
 
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rbm_dist import storage
 from rbm_dist.config.fields import NUMBER, Count, Fanout, Fraction, Positive, Rate, Section, Share, Weight
 from rbm_dist.config.source import DigitsConfig, SourceConfig
 from rbm_dist.errors import InputError
+
+LOCATIONS = ("run_dir", *(f"source.{name}" for name in ("path", "nodes", "edges", "root", "arguments.root")))
+"""The keys that say where files are: paths, patterns or URLs."""
 
 
 class PartitionConfig(Section):
@@ -236,15 +243,35 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `key.subkey=value` overrides and validate.
+    """Read a YAML file, apply `key.subkey=value` overrides and validate; local paths start at the current folder.
 
     Raises `InputError` naming the file, the key and the reason.
     """
     tree, overridden = read_tree(path, overrides)
     try:
-        return Config.model_validate(tree)
+        return absolute(Config.model_validate(tree))
     except ValidationError as error:
         raise InputError("\n".join(refusals(error, str(path), overridden))) from None
+
+
+def locations(config: Config) -> dict[str, str]:
+    """The keys of `LOCATIONS` that are set, and what they are set to."""
+    flat = flatten(config.model_dump())
+    return {key: flat[key] for key in LOCATIONS if isinstance(flat.get(key), str)}
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with its local paths made absolute, from the current folder or the user's (`~`)."""
+    tree = config.model_dump()
+    for key, path in locations(config).items():
+        *sections, name = key.split(".")
+        reduce(getitem, sections, tree)[name] = absolute_path(path)
+    return Config.model_validate(tree)
+
+
+def absolute_path(path: str) -> str:
+    """A local path made absolute; a URL as it is: what it takes to open it may be there in other processes only."""
+    return path if "://" in path else storage.absolute(path)
 
 
 def read_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:

@@ -1,5 +1,6 @@
 """Experiments: how the parts of a cell are merged; a message naming file, key, reason and run for what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_cell_is_what_a_person_would_have_written(path: Path) -> None:
     found = trials(path)["cora/inductive/GLNN/KRD/seed-1"].config
     assert found == Config.model_validate(
         {
-            "run_dir": "runs/small",
+            "run_dir": f"{os.getcwd()}/runs/small",
             "seed": 1,
             "source": {"kind": "npz", "path": "/data/cora.npz", "unseen_share": 0.2},
             "soft_labels": {"entropy_change": True},
@@ -142,6 +143,22 @@ def test_relative_paths_start_at_the_data_directory(path: Path, data_dir: str, g
     source = found["cora/transductive/RbM/KD/seed-0"].config.source
     assert isinstance(source, NpzConfig)
     assert source.path == expected
+
+
+def test_paths_are_absolute_and_the_hashes_are_of_those_that_were_given(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = set()
+    for name in ("a", "b"):
+        (folder := path.parent / name).mkdir()
+        monkeypatch.chdir(folder)
+        experiment, _ = load_experiment(path, ["data_dir=d"])
+        assert (experiment.run_dir, experiment.data_dir) == (f"{folder}/runs/small", f"{folder}/d")
+        trial = trials(path, "data_dir=d")["cora/transductive/RbM/KD/seed-0"]
+        assert isinstance(trial.config.source, NpzConfig)
+        assert trial.config.source.path == f"{folder}/d/cora.npz"
+        hashes.add((trial.config_hash, trial.prepared_hash))
+    assert len(hashes) == 1, "results are known again where the project was moved"
 
 
 def test_seeds_are_a_number_or_a_list(path: Path) -> None:

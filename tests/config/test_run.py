@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rbm_dist.config.run import Config, flatten, load
+from rbm_dist.config.run import Config, flatten, load, locations
 from rbm_dist.config.source import DigitsConfig
 from rbm_dist.errors import InputError
 
@@ -34,9 +35,9 @@ def refusal(path: Path, text: str | None = None, overrides: list[str] | None = N
 
 def test_one_key_is_enough(path: Path) -> None:
     config = load(path)
-    assert config.run_dir == "runs/a"
+    assert config.run_dir == f"{os.getcwd()}/runs/a"
     assert config.source == DigitsConfig()
-    assert config == Config(run_dir="runs/a")
+    assert config == Config(run_dir=f"{os.getcwd()}/runs/a")
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in CONFIGS.glob("*.yaml")))
@@ -44,7 +45,7 @@ def test_every_configuration_that_is_shipped_loads(name: str) -> None:
     given = yaml.safe_load((CONFIGS / name).read_text())
     kind = given.get("source", {}).get("kind", "digits")
     config = load(CONFIGS / name, ["source.path=/data/graph.npz"] if kind == "npz" else [])
-    assert config.run_dir == given["run_dir"]
+    assert config.run_dir == os.path.abspath(given["run_dir"])
     assert config.source.kind == kind
 
 
@@ -93,6 +94,59 @@ def test_a_small_number_is_a_number_however_it_is_written(path: Path, text: str)
     path.write_text(f"run_dir: a\nteacher:\n  lr: {text}\n")
     assert load(path).teacher.lr == 1e-7
     assert load(path, [f"student.lr={text}"]).student.lr == 1e-7
+
+
+# Where files are.
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ("{kind: npz, path: HERE}", "path"),
+        ("{kind: pyg, path: HERE}", "path"),
+        ("{kind: pyg, dataset: a.B, arguments: {root: HERE, name: a}}", "arguments.root"),
+        ("{kind: ogb, name: ogbn-arxiv, root: HERE}", "root"),
+        ("{kind: tables, nodes: HERE, edges: /e.csv}", "nodes"),
+        ("{kind: tables, nodes: /n.csv, edges: HERE}", "edges"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a/b", "{here}/a/b"),
+        ("./b/", "{here}/b"),
+        ("part-[0-9]*/e?.csv", "{here}/part-[0-9]*/e?.csv"),
+        ("~/a", "{home}/a"),
+        ("/a/*.csv", "/a/*.csv"),
+        ("s3://bucket/a/*.csv", "s3://bucket/a/*.csv"),
+        ("no-such-scheme://a", "no-such-scheme://a"),
+    ],
+)
+def test_local_paths_are_absolute(
+    path: Path, source: str, key: str, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, home = path.parent / "here", path.parent / "home"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    config = load(path, [f"source={source.replace('HERE', json.dumps(given))}", f"run_dir={given}"])
+    expected = expected.format(here=here, home=home)
+    assert flatten(config.model_dump())[f"source.{key}"] == expected == config.run_dir == locations(config)["run_dir"]
+    assert locations(config)[f"source.{key}"] == expected
+
+
+def test_a_path_that_is_a_default_is_absolute(path: Path) -> None:
+    config = load(path, ["source.kind=ogb", "source.name=ogbn-arxiv"])
+    assert locations(config)["source.root"] == f"{os.getcwd()}/dataset"
+    assert (
+        load(
+            path,
+            [f"{key}={value}" for key, value in locations(config).items()]
+            + ["source.kind=ogb"]
+            + ["source.name=ogbn-arxiv"],
+        )
+        == config
+    )
 
 
 # Overrides.
@@ -313,7 +367,7 @@ def test_what_is_no_mapping_is_refused(path: Path, text: str, kind: str) -> None
 
 def test_an_empty_file_misses_its_one_key(path: Path) -> None:
     assert refusal(path, "") == f"{path}: run_dir: missing; set it in the file or on the command line"
-    assert load(path, ["run_dir=a"]).run_dir == "a"
+    assert load(path, ["run_dir=/a"]).run_dir == "/a"
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch import submit
+from rbm_dist.config.run import flatten, load
+
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
 SHORT = [
@@ -132,6 +135,22 @@ def test_a_bad_key_is_refused_without_a_cluster(tmp_path: Path) -> None:
     code, out, errors = Submitted(*arguments, address=NOWHERE, folder=tmp_path).wait()
     assert (code, out) == (2, "")
     assert "student.experts: unknown key" in errors
+
+
+def test_every_local_path_is_that_of_the_folder_of_the_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file and the overrides that the job gets, in a folder of its own."""
+    config = tmp_path / "run.yaml"
+    config.write_text("run_dir: out\nsource: {kind: tables, nodes: 'n: #1/*.csv', edges: s3://bucket/e}\n")
+    monkeypatch.chdir(tmp_path)
+    here = load(config)
+    overrides = submit._paths(here)
+    (tmp_path / "job").mkdir()
+    monkeypatch.chdir(tmp_path / "job")
+    assert load(config) != here
+    assert load(config, overrides) == here
+    assert flatten(here.model_dump())["source.nodes"] == f"{tmp_path}/n: #1/*.csv"
 
 
 def test_no_cluster_is_one_message(bad_input: Path, tmp_path: Path) -> None:
