@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 the run failed or does not fit, 2 the input cannot be used
 import json
 import signal
 import sys
+from contextlib import suppress
+from fnmatch import fnmatch
 from typing import Annotated
 
 import typer
@@ -86,6 +88,9 @@ def plan(
     """Estimate disk, memory, network and time of each stage before anything runs. Exit code 1: it would not fit."""
     loaded = load(config, overrides)
     from rbm_dist import storage
+
+    if json_file and storage.is_file(json_file):
+        _refuse_other_file(json_file, json_file, "problems", "--json")
     from rbm_dist.report.plan_table import plan_table
     from rbm_dist.sources.facts import source_facts
     from rbm_dist.stages.plan import make_plan, these_hosts
@@ -97,6 +102,17 @@ def plan(
     Console().print(plan_table(made), highlight=False)
     if made["problems"]:
         raise typer.Exit(1)
+
+
+def _refuse_other_file(url: str, known_by: str, key: str, option: str) -> None:
+    """Raise `InputError` for a file that would be written over, unless a JSON mapping with this key is there."""
+    from rbm_dist import storage
+
+    with suppress(InputError, OSError):
+        found = storage.read_json(known_by)
+        if isinstance(found, dict) and key in found:
+            return
+    raise InputError(f"{url}: would be written over and is not rbm-dist's; name another place ({option})")
 
 
 @app.command()
@@ -140,6 +156,10 @@ def inspect(
     if "rbm" not in config.student.models:
         raise InputError(f"{run}: this run has no RbM (student.models: {', '.join(config.student.models)})")
     url = storage.absolute(run)
+    folder = out or storage.join(url, "inspect")
+    for name in storage.listdir(folder):
+        if name == "inspect.json" or fnmatch(name, "layer-*.png"):
+            _refuse_other_file(storage.join(folder, name), storage.join(folder, "inspect.json"), "layers", "--out")
     store = GraphStore.open(storage.join(url, "graph"))
     student = load_student(storage.join(url, "student", "rbm"))
     figures = expert_figures(student, store, config.student.inputs)
@@ -148,11 +168,10 @@ def inspect(
         png(layer_picture(index, layer, figures["class_share"], points))
         for index, (layer, points) in enumerate(zip(figures["layers"], maps, strict=True))
     ]
-    folder = out or storage.join(url, "inspect")
+    storage.write_json(storage.join(folder, "inspect.json"), figures)  # first: by it the pictures are known
     for index, picture in enumerate(pictures):
         with storage.atomic_writer(storage.join(folder, f"layer-{index}.png")) as stream:
             stream.write(picture)
-    storage.write_json(storage.join(folder, "inspect.json"), figures)
     Console().print(expert_tables(figures))
     Console().print(f"inspect.json and {len(pictures)} pictures → {folder}", highlight=False)
 

@@ -7,9 +7,11 @@ Files are written under a temporary name and renamed; object stores commit on cl
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -26,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rbm_dist.errors import InputError, disk_full
 
 TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(rf"(.+){re.escape(TEMPORARY)}[0-9a-f]{{8}}")
 # File systems that show a file only when it is committed. On all others it is written under another name first.
 _COMMITTING = {"s3", "gs", "abfs"}
 _CHUNK = 1 << 22
@@ -63,6 +66,11 @@ def exists(url: str) -> bool:
     return bool(fs.exists(path))
 
 
+def is_file(url: str) -> bool:
+    fs, path = filesystem(url)
+    return bool(fs.isfile(path))
+
+
 def stamp(url: str, info: dict[str, Any] | None = None) -> tuple[str, int, str]:
     """A file's URL, bytes, and time of change or ETag: what tells it from one that was there before.
 
@@ -89,17 +97,53 @@ def listdir(url: str) -> list[str]:
 
 
 def remove(url: str) -> None:
-    """Delete a file or a whole directory; nothing if it is not there."""
+    """Delete a file or a whole directory; nothing if it is not there. Of a link, the link."""
     fs, path = filesystem(url)
-    if fs.exists(path):
+    if isinstance(fs, LocalFileSystem):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
+    elif glob.has_magic(path):  # `rm` would take it for a pattern, and delete what it matches
+        _remove_each(fs, fs.find(path))
+    elif fs.exists(path):
         fs.rm(path, recursive=True)
 
 
-def remove_temporary(url: str) -> None:
-    """Delete what a killed writer left below a local directory. Object stores never show unfinished files."""
-    if is_local(url) and exists(url):
-        for leftover in list(Path(absolute(url)).rglob(f"*{TEMPORARY}*")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+def remove_empty(url: str) -> None:
+    """Delete a directory that holds nothing; object stores have none."""
+    if is_local(url):
+        with suppress(OSError):
+            os.rmdir(absolute(url))
+
+
+def _remove_each(fs: fsspec.AbstractFileSystem, paths: list[str]) -> None:
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        for _ in pool.map(fs.rm_file, paths):
+            pass
+
+
+def remove_temporary(url: str, own: str = ".*") -> None:
+    """Delete what killed writers left below a local directory. Object stores never show unfinished files.
+
+    own: a regular expression of the names, in the directory itself, of files and folders that are looked at.
+    """
+    if not is_local(url):
+        return
+    top = absolute(url)
+    for folder, below, names in os.walk(top):
+        for name in names:
+            made = _TEMPORARY_NAME.fullmatch(name)
+            if made and (folder != top or re.fullmatch(own, made[1])):
+                Path(folder, name).unlink(missing_ok=True)
+        if folder == top:
+            below[:] = [name for name in below if re.fullmatch(own, name)]
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Whether a file's name is one under which another is written."""
+    made = _TEMPORARY_NAME.fullmatch(name)
+    return made is not None and made[1] == of
 
 
 class HashingWriter:
@@ -209,9 +253,7 @@ def once(url: str, work: Callable[[], Any]) -> Any:
 def remove_work(url: str) -> None:
     """Delete a folder of work that `once` kept. What it kept goes first: it must not outlive the files it speaks of."""
     fs, path = filesystem(url)
-    kept = [name for name in fs.find(path) if name.endswith(".json")]
-    if kept:
-        fs.rm(kept)
+    _remove_each(fs, [name for name in fs.find(path) if name.endswith(".json")])
     remove(url)
 
 

@@ -133,6 +133,22 @@ def test_plan_says_whether_a_run_fits(
     assert not (config_path.parent / "run").exists()
 
 
+def test_a_plan_is_written_over_a_plan_only(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = config_path.parent / "plan.json"
+    arguments = ["plan", str(config_path), "--json", str(report)]
+    for mine in ('{"name": "mine"}', "[1]", "mine"):
+        report.write_text(mine)
+        assert run(monkeypatch, *arguments) == 2
+        assert report.read_text() == mine
+        assert f"{report}: would be written over and is not rbm-dist's; name another place (--json)" in (
+            capsys.readouterr().err
+        )
+    report.unlink()
+    assert [run(monkeypatch, *arguments) for _ in range(2)] == [0, 0]
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_predict_on_a_folder_that_is_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], exists: bool

@@ -108,17 +108,32 @@ def test_a_bucket_that_is_not_there_is_named(s3_url: str) -> None:
 
 
 def test_remove_temporary_removes_what_a_killed_writer_left_and_nothing_else(tmp_path: Path) -> None:
-    keep = [tmp_path / "a.npy", tmp_path / "sub" / "b.tmp", tmp_path / "sub" / "tmp-c"]
-    left = [
-        tmp_path / f"a.npy{storage.TEMPORARY}1",
-        tmp_path / "sub" / f"d{storage.TEMPORARY}2" / f"e{storage.TEMPORARY}3",
-    ]
+    keep = [
+        tmp_path / "a.npy", tmp_path / "sub" / "b.tmp", tmp_path / "sub" / "report.tmp-2024.txt",
+        tmp_path / "sub" / "x.tmp-DEADBEEF", tmp_path / "sub" / "x.tmp-deadbeef0", tmp_path / "sub" / ".tmp-deadbeef",
+        tmp_path / "mine.txt.tmp-deadbeef", tmp_path / "mine" / "a.npy.tmp-deadbeef",
+    ]  # fmt: skip
+    left = [tmp_path / "a.npy.tmp-0123abcd", tmp_path / "sub" / "mine" / "x.tmp-deadbeef"]
     for path in [*keep, *left]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    storage.remove_temporary(str(tmp_path))
+    storage.remove_temporary(str(tmp_path), r"a\.npy|sub")
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(keep)
     storage.remove_temporary(f"{tmp_path}/not/there")
+    storage.remove_temporary(str(tmp_path))
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(keep[:-2])
+
+
+def test_what_a_killed_writer_leaves_is_what_is_removed(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(storage, "_discard", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            storage.write_json(f"{tmp_path}/a.json", 1)
+    (left,) = tmp_path.iterdir()
+    assert storage.is_temporary(left.name, "a.json")
+    storage.remove_temporary(str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_finished_work_the_records_are_removed_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +210,31 @@ def test_listing_and_removing(url: str) -> None:
     storage.remove(f"{url}/never/was")
     assert names(url) == ["b.json"]
     assert not storage.exists(f"{url}/a/c.json")
+
+
+def test_what_is_removed_is_no_pattern(url: str) -> None:
+    fs, folder = storage.filesystem(url)
+    for name in ("run*", "run[1]", "run1", "run2"):
+        if storage.is_local(url):
+            fs.makedirs(f"{folder}/{name}/source")
+        for file in ("a.json", "[b*.json"):
+            fs.pipe_file(f"{folder}/{name}/source/{file}", b"1")
+    storage.remove(f"{url}/run[1]/source/[b*.json")
+    assert storage.listdir(f"{url}/run[1]/source") == ["a.json"]
+    storage.remove(f"{url}/run[1]")
+    storage.remove_work(f"{url}/run*/source")
+    assert not storage.exists(f"{url}/run*/source/a.json")
+    assert not storage.exists(f"{url}/run[1]/source/a.json")
+    for name in ("run1", "run2"):
+        assert storage.listdir(f"{url}/{name}/source") == ["[b*.json", "a.json"]
+
+
+def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    storage.remove(f"{tmp_path}/link")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["data", "data/a"]
 
 
 def test_what_another_process_does_on_s3_is_seen_at_once(s3_url: str) -> None:
@@ -335,7 +375,7 @@ def test_a_remote_array_is_fetched_once(s3_url: str, local_cache: Path) -> None:
 @pytest.mark.parametrize("in_use", [True, False])
 def test_what_a_killed_process_left_in_the_cache_is_removed(memory_url: str, local_cache: Path, in_use: bool) -> None:
     cache = local_cache / f"rbm-dist-cache-{os.getuid()}"
-    left = cache / f"0.npy{storage.TEMPORARY}1"
+    left = cache / "0.npy.tmp-0123abcd"
     cache.mkdir()
     left.touch()
     info = storage.write_array(f"{memory_url}/a.npy", np.arange(3))

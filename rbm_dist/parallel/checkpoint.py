@@ -6,6 +6,7 @@ that a damaged one can be passed over.
 """
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Adam, num_experts: i
 
 
 def _steps(url: str) -> list[str]:
-    return [name for name in storage.listdir(url) if name.startswith("step-")]
+    return [name for name in storage.listdir(url) if re.fullmatch(r"step-\d+", name)]
 
 
 def _explain(error: BaseException, folder: str) -> Exception:

@@ -9,6 +9,7 @@ from typing import Any
 from rbm_dist import storage
 
 Row = dict[str, Any]
+_EVENTS = "events.out.tfevents."  # what TensorBoard's files begin with
 
 
 class MetricsWriter:
@@ -42,9 +43,10 @@ class MetricsWriter:
         if loop in self._boards:
             self._boards[loop].close()
         folder = self._folder / "tensorboard" / loop
-        shutil.rmtree(folder, ignore_errors=True)
-        if not self._local:
-            storage.remove(storage.join(self._run_url, "tensorboard", loop))
+        for board in {str(folder), storage.join(self._run_url, "tensorboard", loop)}:
+            for name in storage.listdir(board):
+                if name.startswith(_EVENTS):
+                    storage.remove(storage.join(board, name))
         self._boards[loop] = SummaryWriter(str(folder))
         for row in history:
             self.write(loop, row)

@@ -18,6 +18,7 @@ from rbm_dist.serve.frozen import freeze
 from rbm_dist.sources import node_ids
 
 _ROWS = 65_536
+_ALWAYS = ["node_id", "class", "probability"]  # columns of predictions
 _CPU = torch.device("cpu")
 
 
@@ -50,6 +51,7 @@ def write_parquet(
     """Write columns `node_id`, `class` and `probability` (a list of C); gives the number of rows.
 
     Ids are of the type that they had in the input. class_names: then there is a column `class_name`, too.
+    Raises `InputError` for a file that is there and holds no predictions.
     """
     if not url.endswith((".parquet", ".pq")):
         raise InputError(f"{url}: predictions are written as Parquet; name a file that ends in .parquet (--out)")
@@ -57,6 +59,8 @@ def write_parquet(
     fields = [("node_id", node_ids.arrow_type(id_type.arrow)), ("class", pa.int32())]
     named = [("class_name", pa.string())] if class_names else []
     schema = pa.schema([*fields, *named, ("probability", probability)])
+    if storage.is_file(url) and [name for name in _columns(url) if name != "class_name"] != _ALWAYS:
+        raise InputError(f"{url}: is there and holds no predictions; name another file (--out)")
     rows = 0
     with (
         storage.atomic_writer(url) as stream,
@@ -72,6 +76,15 @@ def write_parquet(
             writer.write_table(pa.table(columns, schema=schema))
             rows += len(chunk.orig_id)
     return rows
+
+
+def _columns(url: str) -> list[str]:
+    fs, path = storage.filesystem(url)
+    try:
+        with fs.open(path, "rb") as stream:
+            return pq.read_schema(stream).names
+    except (pa.ArrowException, OSError):
+        return []
 
 
 class _Sink:

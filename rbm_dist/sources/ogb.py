@@ -6,7 +6,6 @@ is not needed to read them: it would load a dataset whole, which takes some 150 
 
 import gzip
 import os
-import shutil
 import tempfile
 import zipfile
 import zlib
@@ -317,6 +316,6 @@ def _ensure(url: str, config: OgbConfig, names: list[str]) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(target), prefix=storage.TEMPORARY) as folder:
             fetch.extract_zip(fetch.download_url(archive, folder), folder)
-            shutil.move(os.path.join(folder, _DATASETS[config.name].archive), target)
+            os.rename(os.path.join(folder, _DATASETS[config.name].archive), target)  # refused where there is something
     except Exception as error:  # of many kinds: urllib's, zipfile's, ogb's own
         raise InputError(f"{trouble}, and {archive} cannot be fetched: {error}. {by_hand}") from None

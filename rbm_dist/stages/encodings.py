@@ -3,6 +3,7 @@
 Ray tasks, not actors: there are many short steps, and tasks share processes that are already warm.
 """
 
+import re
 from functools import partial
 
 import torch
@@ -16,6 +17,9 @@ from rbm_dist.runtime.progress import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.stages.run import Files, Run
+
+ARRAYS = rf"({POS}|{PROP})(_(observed|hop\d+|step\d+))?"
+"""A regular expression of the names of all arrays that the stage makes, on the way too."""
 
 
 def run_encodings(run: Run) -> Files:
@@ -37,7 +41,7 @@ def reset_encodings(url: str) -> None:
         folders = [graph, *(storage.join(graph, part_name(part)) for part in range(store.num_parts))]
         stems = {name.rsplit(".", 1)[0] for folder in folders for name in storage.listdir(folder)}
         for stem in stems:
-            if stem.split("_")[0] in (POS, PROP):
+            if re.fullmatch(ARRAYS, stem):
                 encodings.remove(store, stem)
 
 

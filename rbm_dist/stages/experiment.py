@@ -57,8 +57,11 @@ def run_experiment(
     Raises `InputError` or `RunError`, naming the run; what was finished before is kept, and in the tables.
     """
     url = storage.absolute(experiment.run_dir)
+    _refuse_other_files(url)
     with locked(url):
-        storage.remove_temporary(url)
+        storage.remove_temporary(url, r"results\.(md|csv|parquet)")
+        for folder in {_run_url(url, trial).rsplit("/", 1)[0] for trial in trials}:
+            storage.remove_temporary(folder, r"seed-\d+\.json")
         unfinished = _unfinished(url, trials)
         absent = _absent_datasets(unfinished)
         for dataset, reason in absent.items():
@@ -79,6 +82,7 @@ def run_experiment(
 def write_tables(experiment: ExperimentConfig, trials: list[Trial]) -> list[Row]:
     """Write `results.md`, `.csv` and `.parquet` of the runs that are done, also while others are at work."""
     url = storage.absolute(experiment.run_dir)
+    _refuse_other_files(url)
     rows = [row for row in _rows(url, trials) if row is not None]
     notes = [f"**{name}** is skipped: {reason}." for name, reason in _absent_datasets(_unfinished(url, trials)).items()]
     if len(rows) < len(trials):
@@ -98,14 +102,25 @@ def write_tables(experiment: ExperimentConfig, trials: list[Trial]) -> list[Row]
     pyarrow.parquet.write_table(table, parquet)
     pyarrow.csv.write_csv(table, text)
     files = {
+        "results.csv": text.getvalue(),  # first: by it the others are known
         "results.parquet": parquet.getvalue(),
-        "results.csv": text.getvalue(),
         "results.md": results_markdown(rows, len(experiment.seeds), notes, facts).encode(),
     }
     for name, content in files.items():
         with storage.atomic_writer(storage.join(url, name)) as stream:
             stream.write(content)
     return rows
+
+
+def _refuse_other_files(url: str) -> None:
+    """Raise `InputError` if tables that would be written over are not an experiment's."""
+    for name in ("results.csv", "results.md", "results.parquet"):
+        if not storage.is_file(storage.join(url, name)):
+            continue
+        fs, path = storage.filesystem(storage.join(url, "results.csv"))
+        columns = fs.head(path, 4096).split(b"\n")[0].replace(b'"', b"").split(b",") if fs.isfile(path) else []
+        if {b"dataset", b"student", b"objective", b"seed", b"config_hash"} - set(columns):
+            raise InputError(f"{url}/{name}: is not an experiment's, and would be written over. Set another run_dir")
 
 
 @dataclass
@@ -165,8 +180,10 @@ def _groups(url: str, todo: list[Trial]) -> list[_Group]:
         group.trials.append(trial)
         group.left += 1
     for name in storage.listdir(storage.join(url, "prepared")):
-        if name not in groups:  # of another configuration, or cut off before it was removed
-            storage.remove(storage.join(url, "prepared", name))
+        folder = storage.join(url, "prepared", name)
+        # Of another configuration, or cut off before it was removed; or the user's.
+        if name not in groups and re.fullmatch(r"[0-9a-f]{16}", name) and local.is_prepared(folder):
+            storage.remove(folder)
     return list(groups.values())
 
 
@@ -223,7 +240,9 @@ def _rows(url: str, trials: list[Trial]) -> list[Row | None]:
 
     def row(trial: Trial) -> Row | None:
         run_url = _run_url(url, trial)
-        found = storage.read_json(run_url) if storage.exists(run_url) else {}
+        found = storage.read_json(run_url) if storage.exists(run_url) else {"config_hash": None}
+        if not isinstance(found, dict) or "config_hash" not in found:
+            raise InputError(f"{run_url}: is not an experiment's, and would be written over. Set another run_dir")
         whole = found.keys() >= set(COLUMNS.names)
         return found if whole and found["config_hash"] == trial.config_hash else None
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig, Config
+from rbm_dist.errors import InputError
 from rbm_dist.graph.encodings import encode_in_process
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
@@ -31,6 +32,7 @@ from rbm_dist.stages.teacher import train_teacher
 # A run of seconds is computed again rather than continued: one checkpoint, at its end.
 _IN_PROCESS = ClusterConfig(train_workers=1, inference_workers=1, memory_store="in_process", checkpoint_every=10**9)
 _COUNTED_ROWS = 64
+_PREPARED = {"source", "graph", "teacher", "teacher.json"}
 
 
 class MetricsRecorder(Reporter):
@@ -52,6 +54,11 @@ class MetricsRecorder(Reporter):
         self.loops.setdefault(loop, []).append(row)
 
 
+def is_prepared(url: str) -> bool:
+    """Whether a folder holds nothing but what `prepare` writes."""
+    return {name.split(storage.TEMPORARY)[0] for name in storage.listdir(url)} <= _PREPARED
+
+
 def prepare(config: Config, url: str) -> dict[str, Any]:
     """Write graph, teacher, soft labels and encodings below `url`; what is there is kept if it is whole.
 
@@ -61,6 +68,8 @@ def prepare(config: Config, url: str) -> dict[str, Any]:
     figures_url = storage.join(url, "teacher.json")
     if storage.exists(figures_url):  # written last
         return storage.read_json(figures_url)
+    if not is_prepared(url):
+        raise InputError(f"{url}: holds files that are no experiment's, and would be deleted. Set another run_dir")
     storage.remove(url)
     config = config.model_copy(update={"cluster": _IN_PROCESS})
     run = Run(config, url, MetricsRecorder())

@@ -1,5 +1,6 @@
 """The stages in order, and the loop that runs, skips or goes on with them."""
 
+import re
 import time
 from typing import Any
 
@@ -10,31 +11,41 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError, disk_full
 from rbm_dist.graph import encodings
+from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, PER_ROW, SPARSE_FEAT
+from rbm_dist.graph.shuffle import SPILL
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.source_table import source_table
 from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.progress import ProgressRelay
+from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import run as run_
-from rbm_dist.stages.encodings import reset_encodings, run_encodings
+from rbm_dist.stages import soft_labels
 from rbm_dist.stages.evaluate import run_evaluate
 from rbm_dist.stages.partition import run_partition
 from rbm_dist.stages.run import Run, Stage
-from rbm_dist.stages.soft_labels import reset_soft_labels, run_soft_labels
 from rbm_dist.stages.source import run_source
 from rbm_dist.stages.student import run_student
 from rbm_dist.stages.teacher import run_teacher
 
 STAGES = [
-    Stage("source", "source", ("source",), run_source),
-    Stage("partition", "graph", ("partition",), run_partition),
-    Stage("teacher", "teacher", ("teacher",), run_teacher),
-    Stage("soft_labels", "soft_labels", ("soft_labels",), run_soft_labels, reset_soft_labels),
-    Stage("encodings", "encodings", ("encodings",), run_encodings, reset_encodings),
+    Stage(
+        "source", "source", ("source",), run_source,
+        makes=rf"({'|'.join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))}|indptr|indices|feat-\d+)\.npy|source\.json|work",
+    ),
+    Stage(
+        "partition", "graph", ("partition",), run_partition,
+        makes=rf"graph\.json|{re.escape(FEAT_SCALE)}|part-\d+|{SPILL}|({soft_labels.ARRAYS}|{encodings_.ARRAYS})\.json",
+    ),
+    Stage("teacher", "teacher", ("teacher",), run_teacher, makes=r"model\.safetensors|checkpoints|ray_train"),
+    Stage("soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels),
+    Stage("encodings", "encodings", ("encodings",), encodings_.run_encodings, encodings_.reset_encodings),
     # With `encodings`: a run without that stage would otherwise not notice that they are wanted now.
-    Stage("student", "student", ("encodings", "student"), run_student),
-    Stage("evaluate", "evaluate", (), run_evaluate),
-]
+    Stage(
+        "student", "student", ("encodings", "student"), run_student, makes=r"mlp(_x\d+)?|ensemble|moe|rbm|ray_train"
+    ),
+    Stage("evaluate", "evaluate", (), run_evaluate, makes=r"figures\.json"),
+]  # fmt: skip
 
 
 def run_stages(
@@ -47,17 +58,18 @@ def run_stages(
     url = storage.absolute(config.run_dir)
     last = [stage.name for stage in STAGES].index(until)
     wanted = [stage for stage in stages_of(config) if STAGES.index(stage) <= last]
+    run_.refuse_other_files(STAGES, url)
     with run_.locked(url):
+        run_.remove_temporary(STAGES, url)
         if overwrite:
             run_.discard_other_configuration(STAGES, config, url)
         run_.refuse_other_configuration(STAGES, config, url)
-        storage.remove_temporary(url)
         try:
             _write_config(config, url)
             todo = _skip_done(wanted, url, console)
             if todo:
                 _work(todo, config, url, console, address)
-                storage.remove_temporary(url)  # again: a killed driver's workers end a little later than it
+                run_.remove_temporary(STAGES, url)  # again: a killed driver's workers end a little later than it
             return _results(url) if until == STAGES[-1].name else None
         except OSError as error:
             raise disk_full(error, str(error.filename or url)) or error from None

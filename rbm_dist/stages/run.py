@@ -2,12 +2,14 @@
 
 A stage owns one folder of the run directory. `config.json` is written there first (the configuration it was started
 with), `manifest.json` last (what it wrote, with checksums). So the same command again is the whole recovery story.
+A folder of such a name without such a `config.json` is the user's: it is refused, not written to.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from rbm_dist.runtime.progress import Reporter
 
 Files = dict[str, storage.FileInfo]
+
+# By these keys a run knows its own files: those of every version's config.json, of a run and of a stage.
+_OF_A_RUN = {"run_dir", "seed", "source", "teacher", "student", "cluster"}
+_CLEARED: dict[str, None] = {"config": None, "upstream": None}
+_ANOTHER = "Set another run_dir"
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Stage:
     sections: tuple[str, ...]
     work: Callable[[Run], Files]  # gives the files it wrote, by path below the run
     reset: Callable[[str], None] | None = None  # removes what it wrote outside its folder, given the run's URL
+    makes: str = ""  # a regular expression of the files and folders that it makes in its folder
 
     def identity(self, config: Config) -> dict[str, Any]:
         tree = config.model_dump(mode="json")
@@ -66,7 +74,7 @@ class Stage:
 
 def state(stage: Stage, url: str, upstream: str | None) -> str:
     """`done`, `started` or `new`. Raises `InputError` if a finished stage's files are damaged."""
-    started = _read(url, stage, "config.json")
+    started = _started(url, stage)
     manifest = _read(url, stage, "manifest.json")
     if started is None or started["upstream"] != upstream:
         return "new"
@@ -78,11 +86,40 @@ def state(stage: Stage, url: str, upstream: str | None) -> str:
     return "done"
 
 
+def refuse_other_files(stages: list[Stage], url: str) -> None:
+    """Raise `InputError` if what a run would write over or delete is not a run's. Writes nothing."""
+    path = storage.join(url, "config.json")
+    if storage.exists(path):
+        if not _has_keys(path, _OF_A_RUN.issubset):
+            raise InputError(f"{path}: is not a run's, and a run would write its own there. {_ANOTHER}")
+    else:
+        for name in ("results.json", "metrics.jsonl", "tensorboard"):
+            if storage.exists(storage.join(url, name)):
+                raise InputError(f"{storage.join(url, name)}: is not a run's (there is no {path}). {_ANOTHER}")
+    for stage in stages:
+        folder = storage.join(url, stage.folder)
+        # A kill in its first write leaves that alone.
+        names = [name for name in storage.listdir(folder) if not storage.is_temporary(name, "config.json")]
+        if names and not _has_keys(storage.join(folder, "config.json"), _CLEARED.keys().__eq__):
+            shown = f"{', '.join(names[:3])}{' …' * (len(names) > 3)}"
+            raise InputError(
+                f"{folder}: holds {shown}, but no config.json of the stage {stage.name}, which would write and delete "
+                f"there. {_ANOTHER}, or move that folder"
+            )
+
+
+def remove_temporary(stages: list[Stage], url: str) -> None:
+    """Delete what killed writers left of a run's own files."""
+    storage.remove_temporary(url, r"(config|results)\.json|metrics\.jsonl")
+    for stage in stages:
+        storage.remove_temporary(storage.join(url, stage.folder), rf"(config|manifest)\.json|{stage.makes}")
+
+
 def refuse_other_configuration(stages: list[Stage], config: Config, url: str) -> None:
     """Raise `InputError`, naming the keys, if the run directory was made by another configuration."""
     differing = {}
     for stage in stages:
-        started = _read(url, stage, "config.json")
+        started = _started(url, stage)
         if started is None:
             continue
         then, now = flatten(started["config"]), flatten(stage.identity(config))
@@ -101,19 +138,27 @@ def discard_other_configuration(stages: list[Stage], config: Config, url: str) -
     """Delete what was computed with another configuration, and all that came after it."""
     stale = False
     for stage in stages:
-        started = _read(url, stage, "config.json")
+        started = _started(url, stage)
         stale = stale or (started is not None and flatten(started["config"]) != flatten(stage.identity(config)))
         if stale:
             clear(stage, url)
 
 
 def clear(stage: Stage, url: str) -> None:
-    """Delete what a stage wrote."""
+    """Delete what a stage wrote; what else lies in its folder stays."""
+    folder = storage.join(url, stage.folder)
+    note = storage.join(folder, "config.json")
+    if storage.exists(note):
+        # First: what a kill leaves of the rest is then not gone on with, and still known as a run's.
+        storage.write_json(note, _CLEARED)
     if stage.reset:
         stage.reset(url)
-    # First: without it, what a kill leaves of the rest is not gone on with.
-    storage.remove(storage.join(url, stage.folder, "config.json"))
-    storage.remove(storage.join(url, stage.folder))
+    for name in storage.listdir(folder):
+        if re.fullmatch(rf"manifest\.json|{stage.makes}", name):
+            storage.remove(storage.join(folder, name))
+    if storage.listdir(folder) == ["config.json"]:
+        storage.remove(note)
+        storage.remove_empty(folder)
 
 
 def begin(stage: Stage, config: Config, url: str, upstream: str | None) -> None:
@@ -169,6 +214,21 @@ def locked(url: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _has_keys(url: str, are_right: Callable[[Any], bool]) -> bool:
+    """Whether a file is a JSON mapping of such keys."""
+    try:
+        found = storage.read_json(url)
+    except (InputError, IsADirectoryError, NotADirectoryError):
+        return False
+    return isinstance(found, dict) and are_right(found.keys())
+
+
+def _started(url: str, stage: Stage) -> dict[str, Any] | None:
+    """What a stage was started with; None if it was not, or was cleared."""
+    started = _read(url, stage, "config.json")
+    return None if started == _CLEARED else started
 
 
 def _read(url: str, stage: Stage, name: str) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.teacher import SampledRows, add_noise, build_teacher, keep_hot, read_sample, states
 
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
+ARRAYS = rf"{SOFT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
+"""A regular expression of the names of all arrays that the stage makes, on the way too."""
 _DRAW, _NOISE, _HOT = 3, 8, 11  # words of the random keys
 
 
@@ -82,7 +84,7 @@ def reset_soft_labels(url: str) -> None:
         store = GraphStore.open(graph)
         parts = (storage.listdir(storage.join(graph, part_name(part))) for part in range(store.num_parts))
         for stem in {name.removesuffix(".npy") for names in parts for name in names}:
-            if stem in (SOFT, HIDDEN, ENTROPY_CHANGE) or re.fullmatch(r"h\d+|noisy\w+", stem):
+            if re.fullmatch(ARRAYS, stem):
                 _remove(url, store, stem)
 
 

@@ -46,6 +46,18 @@ def test_rows_and_scalars(url: str, tmp_path: Path) -> None:
     assert scalars(tmp_path / "fetched", "loss") == [(0, 0.0, 1000.0), (1, 0.25, 1001.0), (2, 0.5, 1002.0)]
 
 
+def test_of_what_lies_beside_them_nothing_is_removed(url: str) -> None:
+    mine = [f"{url}/tensorboard/rbm/{name}" for name in ("notes.json", "mine/a.json")]
+    for name in mine:
+        storage.write_json(name, 1)
+    train(url, "rbm/pretrain", 0, 2)
+    for _ in range(2):
+        train(url, "rbm", 0, 2)
+    assert all(storage.exists(name) for name in mine)
+    kept = [name for name in storage.listdir(f"{url}/tensorboard/rbm") if "tfevents" in name]
+    assert len(kept) == len(storage.listdir(f"{url}/tensorboard/rbm/pretrain")) == 1
+
+
 @pytest.mark.parametrize("first", [0, 1, 3, 5])
 def test_a_loop_that_goes_on_stands_there_once(url: str, first: int) -> None:
     train(url, "teacher", 0, 3)

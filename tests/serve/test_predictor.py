@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
@@ -122,6 +123,23 @@ def test_other_formats_are_refused_before_anything_is_computed(tmp_path: Path) -
 
     with pytest.raises(InputError, match=r"out\.csv: predictions are written as Parquet"):
         write_parquet(f"{tmp_path}/out.csv", chunks(), num_classes=5)
+
+
+def test_only_predictions_are_written_over(store: GraphStore, url: str) -> None:
+    student, _ = random_student("rbm")
+    target = f"{url}/nodes.parquet"
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table({"node_id": [1, 2]}), table)
+    for mine in (table.getvalue().to_pybytes(), b"no table"):
+        with storage.atomic_writer(target) as stream:
+            stream.write(mine)
+        before = storage.file_info(target)
+        with pytest.raises(InputError, match=rf"^{target}: is there and holds no predictions"):
+            write_parquet(target, predict(student, store), num_classes=5)
+        assert storage.file_info(target) == before
+    storage.remove(target)
+    for _ in range(2):
+        assert write_parquet(target, predict(student, store), num_classes=5) == 90
 
 
 def test_nothing_is_left_if_a_prediction_fails(url: str) -> None:

@@ -16,9 +16,11 @@ import torch
 from rbm_dist import cli
 from rbm_dist.config.experiment import load_experiment
 from rbm_dist.config.run import Config
+from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve.artifact import empty_student
+from rbm_dist.stages import experiment as experiment_
 from rbm_dist.stages import local
 from tests.stages.conftest import ROOT, command, rbm_dist
 
@@ -214,3 +216,50 @@ def test_in_the_inductive_setting_the_unseen_nodes_are_reported(tmp_path: Path) 
     assert figures["test_peak_over_epochs"] >= figures["unseen"]
     assert 0 < teacher["unseen"] < 1
     assert 0.1 < teacher["confidence"] <= 1
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.md", "results.parquet"])
+def test_tables_that_are_the_users_are_not_written_over(
+    experiment: Path, here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("a refusal must come before any work"))
+    mine = experiment.parent / "run" / name
+    mine.parent.mkdir()
+    mine.write_text("# Results\nseed,accuracy\n")
+    for options in ([], ["--tables"]):
+        code, _, errors = here(str(experiment), *options)
+        assert (code, mine.read_text()) == (2, "# Results\nseed,accuracy\n")
+        assert f"{mine}: is not an experiment's" in errors
+    assert [path.name for path in mine.parent.iterdir()] == [name]
+
+
+def test_its_own_tables_are_written_again(experiment: Path, here: Callable[..., tuple[int, str, str]]) -> None:
+    for _ in range(2):
+        assert here(str(experiment), "--tables")[0] == 0
+
+
+def test_a_file_in_the_place_of_a_run_is_refused(experiment: Path, here: Callable[..., tuple[int, str, str]]) -> None:
+    mine = experiment.parent / "run" / "runs" / DIGITS / "GLNN" / "KD" / "seed-0.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"seed": 0}')
+    code, _, errors = here(str(experiment))
+    assert (code, mine.read_text()) == (2, '{"seed": 0}')
+    assert f"{mine}: is not an experiment's" in errors
+
+
+def test_only_prepared_graphs_are_removed(experiment: Path, tmp_path: Path) -> None:
+    prepared = tmp_path / "run" / "prepared"
+    mine = [prepared / "notes.txt", prepared / "0123456789abcdef" / "a.csv", prepared / "old" / "graph" / "graph.json"]
+    left = prepared / "fedcba9876543210" / "graph" / "graph.json"
+    for path in [*mine, left]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    _, trials = load_experiment(experiment)
+    (group, *_) = experiment_._groups(str(tmp_path / "run"), trials)
+    assert [path.exists() for path in [*mine, left]] == [True] * 3 + [False]
+    theirs = Path(group.url, "data.csv")
+    theirs.parent.mkdir()
+    theirs.touch()
+    with pytest.raises(InputError, match=f"{group.url}: holds files that are no experiment's"):
+        local.prepare(trials[0].config, group.url)
+    assert theirs.exists()

@@ -76,6 +76,22 @@ def test_what_cannot_be_inspected_is_refused(
     assert "the run has not finished its students" in refused(copied_run)
 
 
+@pytest.mark.parametrize("name", ["inspect.json", "layer-0.png"])
+def test_only_its_own_files_are_written_over(
+    finished_run: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+    assert inspect(monkeypatch, str(finished_run), "--out", str(out)) == 2
+    assert f"{out}/{name}: would be written over and is not rbm-dist's" in capsys.readouterr().err.replace("\n", "")
+    assert [path.name for path in out.iterdir()] == [name]
+    (out / name).unlink()
+    (out / "notes.txt").touch()
+    assert [inspect(monkeypatch, str(finished_run), "--out", str(out)) for _ in range(2)] == [0, 0]
+    assert (out / "notes.txt").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_refused(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
