@@ -74,15 +74,21 @@ def open_ogb(config: OgbConfig) -> StreamedSource:
     when a piece is read.
     """
     url, dataset = ogb_folder(config), _DATASETS[config.name]
+    files = ogb_files(config)
+    read = _open_npz if dataset.files == _NPZ else _open_csv
+    source = read(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
+    notes = {"nodes": f"{config.name}, below {url}", "label": dataset.files[1 if dataset.files == _NPZ else 2]}
+    notes |= {"split": f"split/{dataset.split}", "edges": dataset.files[0]}
+    return replace(source, about=About(notes=notes), fingerprint=fingerprint(config, files))
+
+
+def ogb_files(config: OgbConfig) -> list[tuple[str, int, str]]:
+    """The stamps of a dataset's files; where they are missing they are fetched, or refused, as by `open_ogb`."""
+    url, dataset = ogb_folder(config), _DATASETS[config.name]
     splits = [f"split/{dataset.split}/{name}.csv.gz" for name in _SPLITS]
     names = [*(f"raw/{name}" for name in dataset.files), *splits]
     _ensure(url, config, names)
-    read = _open_npz if dataset.files == _NPZ else _open_csv
-    source = read(storage.join(url, "raw"), config, partial(_nodes, url, dataset))
-    notes = {"nodes": f"{config.name}, below {url}", "label": dataset.files[-1 if dataset.files == _NPZ else 2]}
-    notes |= {"split": f"split/{dataset.split}", "edges": dataset.files[0]}
-    source = replace(source, about=About(notes=notes))
-    return replace(source, fingerprint=fingerprint(config, [storage.stamp(storage.join(url, name)) for name in names]))
+    return [storage.stamp(storage.join(url, name)) for name in names]
 
 
 def _nodes(url: str, dataset: _Dataset, num_nodes: int, read_label: Callable[[], np.ndarray]) -> Nodes:

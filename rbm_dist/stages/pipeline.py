@@ -22,16 +22,19 @@ from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import run as run_
 from rbm_dist.stages import soft_labels
 from rbm_dist.stages.evaluate import run_evaluate
+from rbm_dist.stages.inputs import check_input
 from rbm_dist.stages.partition import run_partition
 from rbm_dist.stages.run import Run, Stage
 from rbm_dist.stages.source import run_source
 from rbm_dist.stages.student import run_student
 from rbm_dist.stages.teacher import run_teacher
 
+_PER_ROW = "|".join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))
+
 STAGES = [
     Stage(
         "source", "source", ("source",), run_source,
-        makes=rf"({'|'.join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))}|indptr|indices|feat-\d+)\.npy|source\.json|work",
+        makes=rf"(indptr|indices|feat-\d+|{_PER_ROW})\.npy|(source|inputs)\.json|work",
     ),
     Stage(
         "partition", "graph", ("partition",), run_partition,
@@ -64,6 +67,7 @@ def run_stages(
         if overwrite:
             run_.discard_other_configuration(STAGES, config, url)
         run_.refuse_other_configuration(STAGES, config, url)
+        check_input(STAGES[0], config, url, overwrite, console)
         try:
             _write_config(config, url)
             todo = _skip_done(wanted, url, console)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbm_dist import __version__, storage
-from rbm_dist.config.run import Config, flatten
+from rbm_dist.config.run import LOCATIONS, Config, flatten
 from rbm_dist.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,9 +123,8 @@ def refuse_other_configuration(stages: list[Stage], config: Config, url: str) ->
         if started is None:
             continue
         then, now = flatten(started["config"]), flatten(stage.identity(config))
-        for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key):
-                differing[key] = f"  {key}: {_show(then, key)} there, {_show(now, key)} now"
+        for key in _differing(then, now):
+            differing[key] = f"  {key}: {_show(then, key)} there, {_show(now, key)} now"
     if differing:
         raise InputError(
             f"{url}: this run directory was made by another configuration:\n"
@@ -139,9 +138,20 @@ def discard_other_configuration(stages: list[Stage], config: Config, url: str) -
     stale = False
     for stage in stages:
         started = _started(url, stage)
-        stale = stale or (started is not None and flatten(started["config"]) != flatten(stage.identity(config)))
+        stale = stale or (
+            started is not None and bool(_differing(flatten(started["config"]), flatten(stage.identity(config))))
+        )
         if stale:
             clear(stage, url)
+
+
+def moved(stage: Stage, config: Config, url: str) -> dict[str, tuple[str, str]] | None:
+    """The keys of `LOCATIONS` in which a stage was started with other values, and both; None if it was not started."""
+    started = _started(url, stage)
+    if started is None:
+        return None
+    then, now = flatten(started["config"]), flatten(stage.identity(config))
+    return {key: (str(then.get(key)), str(now.get(key))) for key in LOCATIONS if then.get(key) != now.get(key)}
 
 
 def clear(stage: Stage, url: str) -> None:
@@ -234,6 +244,12 @@ def _started(url: str, stage: Stage) -> dict[str, Any] | None:
 def _read(url: str, stage: Stage, name: str) -> dict[str, Any] | None:
     path = storage.join(url, stage.folder, name)
     return storage.read_json(path) if storage.exists(path) else None
+
+
+def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys that decide what is computed; of where files are, `stages.inputs` decides by the files."""
+    keys = (then.keys() | now.keys()) - set(LOCATIONS)
+    return sorted(key for key in keys if then.get(key) != now.get(key))
 
 
 def _show(flat: dict[str, Any], key: str) -> str:

@@ -25,6 +25,7 @@ from rbm_dist.sources.edges import Merge
 from rbm_dist.sources.scaling import Moments, Scaling
 from rbm_dist.sources.streamed import About, Edges, StreamedSource
 from rbm_dist.sources.summary import summarise
+from rbm_dist.stages.inputs import note_input
 from rbm_dist.stages.run import Files, Run
 
 _WORK = "work"
@@ -82,6 +83,7 @@ def below(files: Files, folder: str) -> Files:
 
 
 def _stage_in_memory(config: Config, url: str) -> Files:
+    note_input(config.source, url)
     graph = source_.read(config.source, config.seed)
     files = staged.write_source(url, graph)
     rows, moments = 0, Moments.of((), graph.num_features)
@@ -130,7 +132,7 @@ def _stage_streamed(config: Config, url: str, over: Over) -> Files:
     (nodes,) = over("node tables", _stage_nodes, [(config, url)])
     kept = nodes["kept"]
     if nodes["changed"]:
-        _log.warning("%s: the input's files were changed since the last attempt; it is read again from the start", url)
+        _log.warning("%s: the input's files were changed or moved; it is read again from the start", url)
     pieces = [(config, url, kept, piece, nodes["files"]) for piece in range(nodes["num_edge_pieces"])]
     sorted_pieces = over("edge pieces", _sort_edges, pieces)
     runs = [edges.Run(**run) for piece in sorted_pieces for run in piece["runs"]]
@@ -150,6 +152,7 @@ def _stage_streamed(config: Config, url: str, over: Over) -> Files:
 
 def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
     """`kept`: the folder of what all tasks give. `changed`: whether there was such a folder for other input files."""
+    note_input(config.source, url)
     source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
     old = [name for name in storage.listdir(storage.join(url, _WORK)) if not name.endswith(source.fingerprint)]
     for name in old:  # even if those files came back, what is staged beside the folder would not be theirs
