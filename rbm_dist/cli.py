@@ -122,18 +122,11 @@ def predict(
     model: Annotated[str, typer.Option(help="Which of the run's students.")] = "rbm",
 ) -> None:
     """Write class and probabilities of every node, with the original node ids."""
-    from rbm_dist import storage
-    from rbm_dist.graph.store import GraphStore
-    from rbm_dist.serve.artifact import load_student
+    from rbm_dist.serve.predictor import ID_ARRAYS, write_parquet
     from rbm_dist.serve.predictor import predict as predict_nodes
-    from rbm_dist.serve.predictor import write_parquet
-    from rbm_dist.stages.pipeline import open_finished
+    from rbm_dist.stages.finished import open_student
 
-    config = open_finished(run)
-    if model not in config.student.models:
-        raise InputError(f"--model {model}: this run has {', '.join(config.student.models)}")
-    store = GraphStore.open(storage.join(storage.absolute(run), "graph"))
-    student = load_student(storage.join(storage.absolute(run), "student", model))
+    student, store, _ = open_student(run, model, ID_ARRAYS)
     rows = write_parquet(out, predict_nodes(student, store), store.num_classes, store.id_type, store.class_names)
     Console().print(f"{rows:,} predictions of {model} → {out}", highlight=False)
 
@@ -145,25 +138,18 @@ def inspect(
 ) -> None:
     """Show what the experts of the RbM do: tables, and as files all figures and a picture per layer."""
     from rbm_dist import storage
-    from rbm_dist.graph.store import GraphStore
     from rbm_dist.report.expert_pictures import layer_picture, png
     from rbm_dist.report.expert_table import expert_tables
-    from rbm_dist.serve.artifact import load_student
-    from rbm_dist.serve.experts import expert_figures, input_maps
-    from rbm_dist.stages.pipeline import open_finished
+    from rbm_dist.serve.experts import ARRAYS, expert_figures, input_maps
+    from rbm_dist.stages.finished import open_student
 
-    config = open_finished(run)
-    if "rbm" not in config.student.models:
-        raise InputError(f"{run}: this run has no RbM (student.models: {', '.join(config.student.models)})")
-    url = storage.absolute(run)
-    folder = out or storage.join(url, "inspect")
+    student, store, seed = open_student(run, "rbm", ARRAYS)
+    folder = out or storage.join(storage.absolute(run), "inspect")
     for name in storage.listdir(folder):
         if name == "inspect.json" or fnmatch(name, "layer-*.png"):
             _refuse_other_file(storage.join(folder, name), storage.join(folder, "inspect.json"), "layers", "--out")
-    store = GraphStore.open(storage.join(url, "graph"))
-    student = load_student(storage.join(url, "student", "rbm"))
-    figures = expert_figures(student, store, config.student.inputs)
-    maps = input_maps(student, store, config.student.inputs, config.seed)
+    figures = expert_figures(student, store, student.inputs)
+    maps = input_maps(student, store, student.inputs, seed)
     pictures = [
         png(layer_picture(index, layer, figures["class_share"], points))
         for index, (layer, points) in enumerate(zip(figures["layers"], maps, strict=True))

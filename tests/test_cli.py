@@ -155,7 +155,7 @@ def test_predict_on_a_folder_that_is_no_run(
 ) -> None:
     folder = tmp_path if exists else tmp_path / "nothing"
     assert run(monkeypatch, "predict", str(folder), "--out", str(tmp_path / "out.parquet")) == 2
-    assert capsys.readouterr().err == f"error: {folder}: not a run directory (no config.json)\n"
+    assert capsys.readouterr().err == f"error: {folder}: not a run directory (no student/config.json)\n"
     assert not (tmp_path / "out.parquet").exists()
 
 

@@ -22,6 +22,8 @@ from rbm_dist.moe.routing import Routing
 from rbm_dist.moe.sparse_rows import dense, matmul, to_rows, unit
 from rbm_dist.report.expert_pictures import InputMap
 
+ARRAYS = ("label", "orig_id", "indptr")
+"""The arrays of a graph that the figures need besides a student's inputs."""
 _SAMPLE = 0x3A9  # word of the random keys
 _ROWS = 4_096
 _MAP_ROWS = 2_000

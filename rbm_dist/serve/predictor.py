@@ -17,6 +17,8 @@ from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve.frozen import freeze
 from rbm_dist.sources import node_ids
 
+ID_ARRAYS = ("orig_id", ORIG_NAME)
+"""The arrays of a graph that predictions need besides a student's inputs."""
 _ROWS = 65_536
 _ALWAYS = ["node_id", "class", "probability"]  # columns of predictions
 _CPU = torch.device("cpu")

@@ -4,12 +4,11 @@ import re
 import time
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
-from rbm_dist.errors import InputError, disk_full
+from rbm_dist.errors import disk_full
 from rbm_dist.graph import encodings
 from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, PER_ROW, SPARSE_FEAT
 from rbm_dist.graph.shuffle import SPILL
@@ -135,22 +134,5 @@ def _results(url: str) -> dict[str, Any]:
 
 
 def _write_config(config: Config, url: str) -> None:
-    """Keep the whole configuration beside the results, for people and for `predict`."""
+    """Keep the whole configuration beside the results, for people."""
     storage.write_json(storage.join(url, "config.json"), config.model_dump(mode="json"))
-
-
-def open_finished(url: str) -> Config:
-    """The configuration of a finished run. Raises `InputError` if it is not one, or its files are damaged."""
-    url = storage.absolute(url)
-    path = storage.join(url, "config.json")
-    if not storage.exists(path):
-        raise InputError(f"{url}: not a run directory (no config.json)")
-    try:
-        config = Config.model_validate(storage.read_json(path))
-    except ValidationError:
-        raise InputError(
-            f"{path}: not the configuration of a run; it was changed, or written by another version"
-        ) from None
-    if _skip_done(stages_of(config)[:-1], url, Console(quiet=True)):
-        raise InputError(f"{url}: the run has not finished its students; run the same `rbm-dist run` again first")
-    return config

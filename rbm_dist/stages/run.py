@@ -72,17 +72,27 @@ class Stage:
         return {"seed": tree["seed"]} | {section: tree[section] for section in self.sections}
 
 
+def started(stage: Stage, url: str) -> dict[str, Any] | None:
+    """What a stage was started with, `config` and `upstream`; None if it was not, or was cleared."""
+    note = _read(url, stage, "config.json")
+    return None if note == _CLEARED else note
+
+
+def manifest(stage: Stage, url: str) -> dict[str, Any] | None:
+    """What a stage wrote when it was finished; None if it is not."""
+    return _read(url, stage, "manifest.json")
+
+
 def state(stage: Stage, url: str, upstream: str | None) -> str:
     """`done`, `started` or `new`. Raises `InputError` if a finished stage's files are damaged."""
-    started = _started(url, stage)
-    manifest = _read(url, stage, "manifest.json")
-    if started is None or started["upstream"] != upstream:
+    note, finished = started(stage, url), manifest(stage, url)
+    if note is None or note["upstream"] != upstream:
         return "new"
-    if manifest is None:
+    if finished is None:
         return "started"
-    if any(not storage.exists(storage.join(url, name)) for name in manifest["files"]):
+    if any(not storage.exists(storage.join(url, name)) for name in finished["files"]):
         return "new"
-    storage.verify(url, manifest["files"])
+    storage.verify(url, finished["files"])
     return "done"
 
 
@@ -119,10 +129,10 @@ def refuse_other_configuration(stages: list[Stage], config: Config, url: str) ->
     """Raise `InputError`, naming the keys, if the run directory was made by another configuration."""
     differing = {}
     for stage in stages:
-        started = _started(url, stage)
-        if started is None:
+        note = started(stage, url)
+        if note is None:
             continue
-        then, now = flatten(started["config"]), flatten(stage.identity(config))
+        then, now = flatten(note["config"]), flatten(stage.identity(config))
         for key in _differing(then, now):
             differing[key] = f"  {key}: {_show(then, key)} there, {_show(now, key)} now"
     if differing:
@@ -137,9 +147,9 @@ def discard_other_configuration(stages: list[Stage], config: Config, url: str) -
     """Delete what was computed with another configuration, and all that came after it."""
     stale = False
     for stage in stages:
-        started = _started(url, stage)
+        note = started(stage, url)
         stale = stale or (
-            started is not None and bool(_differing(flatten(started["config"]), flatten(stage.identity(config))))
+            note is not None and bool(_differing(flatten(note["config"]), flatten(stage.identity(config))))
         )
         if stale:
             clear(stage, url)
@@ -147,10 +157,10 @@ def discard_other_configuration(stages: list[Stage], config: Config, url: str) -
 
 def moved(stage: Stage, config: Config, url: str) -> dict[str, tuple[str, str]] | None:
     """The keys of `LOCATIONS` in which a stage was started with other values, and both; None if it was not started."""
-    started = _started(url, stage)
-    if started is None:
+    note = started(stage, url)
+    if note is None:
         return None
-    then, now = flatten(started["config"]), flatten(stage.identity(config))
+    then, now = flatten(note["config"]), flatten(stage.identity(config))
     return {key: (str(then.get(key)), str(now.get(key))) for key in LOCATIONS if then.get(key) != now.get(key)}
 
 
@@ -200,8 +210,8 @@ def digest(stage: Stage, url: str) -> str:
 
 def seconds(stages: list[Stage], url: str) -> dict[str, float]:
     """How long each finished stage took."""
-    manifests = {stage.name: _read(url, stage, "manifest.json") for stage in stages}
-    return {name: manifest["seconds"] for name, manifest in manifests.items() if manifest is not None}
+    finished = {stage.name: manifest(stage, url) for stage in stages}
+    return {name: each["seconds"] for name, each in finished.items() if each is not None}
 
 
 @contextmanager
@@ -233,12 +243,6 @@ def _has_keys(url: str, are_right: Callable[[Any], bool]) -> bool:
     except (InputError, IsADirectoryError, NotADirectoryError):
         return False
     return isinstance(found, dict) and are_right(found.keys())
-
-
-def _started(url: str, stage: Stage) -> dict[str, Any] | None:
-    """What a stage was started with; None if it was not, or was cleared."""
-    started = _read(url, stage, "config.json")
-    return None if started == _CLEARED else started
 
 
 def _read(url: str, stage: Stage, name: str) -> dict[str, Any] | None:

@@ -64,11 +64,13 @@ def test_what_cannot_be_inspected_is_refused(
         return shown.err
 
     assert "not a run directory" in refused(tmp_path)
-    config = copied_run / "config.json"
-    whole = config.read_text()
-    config.write_text(json.dumps(json.loads(whole) | {"student": {"models": ["mlp"]}}))
-    assert "this run has no RbM (student.models: mlp)" in refused(copied_run)
-    config.write_text(whole)
+    note = copied_run / "student" / "config.json"
+    whole = note.read_text()
+    changed = json.loads(whole)
+    changed["config"]["student"]["models"] = ["mlp"]
+    note.write_text(json.dumps(changed))
+    assert "this run has no student rbm (student.models: mlp)" in refused(copied_run)
+    note.write_text(whole)
     weights = copied_run / "student" / "rbm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "model.safetensors" in refused(copied_run)

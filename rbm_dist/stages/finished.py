@@ -1,0 +1,75 @@
+"""What a finished run serves: a student and the graph whose nodes it knows. The folders of the two are enough."""
+
+from itertools import pairwise
+from pathlib import PurePosixPath
+
+from rbm_dist import storage
+from rbm_dist.config.run import Config, StudentConfig
+from rbm_dist.errors import InputError
+from rbm_dist.graph.encodings import POS, PROP
+from rbm_dist.graph.shards import FEAT_SCALE, SPARSE_FEAT
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.student import Student
+from rbm_dist.serve.artifact import load_student
+from rbm_dist.stages import run as run_
+from rbm_dist.stages.pipeline import STAGES, stages_of
+from rbm_dist.stages.run import Files
+
+
+def open_student(url: str, kind: str, arrays: tuple[str, ...]) -> tuple[Student, GraphStore, int]:
+    """A student of a finished run, the run's graph and its seed; of the run, `graph/` and `student/` must be there.
+
+    arrays: those of the graph that the caller reads besides the student's inputs; what is read is verified.
+    Raises `InputError` if that is no run, one that has not finished, or damaged.
+    """
+    url = storage.absolute(url)
+    settings, seed, files = _students(url)
+    if kind not in settings.models:
+        raise InputError(f"{url}: this run has no student {kind} (student.models: {', '.join(settings.models)})")
+    graph = storage.join(url, "graph")
+    for name in {POS, PROP}.intersection(settings.inputs):
+        index = storage.read_json(storage.join(graph, f"{name}.json"))
+        files |= {f"graph/{file}": info for file, info in index["files"].items()}
+    stems = {"graph", *arrays, *settings.inputs, PurePosixPath(FEAT_SCALE).stem, *SPARSE_FEAT}
+    folders = {"graph": stems, f"student/{kind}": {"model"}}
+    storage.verify(
+        url,
+        {
+            name: info
+            for name, info in files.items()
+            for folder, wanted in folders.items()
+            if name.startswith(f"{folder}/") and PurePosixPath(name).stem in wanted
+        },
+    )
+    return load_student(storage.join(url, "student", kind)), GraphStore.open(graph), seed
+
+
+def _students(url: str) -> tuple[StudentConfig, int, Files]:
+    """What the students of a finished run were trained with, the seed, and the files of all stages that are there."""
+    started = {stage.name: run_.started(stage, url) for stage in STAGES}
+    student = started["student"]
+    if student is None and not storage.exists(storage.join(url, "config.json")):
+        raise InputError(f"{url}: not a run directory (no student/config.json)")
+    unfinished = InputError(f"{url}: the run has not finished its students; run the same `rbm-dist run` again first")
+    if student is None:
+        raise unfinished
+    if started["partition"] is None:
+        raise InputError(f"{url}/graph: not there, or not a run's; the graph is needed beside the students")
+    try:
+        config = student["config"]
+        settings, seed = StudentConfig.model_validate(config["student"]), int(config["seed"])
+        stages = stages_of(Config(run_dir=url, encodings=config["encodings"]))[:-1]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{url}/student/config.json: was changed, or written by another version") from None
+    files: Files = {}
+    for stage in stages:
+        if started[stage.name] is not None:
+            manifest = run_.manifest(stage, url)
+            if manifest is None:
+                raise unfinished
+            files |= manifest["files"]
+    for before, stage in pairwise(stages):  # one was computed again, but not yet all that comes of it
+        made_from = started[stage.name]
+        if started[before.name] and made_from and made_from["upstream"] != run_.digest(before, url):
+            raise unfinished
+    return settings, seed, files
