@@ -5,6 +5,7 @@ gives every global step its share. A rank's batch is what its parts give.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class PartBatches:
     nodes: list[np.ndarray]  # per part of the graph, ascending node ids
     batch_size: int  # over all ranks
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """Steps per epoch. At most the nodes of the largest part, so that no step is empty."""
         rows = [len(nodes) for nodes in self.nodes]
@@ -26,17 +27,21 @@ class PartBatches:
 
     def global_rows(self, step: int) -> int:
         """Rows of a step over all parts."""
-        return sum(stop - start for start, stop in (self._share(len(nodes), step) for nodes in self.nodes))
+        return int(self._starts[step + 1] - self._starts[step])
 
     def epoch(self, parts: list[int], seed: int, epoch: int | None) -> list[list[np.ndarray]]:
         """For each step the nodes that each of `parts` gives; in ascending order if `epoch` is None."""
         orders = {part: self.nodes[part] for part in parts}
         if epoch is not None:
             orders = {part: generator(seed, epoch, part).permutation(nodes) for part, nodes in orders.items()}
-        return [
-            [order[slice(*self._share(len(order), step))] for order in orders.values()]
-            for step in range(self.num_steps)
-        ]
+        shares = [np.split(order, self._starts_of(len(order))[1:-1]) for order in orders.values()]
+        return [[each[step] for each in shares] for step in range(self.num_steps)]
 
-    def _share(self, rows: int, step: int) -> tuple[int, int]:
-        return rows * step // self.num_steps, rows * (step + 1) // self.num_steps
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Rows of all parts in the steps before each, `[num_steps + 1]`."""
+        return sum((self._starts_of(len(nodes)) for nodes in self.nodes), np.zeros(1, np.int64))
+
+    def _starts_of(self, rows: int) -> np.ndarray:
+        """Of a part with so many rows, those in the steps before each, `[num_steps + 1]`."""
+        return rows * np.arange(self.num_steps + 1) // max(self.num_steps, 1)
