@@ -1,8 +1,8 @@
 """Knowledge-inspired reliable distillation (KRD; Wu et al., 2023): reliable neighbours teach a node as well.
 
 A node j is the less reliable the more the entropy of its soft labels changes under feature noise. With that change δ
-scaled to at most 1, j teaches each neighbour i with probability `1 − δ_j^q`; q is fitted to where student and teacher
-agree. A node always teaches itself.
+scaled to at most 1 over the nodes that training sees, j teaches each neighbour i with probability `1 − δ_j^q`; q is
+fitted to where student and teacher agree. A node always teaches itself.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import soften
+from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.moe.keyed_dropout import derive_keys
 
@@ -37,11 +38,13 @@ class ReliableSampling:
     def __init__(self, settings: KrdConfig, store: GraphStore, power: float | None = None):
         self.settings, self._store = settings, store
         self.power = settings.initial_power if power is None else power
-        highest = [store.array("entropy_change", part) for part in range(store.num_parts)]
-        self._highest = max((float(change.max()) for change in highest if len(change)), default=0.0)
+        parts = range(store.num_parts)
+        # Unseen nodes are hidden from training: how far theirs change must not scale the others'.
+        seen = [store.array("entropy_change", part)[store.array("split", part) != UNSEEN] for part in parts]
+        self._highest = max((float(change.max()) for change in seen if len(change)), default=0.0)
 
     def change(self, ids: np.ndarray) -> np.ndarray:
-        """δ of some nodes, `[n]`, in [0, 1]."""
+        """δ of some nodes that training sees, `[n]`, in [0, 1]."""
         change_n = self._store.gather("entropy_change", ids).astype(np.float64)
         return change_n / self._highest if self._highest > 0 else change_n
 

@@ -13,8 +13,10 @@ from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import kd_loss
 from rbm_dist.distill.krd import Pairs, ReliableSampling, krd_loss
 from rbm_dist.graph.random_bits import key
+from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
-from tests.small_graph import small_store
+from rbm_dist.sources.source import hide_unseen
+from tests.small_graph import small_graph, small_store, write_graph
 
 ROWS, TEACHERS, CLASSES = 6, 9, 4
 ROW = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 3, 5, 5, 5])
@@ -93,6 +95,35 @@ def test_change_is_scaled_to_one(store: GraphStore) -> None:
     sampling, ids = ReliableSampling(KrdConfig(), store), np.arange(store.num_nodes)
     assert sampling.change(ids).max() == 1
     np.testing.assert_allclose(sampling.change(ids), store.gather("entropy_change", ids) / 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["change", "pairs", "agreement"])
+def test_how_far_an_unseen_node_changes_changes_nothing(tmp_path: Path, method: str) -> None:
+    graph = hide_unseen(small_graph(), 0.3, 1)
+    store = write_graph(str(tmp_path), graph, np.arange(graph.csc.num_nodes, dtype=np.int32) % 3)
+    split = np.concatenate([store.array("split", part) for part in range(3)])
+    seen, unseen = np.flatnonzero(split != UNSEEN), np.flatnonzero(split == UNSEEN)
+    assert len(unseen) > 20
+    change = np.random.default_rng(2).random(store.num_nodes)
+    found = []
+    for highest in (0.1, 5.0):
+        change[unseen[3]] = highest
+        parts = range(store.num_parts)
+        rows = change.astype(np.float32)
+        store.publish(
+            "entropy_change",
+            [store.write_part("entropy_change", p, rows.dtype, (), [rows[store.ids(p)]]) for p in parts],
+        )
+        sampling = ReliableSampling(KrdConfig(), GraphStore.open(f"{tmp_path}/graph"), 0.7)
+        if method == "change":
+            found.append(sampling.change(seen))
+        elif method == "pairs":
+            found.append(sorted(drawn(sampling.pairs(seen, 5), seen)))
+        else:
+            found.append(sampling.agreement(seen, np.ones(len(seen))))
+    np.testing.assert_array_equal(*found)
+    if method == "change":
+        assert found[0].max() == 1
 
 
 @pytest.mark.parametrize("power", [0.4, 1.0, 3.0])
