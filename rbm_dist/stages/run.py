@@ -8,6 +8,7 @@ A folder of such a name without such a `config.json` is the user's: it is refuse
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -24,6 +25,7 @@ from rbm_dist.errors import InputError
 if TYPE_CHECKING:
     from rbm_dist.runtime.progress import Reporter
 
+_log = logging.getLogger(__name__)
 Files = dict[str, storage.FileInfo]
 
 # By these keys a run knows its own files: those of every version's config.json, of a run and of a stage.
@@ -216,7 +218,10 @@ def seconds(stages: list[Stage], url: str) -> dict[str, float]:
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """Hold a local run directory: two drivers would undo each other's work. Raises `InputError` if it is held."""
+    """Hold a local run directory: two drivers would undo each other's work. Raises `InputError` if it is held.
+
+    Where the file system has no locks (Lustre is often mounted so), that is said, and the run goes on.
+    """
     if not storage.is_local(url):
         yield
         return
@@ -227,9 +232,14 @@ def locked(url: str) -> Iterator[None]:
         raise InputError(f"{url}: cannot write to the run directory (run_dir): {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         raise InputError(f"{url}: another rbm-dist is at work in this run directory") from None
+    except OSError as error:
+        _log.warning(
+            "%s: the run directory cannot be locked (%s); see to it that no other rbm-dist works in it",
+            url, error.strerror,
+        )  # fmt: skip
     try:
         yield
     finally:
