@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rbm_dist.errors import InputError
 from rbm_dist.parallel import checkpoint
 from rbm_dist.parallel.mesh import Mesh
 
@@ -18,19 +19,21 @@ _NO_SCORE = -math.inf
 class TrainingCheckpoints:
     """Checkpoints of one training loop, every few epochs, on any number of ranks.
 
-    `extra` gives further tensors to save (the routing memory); `restore_extra` takes them back. The best state, by a
-    score that is higher for better, is kept in memory and saved with every checkpoint under `best.`. Training is
-    `stopped` after `patience` epochs without a better one. With `average`, a moving average of the weights (of that
-    decay, shorter at the start) is what is evaluated and kept as the best.
+    `loop` is its name for people, which starts with the section of its configuration. `extra` gives further tensors to
+    save (the routing memory); `restore_extra` takes them back. The best state, by a score that is higher for better, is
+    kept in memory and saved with every checkpoint under `best.`. Training is `stopped` after `patience` epochs without
+    a better one. With `average`, a moving average of the weights (of that decay, shorter at the start) is what is
+    evaluated and kept as the best.
     """
 
     def __init__(
-        self, url: str, every: int, model: nn.Module, optimizer: torch.optim.Adam, num_experts: int, mesh: Mesh,
+        self, loop: str, url: str, every: int, model: nn.Module, optimizer: torch.optim.Adam, num_experts: int,
+        mesh: Mesh,
         extra: Callable[[], dict[str, Tensor]] | None = None,
         restore_extra: Callable[[dict[str, Tensor]], None] | None = None,
         patience: int | None = None, average: float = 0.0,
     ):  # fmt: skip
-        self._url, self._every, self._mesh = url, every, mesh
+        self._loop, self._url, self._every, self._mesh = loop, url, every, mesh
         self._model, self._optimizer, self._num_experts = model, optimizer, num_experts
         self._extra, self._restore_extra = extra, restore_extra
         self._decay, self._steps = average, 0
@@ -78,7 +81,11 @@ class TrainingCheckpoints:
                 parameter.data = own[name]
 
     def after_epoch(self, last: bool, score: float, figures: dict[str, float]) -> dict[str, Any]:
-        """Keep the state if its score is the best so far; save a checkpoint if one is due. Gives the epoch's row."""
+        """Keep the state if its score is the best so far; save a checkpoint if one is due. Gives the epoch's row.
+
+        Raises `InputError` if the score or a figure is not finite: such an epoch is no better than another, nor worse.
+        """
+        self._require_finite({**figures, "score": score})
         row = {"epoch": len(self.history), "time": round(time.time(), 3), **figures}
         self.history.append(row)
         if score > self._best_score:
@@ -107,6 +114,19 @@ class TrainingCheckpoints:
         assert found is not None, "load_best before any checkpoint"
         state = {f"best.{name}": tensor for name, tensor in model.state_dict().items()}
         checkpoint.load(found[0], state)
+
+    def _require_finite(self, figures: dict[str, float]) -> None:
+        wrong = ", ".join(name for name, value in figures.items() if not math.isfinite(value))
+        if not wrong:
+            return
+        epoch, section = len(self.history), self._loop.split()[0]
+        smaller = f"try a smaller {section}.lr than {self._optimizer.param_groups[0]['lr']:g}"
+        if epoch == 0:  # nothing was learned yet that could have gone astray
+            smaller = (
+                "the features, or what the teacher makes of them, are not finite or too large: look at the source's "
+                f"summary for columns of a huge range, and scale them. If there are none, {smaller}"
+            )
+        raise InputError(f"{self._loop}: not finite in epoch {epoch}: {wrong}; {smaller}")
 
     def _copy_of_model(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in {**self._model.state_dict(), **self._average}.items()}

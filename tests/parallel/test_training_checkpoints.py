@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rbm_dist.errors import InputError
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 
@@ -18,7 +19,7 @@ class Loop:
         self.model = nn.Linear(1, 1, bias=False)
         optimizer = torch.optim.Adam(self.model.parameters())
         self.checkpoints = TrainingCheckpoints(
-            str(url), every, self.model, optimizer, num_experts=0, mesh=Mesh.single(), patience=patience
+            "student mlp", str(url), every, self.model, optimizer, num_experts=0, mesh=Mesh.single(), patience=patience
         )
         self.done = self.checkpoints.resume()
 
@@ -60,8 +61,23 @@ def test_a_loop_cut_off_stops_where_it_would_have(tmp_path: Path) -> None:
         assert loop.best() == 1
 
 
-def test_no_score_at_all_is_no_best_epoch(tmp_path: Path) -> None:
-    assert Loop(tmp_path, 3).run([math.nan] * 8) == 3
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("epoch", "advice"),
+    [(0, "look at the source's summary for columns of a huge range"), (2, "; try a smaller student.lr than 0.001")],
+)
+def test_an_epoch_without_a_score_ends_the_loop(tmp_path: Path, score: float, epoch: int, advice: str) -> None:
+    loop = Loop(tmp_path, patience=None, every=1)
+    with pytest.raises(InputError, match=f"^student mlp: not finite in epoch {epoch}: score") as error:
+        loop.run([*[1.0] * epoch, score, 3.0])
+    assert advice in str(error.value)
+    assert Loop(tmp_path, None).done == epoch, "nor is there a checkpoint of it"
+
+
+def test_figures_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    figures = {"loss": 1.0, "distillation": math.nan, "val_loss": math.inf}
+    with pytest.raises(InputError, match="in epoch 0: distillation, val_loss; the features"):
+        Loop(tmp_path, None).checkpoints.after_epoch(False, 0.5, figures)
 
 
 class Averaging:
@@ -71,7 +87,7 @@ class Averaging:
         self.model = nn.BatchNorm1d(1)  # a model with a buffer too, which is not averaged
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0)
         self.checkpoints = TrainingCheckpoints(
-            str(url), 1, self.model, self.optimizer, num_experts=0, mesh=Mesh.single(), average=decay
+            "student mlp", str(url), 1, self.model, self.optimizer, num_experts=0, mesh=Mesh.single(), average=decay
         )
         self.done = self.checkpoints.resume()
 

@@ -191,10 +191,31 @@ def test_patience_stops_and_a_resumed_training_stops_at_the_same_epoch(
     assert train(store, tmp_path / "whole", **settings) == [], "what has stopped goes no further"
 
 
-def test_a_loss_that_is_not_a_number_ends_with_advice(store: GraphStore, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"teacher: the loss is not a number in epoch \d+; try a smaller teacher.lr"):
+def test_a_loss_that_is_not_finite_ends_with_advice(store: GraphStore, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^teacher: not finite in epoch \d+: .*try a smaller teacher.lr than 1e\+30"):
         train(store, tmp_path / "teacher", lr=1e30)
-    student = {"models": ["mlp"], "hidden": 8, "epochs": 5, "lr": 1e30, "norm": "none"}
-    settings = config().model_copy(update={"student": StudentConfig.model_validate(student)})
-    with pytest.raises(InputError, match=r"student mlp: .* in epoch \d+ \(distillation\); try a smaller student.lr"):
-        train_students(Mesh.single(), MetricsRecorder(), settings, store.url, str(tmp_path / "student"))
+    with pytest.raises(InputError, match=r"^student mlp: not finite in epoch \d+: .*try a smaller student.lr than 1e"):
+        train_mlp(store, tmp_path / "student", lr=1e30)
+
+
+def test_validation_that_is_not_finite_ends_with_advice(tmp_path: Path) -> None:
+    """Training never reads these features: its loss is finite, and no weights would ever be the best."""
+    store = small_store(str(tmp_path))
+    for part in range(store.num_parts):
+        path = f"{store.url}/part-{part:05d}/feat.npy"
+        feat = np.load(path)
+        feat[store.array("split", part) == VAL] = 3e38
+        np.save(path, feat)
+    store = GraphStore.open(store.url)
+    wanted = "not finite in epoch 0: val_loss, score; the features, .* look at the source's summary for columns"
+    with pytest.raises(InputError, match=f"^teacher: {wanted}"):
+        train(store, tmp_path / "teacher", fanout=[0, 0])
+    with pytest.raises(InputError, match=f"^student mlp: {wanted}"):
+        train_mlp(store, tmp_path / "student", hold_out_validation=True)
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def train_mlp(store: GraphStore, url: Path, **student: Any) -> None:
+    mlp = {"models": ["mlp"], "hidden": 8, "epochs": 5, "norm": "none"} | student
+    settings = config().model_copy(update={"student": StudentConfig.model_validate(mlp)})
+    train_students(Mesh.single(), MetricsRecorder(), settings, store.url, str(url))
