@@ -111,7 +111,8 @@ class _Training:
                 rbm, memory = self._to_rbm(mlp)
                 routed = self._optimizer(rbm)
                 carry_over(mlp, plain, rbm, routed)
-                checkpoints = [self._phase("rbm", rbm, memory, settings.epochs - settings.pretrain_epochs, routed)]
+                left = settings.epochs - settings.pretrain_epochs
+                checkpoints = [self._phase("rbm", rbm, memory, left, routed, lambda: self._initial_memories(mlp))]
             else:
                 checkpoints = [self._phase(self.kind, mlp, None, settings.epochs)]
         if mesh.rank == 0:
@@ -144,9 +145,9 @@ class _Training:
         return make_moe(mlp, settings.num_experts, settings.top_k, self.config.seed, dispatchers, local).to(mesh.device)
 
     def _to_rbm(self, mlp: Student) -> tuple[Student, MemoryStore]:
-        """The routed network that goes on from the plain one, and its memory."""
+        """The routed network that goes on from the plain one, and its memory, which is still all zeros."""
         settings, mesh = self.settings, self.mesh
-        memories = self._initial_memories(mlp)
+        memories = self._zero_memories()
         dispatchers = [mesh.dispatcher(settings.num_experts) for _ in memories]
         rbm = mlp_to_rbm(
             mlp, memories, settings.top_k, dispatchers, len(mesh.local_experts(settings.num_experts)),
@@ -163,8 +164,7 @@ class _Training:
         """Per layer the centres of k-means over its normalised inputs, from a seeded sample of rows; on rank 0."""
         settings, mesh = self.settings, self.mesh
         mlp.eval()
-        widths = [self.width, *[self.hidden] * (settings.num_layers - 1)]
-        memories = [torch.zeros(settings.num_experts, width, device=mesh.device) for width in widths]
+        memories = self._zero_memories()
         if mesh.rank == 0:
             rows = np.concatenate(self.batches.nodes)
             if len(rows) > settings.kmeans_rows:
@@ -179,14 +179,22 @@ class _Training:
                 dist.broadcast(memory, src=0, group=mesh.world_group)
         return memories
 
+    def _zero_memories(self) -> list[Tensor]:
+        settings = self.settings
+        widths = [self.width, *[self.hidden] * (settings.num_layers - 1)]
+        return [torch.zeros(settings.num_experts, width, device=self.mesh.device) for width in widths]
+
     def _optimizer(self, model: Student) -> torch.optim.Adam:
         return torch.optim.Adam(model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay)
 
     def _phase(
         self, name: str, model: Student, memory: MemoryStore | None, epochs: int,
-        optimizer: torch.optim.Adam | None = None,
+        optimizer: torch.optim.Adam | None = None, initial_memories: Callable[[], list[Tensor]] | None = None,
     ) -> TrainingCheckpoints:  # fmt: skip
-        """Train for some epochs; goes on from the phase's last checkpoint."""
+        """Train for some epochs; goes on from the phase's last checkpoint.
+
+        `initial_memories` is asked for if there is none: k-means is a long wait for all but rank 0.
+        """
         settings, mesh, steps = self.settings, self.mesh, self.batches.num_steps
         optimizer = optimizer or self._optimizer(model)
         folders = {"rbm/pretrain": "pretrain"} | {f"ensemble/{m}": f"member-{m}" for m in range(settings.ensemble_size)}
@@ -199,6 +207,8 @@ class _Training:
             patience=settings.patience, average=settings.average,
         )  # fmt: skip
         first = done = checkpoints.resume()
+        if first == 0 and memory and initial_memories:
+            memory.init(initial_memories(), None)
         teaching = None
         if settings.objective == "krd":
             power = checkpoints.history[-1]["krd_power"] if checkpoints.history else None

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rbm_dist.config.run import Config
+from rbm_dist.moe.kmeans import kmeans_centres
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.stages.student import train_students
 from tests.gloo import run_ranks
@@ -129,14 +130,52 @@ def test_a_run_cut_off_goes_on_along_the_same_curve_on_other_layouts(tmp_path: P
         np.testing.assert_allclose(tensor, weights[name], rtol=1e-8, atol=1e-11, err_msg=name)
 
 
+def test_a_resume_of_routed_training_does_no_k_means_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clustered: list[int] = []
+
+    def counted(rows: Any, count: int, seed: int) -> np.ndarray:
+        clustered.append(count)
+        return kmeans_centres(rows, count, seed)
+
+    monkeypatch.setattr("rbm_dist.stages.student.kmeans_centres", counted)
+    small_store(str(tmp_path))
+    graph, settings = f"{tmp_path}/graph", {"self_similarity": 0.1, "reseed_after": 2}
+
+    def train_here(name: str, recorder: Recorder) -> None:
+        url = f"{tmp_path}/{name}"
+        train_students(Mesh.single(), recorder, config(url, **settings), graph, url)
+
+    whole, again = Recorder(), Recorder()
+    train_here("whole", whole)
+    with pytest.raises(RuntimeError, match="cut off"):
+        train_here("cut", Cutter(("rbm", 4)))  # its last checkpoint has three routed epochs
+    assert clustered == [5, 5] * 2, "once for each layer, in each of the two runs"
+    train_here("cut", again)
+    assert len(clustered) == 4, "the memories are those of the checkpoint"
+    assert [row[:2] for row in again.rows] == [
+        ("begin rbm/pretrain", 3),
+        ("begin rbm", 3),
+        *(("rbm", k) for k in (3, 4, 5)),
+    ]
+    assert again.rows[-3:] == whole.rows[-3:]
+    weights = final_weights(f"{tmp_path}/whole")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final_weights(f"{tmp_path}/cut").items())
+
+
+class Cutter(Recorder):
+    """Fails after one loop's epoch, as a killed process would."""
+
+    def __init__(self, at: tuple) -> None:
+        super().__init__()
+        self.at = at
+
+    def metrics(self, loop: str, row: dict[str, float]) -> None:
+        if (loop, row["epoch"]) == self.at:
+            raise RuntimeError("cut off")
+
+
 def train_until(rank: int, expert_parallel: int, graph: str, url: str, student: dict[str, Any], at: tuple) -> None:
-    """Train, and fail after one loop's epoch, as a killed process would."""
-
-    class Cutter(Recorder):
-        def metrics(self, loop: str, row: dict[str, float]) -> None:
-            if (loop, row["epoch"]) == at:
-                raise RuntimeError("cut off")
-
+    """Train, and fail after one loop's epoch."""
     torch.set_default_dtype(torch.float64)
     mesh = Mesh.init(expert_parallel, torch.device("cpu"))
-    train_students(mesh, Cutter(), config(url, **student), f"{graph}/graph", url)
+    train_students(mesh, Cutter(at), config(url, **student), f"{graph}/graph", url)
