@@ -1,5 +1,6 @@
 """Metrics of a run as `metrics.jsonl` and TensorBoard event files, written by the driver alone."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -30,34 +31,53 @@ class MetricsWriter:
             fs, path = storage.filesystem(storage.join(run_url, "metrics.jsonl"))
             fs.get_file(path, str(self._jsonl))
         self._boards: dict[str, Any] = {}
+        self._written: dict[str, set[int]] = {}  # epochs, by loop
 
     def begin(self, loop: str, history: list[Row]) -> None:
         """A loop starts, or goes on after the epochs of `history` (rows with `epoch`, `time` and figures)."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
-        # A killed driver may have left half a line.
-        others = [line for line in lines if line.endswith("}") and json.loads(line)["loop"] != loop]
+        others = [row for row in self._rows() if row["loop"] != loop]
         with storage.atomic_writer(str(self._jsonl)) as stream:
-            stream.write("".join(f"{line}\n" for line in others).encode())
+            stream.write("".join(f"{json.dumps(row)}\n" for row in others).encode())
+        self._written[loop] = set()
         if loop in self._boards:
-            self._boards[loop].close()
-        folder = self._folder / "tensorboard" / loop
-        for board in {str(folder), storage.join(self._run_url, "tensorboard", loop)}:
+            self._boards.pop(loop).close()
+        for board in {str(self._folder / "tensorboard" / loop), storage.join(self._run_url, "tensorboard", loop)}:
             for name in storage.listdir(board):
                 if name.startswith(_EVENTS):
                     storage.remove(storage.join(board, name))
-        self._boards[loop] = SummaryWriter(str(folder))
+        self._board(loop)
         for row in history:
             self.write(loop, row)
 
     def write(self, loop: str, row: Row) -> None:
-        """One epoch's row."""
+        """One epoch's row; one that is there already came twice."""
+        if row["epoch"] in self._written.setdefault(loop, set()):
+            return
+        self._written[loop].add(row["epoch"])
         with open(self._jsonl, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"loop": loop, **row}) + "\n")
         for name, value in row.items():
             if name not in ("epoch", "time"):
-                self._boards[loop].add_scalar(name, value, row["epoch"], walltime=row["time"])
+                self._board(loop).add_scalar(name, value, row["epoch"], walltime=row["time"])
+
+    def end(self, loop: str, history: list[Row]) -> None:
+        """A loop ended with these epochs; if some did not arrive, or twice, all are written again."""
+        if [row["epoch"] for row in self._rows() if row["loop"] == loop] != [row["epoch"] for row in history]:
+            self.begin(loop, history)
+
+    def _rows(self) -> list[Row]:
+        rows = []
+        for line in self._jsonl.read_text().splitlines() if self._jsonl.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a killed driver may have left half a line
+                rows.append(json.loads(line))
+        return rows
+
+    def _board(self, loop: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if loop not in self._boards:
+            self._boards[loop] = SummaryWriter(str(self._folder / "tensorboard" / loop))
+        return self._boards[loop]
 
     def flush(self) -> None:
         """Bring everything to the run's storage."""

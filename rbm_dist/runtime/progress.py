@@ -1,19 +1,32 @@
-"""Progress and metrics from workers to the driver, through one small actor that the driver polls."""
+"""Progress and metrics from workers to the driver, through one small actor that the driver polls.
 
+None of it can fail a stage whose work succeeded: a mailbox that is late is asked again, one that is lost starts again,
+and what a training loop's rows missed is written when the loop ends. Only metrics that cannot be written do.
+"""
+
+import contextlib
+import logging
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 
 _POLL_S = 0.25
+_ANSWER_S = 5.0  # longest wait for one answer of the mailbox
+_NAME = "progress"  # of the mailbox, among the actors of one driver
+_LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
+_log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """A worker's end: cheap calls that never wait. Sent to workers by value."""
+    """A worker's end: cheap calls that never fail, and wait at the end of a loop at most. Sent to workers by value."""
 
     def __init__(self, actor: Any):
         self._actor = actor
@@ -33,6 +46,12 @@ class Reporter:
         """One epoch's figures."""
         self._actor.put.remote({"kind": "metrics", "loop": loop, "row": row})
 
+    def end(self, loop: str, history: list[Row]) -> None:
+        """A training loop ended with these epochs: rows that were lost with a mailbox are written now."""
+        put = self._actor.put.remote({"kind": "end", "loop": loop, "history": history})
+        with contextlib.suppress(Exception):
+            ray.get(put, timeout=_ANSWER_S)
+
 
 class _Mailbox:
     def __init__(self) -> None:
@@ -45,14 +64,28 @@ class _Mailbox:
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
 
-class ProgressRelay:
-    """The driver's end: a thread that shows bars and writes metrics while a stage is at work. A context manager."""
+def start_mailbox() -> Any:
+    """The mailbox of this driver; it ends when what this gives is dropped.
 
-    def __init__(self, bars: ProgressBars, metrics: MetricsWriter):
-        self._bars, self._metrics = bars, metrics
-        self._actor = ray.remote(num_cpus=0)(_Mailbox).remote()
-        self.reporter = Reporter(self._actor)
-        self._added: dict[str, int] = {}
+    It is on the driver's own node: where that is lost, the driver is lost too. Calls outlive the actor's process.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
+    return mailbox.options(name=_NAME, scheduling_strategy=here).remote()
+
+
+class ProgressRelay:
+    """The driver's end: a thread that shows bars and writes metrics while a stage is at work.
+
+    A context manager; one at a time.
+    """
+
+    def __init__(self, mailbox: Any, bars: ProgressBars, metrics: MetricsWriter):
+        self._mailbox, self._bars, self._metrics = mailbox, bars, metrics
+        self._asked: Any = None  # a question to the mailbox that is not answered yet
+        self.reporter = Reporter(mailbox)
+        self._added: Counter[str] = Counter()
+        self._loops: set[str] = set()
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -61,12 +94,17 @@ class ProgressRelay:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._error is None:
-            self._poll()
-        ray.kill(self._actor)
+        deadline = time.monotonic() + (_LAST_S if error is None else _ANSWER_S)
+        while (handled := self._poll()) != 0 and time.monotonic() < deadline:
+            if handled is None:
+                time.sleep(_POLL_S)
+        if handled != 0 and error is None:
+            _log.warning("progress: no answer from the mailbox; metrics.jsonl may lack the last epochs")
+        for loop in self._loops:
+            self._bars.finish(loop)
 
     def check(self) -> None:
         """Raise what went wrong while writing metrics (a full disk, say)."""
@@ -75,25 +113,47 @@ class ProgressRelay:
 
     def _run(self) -> None:
         while not self._stop.wait(_POLL_S):
-            try:
-                self._poll()
-            except Exception as error:  # handed to the driver by `check`
-                self._error = error
-                return
+            self._poll()
 
-    def _poll(self) -> None:
-        for message in ray.get(self._actor.drain.remote(), timeout=60):
-            loop = message["loop"]
-            if message["kind"] == "begin":
-                self._metrics.begin(loop, message["history"])
-            elif message["kind"] == "metrics":
-                self._metrics.write(loop, message["row"])
-            else:
-                if message["kind"] == "add":
-                    self._added[loop] = self._added.get(loop, 0) + message["amount"]
-                    bar = (self._added[loop], message["total"], message["unit"], "")
+    def _poll(self) -> int | None:
+        """Handle what is in the mailbox; gives the number of messages, or None if there is no answer yet."""
+        try:
+            self._asked = self._asked or self._mailbox.drain.remote()
+            messages = ray.get(self._asked, timeout=_ANSWER_S)
+        except GetTimeoutError:
+            return None  # the answer may still come, with messages that are nowhere else
+        except Exception as error:
+            _log.debug("progress: %s", error)
+            self._asked = None
+            return None
+        self._asked = None
+        for message in messages:
+            try:
+                self._handle(message)
+            except Exception:  # a bar that cannot be drawn is no reason to lose a day's work
+                _log.warning("progress: a message could not be shown", exc_info=True)
+        return len(messages)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind in ("begin", "metrics", "end"):
+            try:
+                if kind == "metrics":
+                    self._metrics.write(message["loop"], message["row"])
+                elif kind == "begin":
+                    self._metrics.begin(message["loop"], message["history"])
                 else:
-                    bar = message["bar"]
-                self._bars.update(loop, *bar)
-                if bar[0] >= bar[1]:
-                    self._bars.finish(loop)
+                    self._metrics.end(message["loop"], message["history"])
+            except OSError as error:  # handed to the driver by `check`
+                self._error = self._error or error
+        else:
+            loop = message["loop"]
+            if kind == "add":
+                self._added[loop] += message["amount"]
+                bar = (self._added[loop], message["total"], message["unit"], "")
+            else:
+                bar = message["bar"]
+            self._loops.add(loop)
+            self._bars.update(loop, *bar)
+            if bar[0] >= bar[1]:
+                self._bars.finish(loop)

@@ -53,6 +53,9 @@ class MetricsRecorder(Reporter):
     def metrics(self, loop: str, row: Row) -> None:
         self.loops.setdefault(loop, []).append(row)
 
+    def end(self, loop: str, history: list[Row]) -> None:
+        """Nothing is lost on the way."""
+
 
 def is_prepared(url: str) -> bool:
     """Whether a folder holds nothing but what `prepare` writes."""

@@ -16,7 +16,7 @@ from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.source_table import source_table
 from rbm_dist.runtime.cluster import ray_cluster
-from rbm_dist.runtime.progress import ProgressRelay
+from rbm_dist.runtime.progress import ProgressRelay, start_mailbox
 from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import run as run_
 from rbm_dist.stages import soft_labels
@@ -101,13 +101,14 @@ def _work(stages: list[Stage], config: Config, url: str, console: Console, addre
     metrics = MetricsWriter(url)
     try:
         with ray_cluster(config.cluster, address), ProgressBars(console) as bars:
+            mailbox = start_mailbox()
             for stage in stages:
                 state = run_.state(stage, url, upstream)
                 if state != "done":
                     start = time.monotonic()
                     if state == "new":
                         run_.begin(stage, config, url, upstream)
-                    with ProgressRelay(bars, metrics) as relay:
+                    with ProgressRelay(mailbox, bars, metrics) as relay:
                         files = stage.work(Run(config, url, relay.reporter))
                     relay.check()
                     spent = time.monotonic() - start

@@ -233,6 +233,8 @@ class _Training:
                 self.reporter.metrics(name, row)
                 note = f"loss {figures['loss']:.3f}, val accuracy {figures['val_accuracy']:.1%}"
                 self.reporter.progress(name, done, epochs, "epochs", note)
+        if mesh.rank == 0:
+            self.reporter.end(name, checkpoints.history)
         return checkpoints
 
     def _epoch(

@@ -201,6 +201,8 @@ def train_teacher(
             reporter.metrics("teacher", row)
             note = f"val loss {val_loss:.3f}, accuracy {val_accuracy:.1%}"
             reporter.progress("teacher", epoch + 1, settings.epochs, "epochs", note)
+    if mesh.rank == 0:
+        reporter.end("teacher", checkpoints.history)
     checkpoints.load_best(model)
     if settings.calibrate:
         with _val_ahead(store, val, parts, config, mesh) as batches:

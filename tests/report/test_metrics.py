@@ -103,3 +103,24 @@ def test_remote_metrics_are_there_when_they_are_flushed(
     writer.close()
     assert len(rows(url)) == 2
     assert list(local_cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arrived",
+    [[], [0, 1, 2, 3, 4], [2, 3, 4], [0, 1, 4], [0, 1, 3, 2, 4], [0, 1, 2, 3, 4, 3, 4]],
+    ids=["nothing", "all", "the last", "some", "in another order", "some twice"],
+)
+def test_the_end_of_a_loop_brings_what_did_not_arrive(url: str, tmp_path: Path, arrived: list[int]) -> None:
+    """Not even that the loop began: with a mailbox, everything in it can be lost, or come again."""
+    train(url, "mlp", 0, 2)
+    writer = MetricsWriter(url)
+    for epoch in arrived:
+        writer.write("teacher", history(5)[epoch])
+    writer.end("teacher", history(5))
+    writer.write("teacher", history(5)[3])  # late
+    writer.close()
+    assert [row for row in rows(url) if row["loop"] == "teacher"] == [{"loop": "teacher", **row} for row in history(5)]
+    assert [row for row in rows(url) if row["loop"] == "mlp"] == [{"loop": "mlp", **row} for row in history(2)]
+    fs, path = storage.filesystem(f"{url}/tensorboard/teacher")
+    fs.get(path, str(tmp_path / "fetched"), recursive=True)
+    assert scalars(tmp_path / "fetched", "loss") == [(epoch, epoch / 4, 1000.0 + epoch) for epoch in range(5)]

@@ -29,6 +29,8 @@ class Recorder:
 
     def progress(self, *_: Any) -> None: ...
 
+    def end(self, *_: Any) -> None: ...
+
     def metrics(self, loop: str, row: dict[str, float]) -> None:
         self.rows.append((loop, int(row["epoch"]), {name: value for name, value in row.items() if name != "time"}))
 

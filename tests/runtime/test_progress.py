@@ -1,0 +1,149 @@
+"""Progress and metrics on a real Ray cluster, also when the mailbox between is lost or late."""
+
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from rich.console import Console
+
+from rbm_dist.config.run import ClusterConfig
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.report.metrics import MetricsWriter
+from rbm_dist.report.progress import ProgressBars
+from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
+from rbm_dist.runtime.tasks import run_tasks
+from rbm_dist.runtime.training import run_training
+
+
+class Terminal:
+    """What an operator sees, and the metrics of a run directory."""
+
+    def __init__(self, mailbox: Any, folder: Path):
+        self.mailbox, self.out, self.folder = mailbox, io.StringIO(), folder
+        self.writer = MetricsWriter(str(folder))
+        self.bars = ProgressBars(Console(file=self.out, width=200))
+
+    def relay(self) -> ProgressRelay:
+        return ProgressRelay(self.mailbox, self.bars, self.writer)
+
+    def epochs(self, loop: str) -> list[int]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [row["epoch"] for row in map(json.loads, lines) if row["loop"] == loop]
+
+
+@pytest.fixture(scope="module")
+def mailbox(cluster: None) -> Any:
+    return start_mailbox()
+
+
+@pytest.fixture
+def terminal(mailbox: Any, tmp_path: Path) -> Iterator[Terminal]:
+    terminal = Terminal(mailbox, tmp_path)
+    with terminal.bars:
+        yield terminal
+    terminal.writer.close()
+
+
+def row(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "time": 1000.0 + epoch, "loss": 0.5}
+
+
+def kill_the_mailbox() -> None:
+    pid = ray.get(ray.get_actor("progress").__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+
+
+def train(reporter: Reporter, lose_after: int | None) -> str:
+    """Ten epochs of a loop; after one of them the mailbox is lost, with what is in it."""
+    reporter.begin("teacher", [])
+    history = []
+    for epoch in range(10):
+        history.append(row(epoch))
+        reporter.metrics("teacher", history[-1])
+        reporter.progress("teacher", epoch + 1, 10, "epochs")
+        if epoch == lose_after:
+            kill_the_mailbox()
+    reporter.end("teacher", history)
+    return "done"
+
+
+def test_metrics_arrive_in_order(terminal: Terminal) -> None:
+    with terminal.relay() as relay:
+        run_tasks("teacher", train, [(relay.reporter, None)], timeout_s=60)
+    relay.check()
+    assert terminal.epochs("teacher") == list(range(10))
+    with terminal.relay() as relay:  # of the next stage
+        relay.reporter.begin("mlp", [row(0)])
+        relay.reporter.metrics("mlp", row(1))
+    assert terminal.epochs("mlp") == [0, 1]
+    assert terminal.epochs("teacher") == list(range(10)), "nothing arrives twice"
+
+
+def test_a_lost_mailbox_costs_neither_the_stage_nor_metrics(terminal: Terminal) -> None:
+    with terminal.relay() as relay:
+        assert run_tasks("teacher", train, [(relay.reporter, 4)], timeout_s=120) == ["done"]
+    relay.check()
+    assert terminal.epochs("teacher") == list(range(10))
+
+
+def test_the_driver_goes_on_polling_after_a_loss(terminal: Terminal) -> None:
+    with terminal.relay() as relay:
+        relay.reporter.begin("teacher", [])
+        ray.get(terminal.mailbox.put.remote({"kind": "metrics", "loop": "teacher", "row": row(0)}))
+        kill_the_mailbox()
+        relay.reporter.metrics("teacher", row(1))
+        deadline = time.monotonic() + 60
+        while not (terminal.folder / "metrics.jsonl").exists() or 1 not in terminal.epochs("teacher"):
+            assert time.monotonic() < deadline, "later metrics come while the stage is still at work"
+            time.sleep(0.05)
+    relay.check()
+
+
+def test_a_late_answer_loses_nothing(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rbm_dist.runtime.progress._ANSWER_S", 0.1)
+    with terminal.relay() as relay:
+        relay.reporter.begin("teacher", [])
+        terminal.mailbox.__ray_call__.remote(lambda _: time.sleep(2))
+        for epoch in range(3):
+            relay.reporter.metrics("teacher", row(epoch))
+        time.sleep(3)
+    relay.check()
+    assert terminal.epochs("teacher") == [0, 1, 2]
+
+
+def test_metrics_that_cannot_be_written_are_an_error(terminal: Terminal) -> None:
+    (terminal.folder / "metrics.jsonl").mkdir()
+    with terminal.relay() as relay:
+        relay.reporter.metrics("teacher", row(0))
+    with pytest.raises(IsADirectoryError):
+        relay.check()
+
+
+def test_a_bar_that_cannot_be_drawn_is_none(terminal: Terminal) -> None:
+    with terminal.relay() as relay:
+        relay.reporter.progress("teacher", 1, 0, None)  # type: ignore[arg-type]
+        terminal.mailbox.put.remote({"kind": "nonsense", "loop": "teacher"})
+        relay.reporter.metrics("teacher", row(0))
+    relay.check()
+    assert terminal.epochs("teacher") == [0]
+
+
+def loop(mesh: Mesh, reporter: Reporter) -> None:
+    if mesh.rank == 0:
+        train(reporter, 4)
+    mesh.barrier()
+
+
+def test_a_training_group(terminal: Terminal) -> None:
+    """The loss of the mailbox in the middle does it no harm."""
+    with terminal.relay() as relay:
+        run_training("teacher", loop, {}, ClusterConfig(train_workers=2), relay.reporter, str(terminal.folder / "ray"))
+    relay.check()
+    assert terminal.epochs("teacher") == list(range(10))
