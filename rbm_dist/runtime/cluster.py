@@ -30,7 +30,7 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     """
     address = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The driver prints its own progress; workers' errors reach it as exceptions.
+    # The driver prints its own progress; workers' warnings reach it through the mailbox, their errors as exceptions.
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_terminate = signal.getsignal(signal.SIGTERM)
     if address:

@@ -1,4 +1,4 @@
-"""Progress and metrics from workers to the driver, through one small actor that the driver polls.
+"""Progress, metrics and warnings from workers to the driver, through one small actor that the driver polls.
 
 None of it can fail a stage whose work succeeded: a mailbox that is late is asked again, one that is lost starts again,
 and what a training loop's rows missed is written when the loop ends. Only metrics that cannot be written do.
@@ -6,22 +6,26 @@ and what a training loop's rows missed is written when the loop ends. Only metri
 
 import contextlib
 import logging
+import textwrap
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.markup import escape
 
 from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 
 _POLL_S = 0.25
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
-_NAME = "progress"  # of the mailbox, among the actors of one driver
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
+_NAME = "progress"  # of the mailbox, among the actors of one driver
+_SHOWN = 20  # different warnings of one place in the code that are shown; more are counted
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +57,54 @@ class Reporter:
             ray.get(put, timeout=_ANSWER_S)
 
 
+@contextlib.contextmanager
+def warnings_of(who: str) -> Iterator[None]:
+    """Forward the warnings of this block, which a process works at that may end with it."""
+    forwarder = forward_warnings(who)
+    try:
+        yield
+    finally:
+        forwarder.wait()
+
+
+def forward_warnings(who: str) -> "_Forwarder":
+    """From now on what this process logs as a warning or worse is shown by the driver too, as said by `who`."""
+    root = logging.getLogger()
+    forwarder = next((each for each in root.handlers if isinstance(each, _Forwarder)), None)
+    if forwarder is None:
+        forwarder = _Forwarder()
+        root.addHandler(forwarder)
+    forwarder.who = who
+    return forwarder
+
+
+class _Forwarder(logging.StreamHandler):
+    """Writes to stderr, that is to Ray's logs of this node, and into the mailbox."""
+
+    who = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+        self._mailbox: Any = None
+        self._sent: Any = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        with contextlib.suppress(Exception):  # no driver listens
+            self._mailbox = self._mailbox or ray.get_actor(_NAME)
+            text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
+            place = f"{record.name}:{record.lineno}"
+            self._sent = self._mailbox.put.remote({"kind": "warning", "who": self.who, "text": text, "place": place})
+
+    def wait(self) -> None:
+        """Wait until what was sent has arrived."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            with contextlib.suppress(Exception):
+                ray.get(sent, timeout=_ANSWER_S)
+
+
 class _Mailbox:
     def __init__(self) -> None:
         self._messages: deque[dict[str, Any]] = deque()
@@ -75,17 +127,19 @@ def start_mailbox() -> Any:
 
 
 class ProgressRelay:
-    """The driver's end: a thread that shows bars and writes metrics while a stage is at work.
+    """The driver's end: a thread that shows bars and warnings and writes metrics while a stage is at work.
 
     A context manager; one at a time.
     """
 
-    def __init__(self, mailbox: Any, bars: ProgressBars, metrics: MetricsWriter):
+    def __init__(self, mailbox: Any, bars: ProgressBars, metrics: MetricsWriter | None = None):
         self._mailbox, self._bars, self._metrics = mailbox, bars, metrics
         self._asked: Any = None  # a question to the mailbox that is not answered yet
         self.reporter = Reporter(mailbox)
         self._added: Counter[str] = Counter()
         self._loops: set[str] = set()
+        self._warned: dict[str, set[str]] = {}  # by place, what is shown
+        self._repeated: Counter[str] = Counter()  # by place, what is not
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -105,6 +159,9 @@ class ProgressRelay:
             _log.warning("progress: no answer from the mailbox; metrics.jsonl may lack the last epochs")
         for loop in self._loops:
             self._bars.finish(loop)
+        for place, count in self._repeated.items():
+            like = textwrap.shorten(min(self._warned[place]), 60, placeholder=" …")
+            self._bars.print(f"  [yellow]![/] {count:,} more warning(s) like: {escape(like)}")
 
     def check(self) -> None:
         """Raise what went wrong while writing metrics (a full disk, say)."""
@@ -136,7 +193,10 @@ class ProgressRelay:
 
     def _handle(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
-        if kind in ("begin", "metrics", "end"):
+        if kind == "warning":
+            self._warn(**{key: message[key] for key in ("who", "text", "place")})
+        elif kind in ("begin", "metrics", "end"):
+            assert self._metrics is not None
             try:
                 if kind == "metrics":
                     self._metrics.write(message["loop"], message["row"])
@@ -157,3 +217,11 @@ class ProgressRelay:
             self._bars.update(loop, *bar)
             if bar[0] >= bar[1]:
                 self._bars.finish(loop)
+
+    def _warn(self, who: str, text: str, place: str) -> None:
+        shown = self._warned.setdefault(place, set())
+        if text in shown or len(shown) >= _SHOWN:  # all ranks say the same, or one says it at every step
+            self._repeated[place] += 1
+            return
+        shown.add(text)
+        self._bars.print(f"  [yellow]![/] {escape(who)}: {escape(text)}")

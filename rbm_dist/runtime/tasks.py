@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.progress import warnings_of
 
 _AHEAD = 2  # tasks per CPU that are handed over before they can run; at least _AT_LEAST in all
 _AT_LEAST = 16
@@ -25,9 +26,14 @@ def run_tasks(
     Arguments are taken a few tasks ahead of those that run. `on_done` is told how many are done. `timeout_s` bounds the
     wait for the next result. Raises `InputError` or `RunError`.
     """
-    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
+
+    def task(number: int, each: tuple) -> Any:
+        with warnings_of(f"{stage}, task {number}"):
+            return function(*each)
+
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(task).options(name=stage)
     at_once = max(_AT_LEAST, _AHEAD * int(ray.cluster_resources().get("CPU", 0)))
-    return _collect(stage, (remote.remote(*args) for args in arguments), at_once, timeout_s, on_done)
+    return _collect(stage, (remote.remote(*each) for each in enumerate(arguments)), at_once, timeout_s, on_done)
 
 
 def run_on_parts(
@@ -42,7 +48,7 @@ def run_on_parts(
     )(_PartActor)  # fmt: skip
     actors = [actor.remote() for _ in range(min(num_workers, len(parts)))]
     try:
-        work = (actors[index % len(actors)].run.remote(make_worker, part) for index, part in enumerate(parts))
+        work = (actors[index % len(actors)].run.remote(stage, make_worker, part) for index, part in enumerate(parts))
         return _collect(stage, work, len(parts), timeout_s)  # all, or an actor would wait for another's part
     finally:
         for each in actors:
@@ -53,10 +59,11 @@ class _PartActor:
     def __init__(self) -> None:
         self._worker: Any = None
 
-    def run(self, make_worker: Callable[[], Any], part: int) -> Any:
-        # Not built in __init__, where an InputError would arrive wrapped in the actor's death.
-        self._worker = self._worker or make_worker()
-        return self._worker(part)
+    def run(self, stage: str, make_worker: Callable[[], Any], part: int) -> Any:
+        with warnings_of(f"{stage}, part {part}"):
+            # Not built in __init__, where an InputError would arrive wrapped in the actor's death.
+            self._worker = self._worker or make_worker()
+            return self._worker(part)
 
 
 def _collect(

@@ -21,7 +21,7 @@ from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
-from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.progress import Reporter, warnings_of
 
 Loop = Callable[..., None]
 _log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def run_training(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.timeout_s))
     loop_config = {
+        "stage": stage,
         "loop": loop,
         "arguments": arguments,
         "reporter": reporter,
@@ -92,10 +93,12 @@ def _fit(loop_config: dict[str, Any], config: ClusterConfig, scratch_url: str) -
 def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     mesh = Mesh.init(config["expert_parallel"], ray.train.torch.get_device())
     try:
-        config["loop"](mesh=mesh, reporter=config["reporter"], **config["arguments"])
+        with warnings_of(f"{config['stage']}, rank {mesh.rank}"):
+            config["loop"](mesh=mesh, reporter=config["reporter"], **config["arguments"])
     except BaseException:
         # A rank that leaves its group makes the others raise within a second instead of waiting for the deadline.
         with contextlib.suppress(Exception):

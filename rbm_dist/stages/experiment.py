@@ -30,13 +30,14 @@ from rich.console import Console
 
 from rbm_dist import __version__, storage
 from rbm_dist.config.experiment import ExperimentConfig, Trial
-from rbm_dist.config.run import ClusterConfig, Config
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.config.source import OgbConfig
 from rbm_dist.errors import InputError, RunError, disk_full
 from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, tidy
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.progress import ProgressRelay, start_mailbox, warnings_of
 from rbm_dist.sources.ogb import ogb_folder
 from rbm_dist.stages import local
 from rbm_dist.stages.run import locked
@@ -138,7 +139,11 @@ def _work(
     jobs: int | None,
 ) -> None:  # fmt: skip
     groups = _groups(url, todo)
-    with ray_cluster(ClusterConfig(train_workers=1, inference_workers=1), address), ProgressBars(console) as bars:
+    with (
+        ray_cluster(ClusterConfig(train_workers=1, inference_workers=1), address),
+        ProgressBars(console) as bars,
+        ProgressRelay(start_mailbox(), bars),  # shows warnings of the runs
+    ):
         task = ray.remote(num_cpus=1, max_retries=_RETRIES, runtime_env={"env_vars": _ONE_THREAD})
         prepare, train = task(_prepare), task(_train)
         waiting: deque[tuple[_Group, Trial | None]] = deque((group, None) for group in groups)  # None: to be prepared
@@ -149,7 +154,7 @@ def _work(
             while waiting and len(running) < (jobs or _spare_cpus()):
                 group, trial = waiting.popleft()
                 if trial is None:
-                    ref = prepare.remote(group.trials[0].config, group.url)
+                    ref = prepare.remote(group.trials[0], group.url)
                 else:
                     ref = train.remote(trial, group.teacher, group.url, _run_url(url, trial))
                 running[ref] = group, trial
@@ -187,15 +192,16 @@ def _groups(url: str, todo: list[Trial]) -> list[_Group]:
     return list(groups.values())
 
 
-def _prepare(config: Config, prepared_url: str) -> dict[str, Any]:
+def _prepare(trial: Trial, prepared_url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return local.prepare(config, prepared_url)
+    with warnings_of(f"{trial.dataset}, teacher"):
+        return local.prepare(trial.config, prepared_url)
 
 
 def _train(trial: Trial, teacher: dict[str, Any], prepared_url: str, run_url: str) -> float:
     """Train one student and write its row. Gives the accuracy."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, warnings_of(trial.id):
         figures = local.train(trial.config, prepared_url, scratch)
     row = {
         **{name: getattr(trial, name) for name in ("dataset", "setting", "student", "objective", "seed")},

@@ -1,7 +1,8 @@
-"""Progress and metrics on a real Ray cluster, also when the mailbox between is lost or late."""
+"""Progress, metrics and warnings on a real Ray cluster, also when the mailbox between is lost or late."""
 
 import io
 import json
+import logging
 import os
 import signal
 import time
@@ -11,15 +12,20 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from rich.console import Console
 
 from rbm_dist.config.run import ClusterConfig
+from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
+from rbm_dist.runtime.memory_store import ActorMemoryStore
 from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
-from rbm_dist.runtime.tasks import run_tasks
+from rbm_dist.runtime.tasks import run_on_parts, run_tasks
 from rbm_dist.runtime.training import run_training
+
+_log = logging.getLogger("rbm_dist.somewhere")
 
 
 class Terminal:
@@ -32,6 +38,9 @@ class Terminal:
 
     def relay(self) -> ProgressRelay:
         return ProgressRelay(self.mailbox, self.bars, self.writer)
+
+    def warnings(self) -> list[str]:
+        return [line.removeprefix("  ! ") for line in self.out.getvalue().splitlines() if line.startswith("  ! ")]
 
     def epochs(self, loop: str) -> list[int]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
@@ -135,15 +144,69 @@ def test_a_bar_that_cannot_be_drawn_is_none(terminal: Terminal) -> None:
     assert terminal.epochs("teacher") == [0]
 
 
+def warn(number: int) -> None:
+    _log.info("not for the operator")
+    _log.warning("checkpoint passed over: [part %d]", number % 2)
+    if number == 3:
+        try:
+            raise ValueError("a cause")
+        except ValueError:
+            _log.exception("it went on")
+
+
+def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) -> None:
+    with terminal.relay():
+        run_tasks("partition", warn, ((number,) for number in range(6)), timeout_s=60)
+    shown = terminal.warnings()
+    texts = [each.partition(": ")[2] for each in shown]
+    assert sorted(texts[:3]) == [
+        "checkpoint passed over: [part 0]", "checkpoint passed over: [part 1]", "it went on: ValueError('a cause')"
+    ]  # fmt: skip
+    assert "partition, task 3: it went on: ValueError('a cause')" in shown
+    assert shown[3] == "4 more warning(s) like: checkpoint passed over: [part 0]"
+    with terminal.relay():
+        run_on_parts("soft_labels", lambda: warn, [7], 1, use_gpu=False, timeout_s=60)
+    assert terminal.warnings()[4:] == ["soft_labels, part 7: checkpoint passed over: [part 1]"], "of this stage"
+
+
+def flood() -> None:
+    for step in range(1000):
+        _log.warning("step %d is odd", step)
+
+
+def test_a_flood_is_counted(terminal: Terminal) -> None:
+    with terminal.relay():
+        run_tasks("student", flood, [()], timeout_s=60)
+    shown = terminal.warnings()
+    assert shown[:20] == [f"student, task 0: step {step} is odd" for step in range(20)]
+    assert shown[20:] == ["980 more warning(s) like: step 0 is odd"]
+
+
+def test_an_expert_that_starts_anew_is_named(terminal: Terminal) -> None:
+    with terminal.relay():
+        store = ActorMemoryStore(Mesh.single(), 60, decay=0.9, self_similarity=0.0, lr=0.01, reseed_after=2)
+        store.init([torch.eye(3)], None)
+        for version in range(2):
+            store.push(version, [MemoryStatistics(torch.ones(3, 3), torch.tensor([0.0, 5.0, 1.0]))])
+            store.pull(version + 1)
+    assert terminal.warnings() == [
+        "memory actor: routing memory: layer 0: expert 0 had no row for 2 steps; its memory starts anew beside expert 1"
+    ]
+
+
 def loop(mesh: Mesh, reporter: Reporter) -> None:
+    _log.warning("all ranks say so")
     if mesh.rank == 0:
         train(reporter, 4)
     mesh.barrier()
+    if mesh.rank == 1:
+        _log.warning("rank 1 alone says so")
 
 
 def test_a_training_group(terminal: Terminal) -> None:
-    """The loss of the mailbox in the middle does it no harm."""
+    """Its warnings name the rank, and the loss of the mailbox in the middle does it no harm."""
     with terminal.relay() as relay:
         run_training("teacher", loop, {}, ClusterConfig(train_workers=2), relay.reporter, str(terminal.folder / "ray"))
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
+    assert "teacher, rank 1: rank 1 alone says so" in terminal.warnings()
