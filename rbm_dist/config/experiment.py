@@ -23,6 +23,7 @@ PREPARED = ("seed", "source", "partition", "teacher", "soft_labels", "encodings"
 """What decides the graph that a student learns from; students that agree in these share one."""
 
 _HERE = {"run_dir", "seed", "cluster"}
+_ONE_WORKER = {"train_workers": 1, "inference_workers": 1}  # trains each run
 
 
 def _part_of_a_config(tree: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _trials(experiment: ExperimentConfig, path: str) -> list[Trial]:
     refused: dict[str, list[str]] = {}
     for names, tree in _cells(experiment):
         try:
-            config = Config.model_validate({**tree, "run_dir": experiment.run_dir})
+            config = Config.model_validate({**tree, "run_dir": experiment.run_dir, "cluster": _ONE_WORKER})
         except ValidationError as error:
             for message in refusals(error, path, []):
                 refused.setdefault(message, []).append(" × ".join(names))

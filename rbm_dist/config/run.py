@@ -176,7 +176,8 @@ class ClusterConfig(Section):
     inference_workers: Positive = 2
     use_gpu: bool = Field(False, description="one GPU per training and inference worker")
     expert_parallel: Positive | None = Field(
-        None, description="workers that share one set of experts; default: all. Must divide train_workers"
+        None,
+        description="workers that share a set of experts; divides train_workers. Default: as many as get one",
     )
     memory_store: Literal["actor", "in_process"] = Field(
         "actor",
@@ -234,12 +235,38 @@ class Config(Section):
             raise ValueError("student.similarity: needs soft_labels.hidden: true")
         if self.soft_labels.hidden and len(self.teacher.fanout) < 2:
             raise ValueError("soft_labels.hidden: a teacher of one layer (teacher.fanout) has no hidden states")
+        workers, parts = self.cluster.train_workers, self.partition.num_parts
+        if workers > parts:
+            raise ValueError(
+                f"partition.num_parts: {parts} part(s) for cluster.train_workers: {workers}, "
+                f"{workers - parts} of which would have nothing to do; "
+                f"set num_parts to at least {workers}, or train_workers to at most {parts}"
+            )
+        experts, group = self.student.num_experts, self.cluster.expert_parallel or 1
+        most = _with_an_expert_each(group, experts)
+        if most < group and {"rbm", "moe"} & set(self.student.models):
+            raise ValueError(
+                f"cluster.expert_parallel: {group} workers share student.num_experts: {experts}, and some would have "
+                f"none; set it to {most}, or leave it out"
+            )
         made = {"feat": True, "pos": self.encodings.positional != "none", "prop": self.encodings.label_propagation}
         for name in self.student.inputs:
             if not made[name]:
                 key = {"pos": "positional", "prop": "label_propagation"}[name]
                 raise ValueError(f"student.inputs: '{name}' needs encodings.{key}")
         return self
+
+    @property
+    def expert_parallel(self) -> int:
+        """Workers that share one set of experts, as configured or by default."""
+        workers = self.cluster.train_workers
+        return self.cluster.expert_parallel or _with_an_expert_each(workers, self.student.num_experts)
+
+
+def _with_an_expert_each(workers: int, experts: int) -> int:
+    """The largest group of workers, of those that divide them, in which shards of equal size leave none without one."""
+    groups = (group for group in range(workers, 0, -1) if workers % group == 0)
+    return next(group for group in groups if -(-experts // -(-experts // group)) == group)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -28,10 +28,12 @@ _log = logging.getLogger(__name__)
 
 
 def run_training(
-    stage: str, loop: Loop, arguments: dict[str, Any], config: ClusterConfig, reporter: Reporter, scratch_url: str
-) -> None:
+    stage: str, loop: Loop, arguments: dict[str, Any], config: ClusterConfig, expert_parallel: int, reporter: Reporter,
+    scratch_url: str,
+) -> None:  # fmt: skip
     """Run `loop(mesh=…, reporter=…, **arguments)` on every worker, again from its checkpoints when a worker is lost.
 
+    `expert_parallel` workers share one set of experts.
     Raises `InputError` at once, and `RunError` when workers were lost more than `max_failures` times.
     """
     # Read by Ray Train when a group starts: see a lost worker at once, and give up on resources that never come.
@@ -42,7 +44,7 @@ def run_training(
         "loop": loop,
         "arguments": arguments,
         "reporter": reporter,
-        "expert_parallel": config.expert_parallel or config.train_workers,
+        "expert_parallel": expert_parallel,
     }
     try:
         for failures in range(config.max_failures + 1):

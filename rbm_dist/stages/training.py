@@ -10,7 +10,7 @@ from rbm_dist.stages.run import Run
 
 def train_on_graph(run: Run, stage: str, loop: Callable[..., Any]) -> None:
     """Call `loop(mesh, reporter, config, graph_url, url, servers=…)` on every worker; `url` is the stage's folder."""
-    cluster = run.config.cluster
+    cluster, shared = run.config.cluster, run.config.expert_parallel
     with shard_servers(cluster, run.graph_url) as servers:
         arguments = {"config": run.config, "graph_url": run.graph_url, "url": run.path(stage), "servers": servers}
-        run_training(stage, loop, arguments, cluster, run.reporter, run.path(stage, "ray_train"))
+        run_training(stage, loop, arguments, cluster, shared, run.reporter, run.path(stage, "ray_train"))

@@ -85,6 +85,7 @@ def test_a_cell_is_what_a_person_would_have_written(path: Path) -> None:
                 "models": ["mlp"], "dropout": 0.1, "lr": 0.1, "weight_decay": 0.1, "hidden": 40, "epochs": 53,
                 "objective": "krd", "temperature": 3,
             },
+            "cluster": {"train_workers": 1, "inference_workers": 1},
         }
     )  # fmt: skip
 

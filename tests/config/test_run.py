@@ -3,15 +3,17 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rbm_dist.config.run import Config, flatten, load, locations
+from rbm_dist.config.run import ClusterConfig, Config, flatten, load, locations
 from rbm_dist.config.source import DigitsConfig
 from rbm_dist.errors import InputError
+from rbm_dist.parallel.mesh import Mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -278,6 +280,19 @@ def test_a_wrong_value_is_refused_by_its_key(path: Path, text: str, key: str, re
             "cluster: {train_workers: 4, expert_parallel: 3}",
             "cluster.expert_parallel: 3 does not divide train_workers: 4",
         ),
+        (
+            "cluster: {train_workers: 64}",
+            "partition.num_parts: 4 part(s) for cluster.train_workers: 64, 60 of which would have nothing to do; "
+            "set num_parts to at least 64, or train_workers to at most 4",
+        ),
+        (
+            "cluster: {train_workers: 64, expert_parallel: 64}\npartition: {num_parts: 64}",
+            "cluster.expert_parallel: 64 workers share student.num_experts: 8, and some would have none; set it to 8",
+        ),
+        (  # two each: none is left for the fourth
+            "cluster: {train_workers: 4, expert_parallel: 4}\nstudent: {num_experts: 5}",
+            "cluster.expert_parallel: 4 workers share student.num_experts: 5, and some would have none; set it to 2",
+        ),
         ("soft_labels: {fanout: [5]}", "soft_labels.fanout: 1 layers, but teacher.fanout has 2"),
         (
             "soft_labels: {inference: exact, fanout: [5, 5]}",
@@ -385,3 +400,28 @@ def test_a_configuration_cannot_be_changed(path: Path) -> None:
         config.seed = 3  # type: ignore[misc]
     assert hash(config) == hash(load(path))
     assert math.isfinite(config.teacher.lr)
+
+
+@pytest.mark.parametrize(("workers", "experts"), [(1, 1), (2, 8), (6, 8), (8, 8), (64, 8), (12, 7), (7, 3), (16, 16)])
+def test_by_default_no_worker_is_left_without_an_expert(workers: int, experts: int) -> None:
+    config = Config.model_validate(
+        {
+            "run_dir": "a", "partition": {"num_parts": workers}, "cluster": {"train_workers": workers},
+            "student": {"num_experts": experts, "top_k": 1},
+        }
+    )  # fmt: skip
+    for group in range(1, workers + 1):
+        mesh = replace(Mesh.single(), expert_parallel=group)
+        each = [len(replace(mesh, rank=rank).local_experts(experts)) for rank in range(group)]
+        assert sum(each) == experts
+        good = workers % group == 0 and min(each) > 0
+        assert group <= config.expert_parallel or not good, "a larger group would do"
+        assert group != config.expert_parallel or good
+    given = config.model_copy(update={"cluster": ClusterConfig(train_workers=workers, expert_parallel=1)})
+    assert given.expert_parallel == 1
+
+
+def test_workers_without_experts_matter_only_where_there_are_any() -> None:
+    tree = {"run_dir": "a", "student": {"models": ["mlp"], "num_experts": 3}, "cluster": {"train_workers": 4}}
+    tree["cluster"]["expert_parallel"] = 4
+    assert Config.model_validate(tree).cluster.expert_parallel == 4

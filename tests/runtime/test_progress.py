@@ -206,7 +206,9 @@ def loop(mesh: Mesh, reporter: Reporter) -> None:
 def test_a_training_group(terminal: Terminal) -> None:
     """Its warnings name the rank, and the loss of the mailbox in the middle does it no harm."""
     with terminal.relay() as relay:
-        run_training("teacher", loop, {}, ClusterConfig(train_workers=2), relay.reporter, str(terminal.folder / "ray"))
+        run_training(
+            "teacher", loop, {}, ClusterConfig(train_workers=2), 2, relay.reporter, str(terminal.folder / "ray")
+        )
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
     assert "teacher, rank 1: rank 1 alone says so" in terminal.warnings()

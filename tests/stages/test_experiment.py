@@ -203,6 +203,7 @@ def test_in_the_inductive_setting_the_unseen_nodes_are_reported(tmp_path: Path) 
             "run_dir": "none",
             "source": {"kind": "digits", "normalize": "none", "unseen_share": 0.2},
             "partition": {"num_parts": 1},
+            "cluster": {"train_workers": 1},
             "teacher": {"epochs": 2},
             "student": {"models": ["mlp"], "epochs": 3, "hidden": 16},
         }

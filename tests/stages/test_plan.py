@@ -81,7 +81,7 @@ def test_training_that_does_not_fit_names_keys_that_were_tried() -> None:
 
 def test_more_hosts_are_advised_where_they_help() -> None:
     cluster = {"train_workers": 32, "inference_workers": 8}
-    settings = {"partition": {"method": "streaming"}, "cluster": cluster}
+    settings = {"partition": {"method": "streaming", "num_parts": 32}, "cluster": cluster}
     plan = planned(PAPERS, memory=24, **settings)
     assert plan.problems
     assert plan.hosts_wanted is not None
