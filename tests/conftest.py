@@ -12,6 +12,8 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.patience import patient
+
 FINISHED_RUN = [f"tests/stages/test_{name}.py" for name in ("encodings", "inspect", "kill", "pipeline", "served_run")]
 
 pytest.register_assert_rewrite("tests.graph.reference")
@@ -25,6 +27,12 @@ class ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         return "finished run" if file in FINISHED_RUN else file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.timeout is None:  # not given on the command line
+        config.option.timeout = patient(300)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.patience import patient
+
 # Ranks are forked from a server that has imported the slow packages once.
 mp.set_forkserver_preload(["rbm_dist.stages.student"])
 
@@ -26,7 +28,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=patient(60)),
     )  # fmt: skip
     dist.barrier()  # a rank that ends before another has connected would look like one that crashed
     try:

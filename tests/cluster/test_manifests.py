@@ -11,6 +11,7 @@ import yaml
 
 from rbm_dist import __version__
 from rbm_dist.config.run import load
+from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -88,7 +89,9 @@ def test_the_image_copies_files_that_are_there() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_are_sound(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True, timeout=20)
+    subprocess.run(["bash", "-n", script], check=True, timeout=patient(20))
     if shutil.which("shellcheck"):
-        checked = subprocess.run(["shellcheck", script], capture_output=True, text=True, timeout=60, check=False)
+        checked = subprocess.run(
+            ["shellcheck", script], capture_output=True, text=True, timeout=patient(60), check=False
+        )
         assert checked.returncode == 0, checked.stdout

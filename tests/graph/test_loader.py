@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.sampler import Sample
+from tests.patience import patient
 from tests.small_graph import small_store
 
 
@@ -30,7 +31,7 @@ def no_thread_is_left() -> Iterator[None]:
     assert prefetch_threads() == []
 
 
-def prefetch(jobs: list[Callable[[], int]], depth: int = 2, timeout_s: float = 10) -> Prefetch[int]:
+def prefetch(jobs: list[Callable[[], int]], depth: int = 2, timeout_s: float = patient(10)) -> Prefetch[int]:
     return Prefetch("numbers", jobs, timeout_s, depth)
 
 
@@ -53,7 +54,7 @@ def test_samples_and_rows_are_those_without_a_thread(tmp_path: Path) -> None:
 
     jobs = [functools.partial(read, step) for step in range(11)]
     expected = [job() for job in jobs]
-    with Prefetch("batches", jobs, 10) as batches:
+    with Prefetch("batches", jobs, patient(10)) as batches:
         for (sample, feat), (sample_expected, feat_expected) in zip(batches, expected, strict=True):
             for name in ("nodes", "src", "dst"):
                 np.testing.assert_array_equal(getattr(sample, name), getattr(sample_expected, name))
@@ -72,7 +73,7 @@ def test_one_other_thread_does_the_jobs_while_the_consumer_computes() -> None:
 
     with prefetch([functools.partial(make, i) for i in range(3)], depth=1) as results:
         assert next(results) == 0
-        assert made[1].wait(10)
+        assert made[1].wait(patient(10))
         assert not made[2].is_set(), "only one ahead"
         assert list(results) == [1, 2]
     assert len(threads) == 1
@@ -174,7 +175,7 @@ def test_a_list_of_jobs_that_fails_ends_the_thread() -> None:
         raise OSError("no more")
 
     for good in (0, 5):
-        with pytest.raises(OSError, match="no more"), Prefetch("numbers", jobs(good), 10) as results:
+        with pytest.raises(OSError, match="no more"), Prefetch("numbers", jobs(good), patient(10)) as results:
             list(results)
 
 
@@ -183,7 +184,7 @@ def test_a_job_that_hangs_is_an_error_that_names_it() -> None:
     start = time.perf_counter()
     with (
         pytest.raises(RunError, match=r"numbers: none came for 1 s; .* raise cluster.timeout_s"),
-        prefetch([*numbers(1), lambda: int(release.wait(60))], timeout_s=1) as results,
+        prefetch([*numbers(1), lambda: int(release.wait(patient(60)))], timeout_s=1) as results,
     ):
         list(results)
     assert time.perf_counter() - start < 1.9, "it waits once"
@@ -195,7 +196,7 @@ def test_a_job_that_hangs_is_an_error_that_names_it() -> None:
     release.set()
     for thread in threading.enumerate():
         if thread.name.startswith("prefetch"):
-            thread.join(10)
+            thread.join(patient(10))
 
 
 def test_a_job_that_hangs_does_not_keep_the_process() -> None:
@@ -203,7 +204,7 @@ def test_a_job_that_hangs_does_not_keep_the_process() -> None:
         "import time; from rbm_dist.graph.loader import Prefetch\n"
         "with Prefetch('numbers', [lambda: time.sleep(100)], 0.1) as results: next(results)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patient(60))
     assert done.returncode == 1
     assert "numbers: none came" in done.stderr
 
@@ -211,11 +212,11 @@ def test_a_job_that_hangs_does_not_keep_the_process() -> None:
 def test_the_wait_is_the_consumers() -> None:
     jobs = [functools.partial(time.sleep, 0.05)] * 4
     for depth in (0, 2):
-        loader = Prefetch("naps", jobs, 10, depth)
+        loader = Prefetch("naps", jobs, patient(10), depth)
         with loader as naps:
             list(naps)
-        assert 0.19 < loader.wait_s < 2
-    slow = Prefetch("naps", jobs, 10)
+        assert 0.19 < loader.wait_s < patient(2)
+    slow = Prefetch("naps", jobs, patient(10))
     with slow as naps:
         for _ in naps:
             time.sleep(0.2)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[2]
 
 # srun runs one process per task here; ray listens, as its head does, and rbm-dist says what it was given.
@@ -22,9 +24,9 @@ wait
 """
 RAY = f"""
 echo "$*" >>started
-[[ $* == *--head* ]] || exec sleep 100
+[[ $* == *--head* ]] || exec sleep {patient(100)}
 for option; do [[ $option == --port=* ]] && port=${{option#*=}}; done
-exec {sys.executable} -c "import socket, time; s = socket.create_server(('', $port)); time.sleep(100)"
+exec {sys.executable} -c "import socket, time; s = socket.create_server(('', $port)); time.sleep({patient(100)})"
 """
 
 
@@ -41,11 +43,11 @@ def run(folder: Path, *, ray: str = RAY, rbm_dist: str, nodes: int = 3) -> subpr
     }
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "a.yaml", "seed=1", "run_dir=a b"]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=patient(60), check=False
     )  # fmt: skip
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(patient(90))
 @pytest.mark.parametrize("code", [0, 2, 137])
 def test_the_exit_code_is_that_of_the_run(tmp_path: Path, code: int) -> None:
     wait_for_all = "until (($(wc -l <started) == 3)); do sleep 0.1; done"
@@ -60,7 +62,7 @@ def test_the_exit_code_is_that_of_the_run(tmp_path: Path, code: int) -> None:
     assert len([line for line in started if f"--address={arguments[5]}" in line]) == 2
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(patient(90))
 def test_without_ray_nothing_is_run(tmp_path: Path) -> None:
     done = run(tmp_path, ray="exit 1", rbm_dist="touch ran")
     assert done.returncode == 1
@@ -68,10 +70,11 @@ def test_without_ray_nothing_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(patient(90))
 def test_a_run_does_not_wait_for_a_ray_node_that_ended(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = run(tmp_path, ray=RAY.replace("sleep 100", "sleep 2"), rbm_dist="exec sleep 50", nodes=2)
+    ray = RAY.replace(f"exec sleep {patient(100)}", "exec sleep 2")
+    done = run(tmp_path, ray=ray, rbm_dist=f"exec sleep {patient(50)}", nodes=2)
     assert done.returncode == 1
     assert "error: Ray ended on a node" in done.stderr
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < patient(40)

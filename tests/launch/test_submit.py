@@ -24,12 +24,13 @@ import pytest
 
 from launch import submit
 from rbm_dist.config.run import flatten, load
+from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
 SHORT = [
     "partition.num_parts=2", "teacher.epochs=1", "student.epochs=1", "student.models=[mlp]",
-    "cluster.train_workers=1", "cluster.inference_workers=1",
+    "cluster.train_workers=1", "cluster.inference_workers=1", f"cluster.timeout_s={patient(300)}",
 ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def cluster() -> Iterator[Cluster]:
     with open(folder / "out", "w") as out:
         head = subprocess.Popen(command, env=environment, cwd=folder, stdout=out, stderr=out)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + patient(90)
         while not answers(address):
             assert head.poll() is None, (folder / "out").read_text()
             assert time.monotonic() < deadline, (folder / "out").read_text()
@@ -72,7 +73,7 @@ def cluster() -> Iterator[Cluster]:
         for process in processes:
             process.kill()
         head.wait()
-        psutil.wait_procs(processes, timeout=10)
+        psutil.wait_procs(processes, timeout=patient(10))
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,7 +106,7 @@ class Submitted:
             cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def wait(self, timeout: float = 60) -> tuple[int, str, str]:
+    def wait(self, timeout: float = patient(60)) -> tuple[int, str, str]:
         """Exit code, output, errors."""
         try:
             out, errors = self.process.communicate(timeout=timeout)
@@ -154,7 +155,7 @@ def test_every_local_path_is_that_of_the_folder_of_the_submission(
 
 
 def test_no_cluster_is_one_message(bad_input: Path, tmp_path: Path) -> None:
-    code, out, errors = Submitted(str(bad_input), address=NOWHERE, folder=tmp_path).wait(timeout=30)
+    code, out, errors = Submitted(str(bad_input), address=NOWHERE, folder=tmp_path).wait(timeout=patient(30))
     assert (code, out) == (1, "")
     assert errors.startswith(f"error: no Ray job server answers at {NOWHERE}")
     assert len(errors.splitlines()) == 1
@@ -168,15 +169,16 @@ def test_a_server_that_says_nothing_has_a_deadline() -> None:
             "except submit.RunError as error: print(error)"
         )
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(30), check=True)
     assert "timed out" in done.stdout
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(patient(240))
 def test_a_run_shows_its_progress_and_writes_its_results(cluster: Cluster, tmp_path: Path) -> None:
     arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out", *SHORT]
     submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
-    code, out, errors = submitted.wait(timeout=200)
+    code, out, errors = submitted.wait(timeout=patient(200))
     assert code == 0, out + errors
     assert f"results in {tmp_path}/out\n" in out
     for stage in ["source", "partition", "teacher", "soft_labels", "student", "evaluate"]:
@@ -200,7 +202,7 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
             self.server.behind + self.path, data=body or None, headers=headers, method=self.command
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=patient(30)) as answer:
                 status, content = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
@@ -220,14 +222,14 @@ class UnreliableServer(http.server.ThreadingHTTPServer):
     asked = 0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(patient(120))
 def test_bad_input_exits_2_and_lost_connections_lose_nothing(cluster: Cluster, bad_input: Path, tmp_path: Path) -> None:
     with UnreliableServer(("127.0.0.1", 0), Unreliable) as server:
         server.behind = cluster.address
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         submitted = Submitted(str(bad_input), address=address, folder=tmp_path, environment=cluster.environment)
-        code, out, errors = submitted.wait(timeout=90)
+        code, out, errors = submitted.wait(timeout=patient(90))
         server.shutdown()
     assert code == 2, out + errors
     assert out.count(f"error: {tmp_path}/no such: #file.npz: no such file") == 1
@@ -235,7 +237,7 @@ def test_bad_input_exits_2_and_lost_connections_lose_nothing(cluster: Cluster, b
     assert server.asked > 5
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(patient(120))
 def test_a_killed_run_exits_as_a_killed_process_does(cluster: Cluster, tmp_path: Path) -> None:
     arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out"]
     submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
@@ -250,7 +252,8 @@ def test_a_killed_run_exits_as_a_killed_process_does(cluster: Cluster, tmp_path:
     assert code == 128 + signal.SIGKILL, out + errors
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.timeout(patient(120))
 def test_after_an_interrupt_the_job_goes_on_and_can_be_stopped(cluster: Cluster, tmp_path: Path) -> None:
     arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out"]
     submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
@@ -262,7 +265,7 @@ def test_after_an_interrupt_the_job_goes_on_and_can_be_stopped(cluster: Cluster,
     stop = re.search(r"Stop it:\n +(ray job stop .*)", errors)
     assert stop
     done = subprocess.run(
-        shlex.split(stop[1]), env=cluster.environment, capture_output=True, text=True, timeout=60, check=False
+        shlex.split(stop[1]), env=cluster.environment, capture_output=True, text=True, timeout=patient(60), check=False
     )
     assert done.returncode == 0, done.stderr
     assert "was stopped" in done.stdout + done.stderr

@@ -10,6 +10,7 @@ from rbm_dist.moe.routing import MemoryStatistics, memory_statistics, route
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.memory_store import ActorMemoryStore, _MemoryActor, _pack
+from tests.patience import patient
 
 SETTINGS = {"decay": 0.9, "self_similarity": 0.1, "lr": 0.01, "reseed_after": 1}
 
@@ -26,7 +27,7 @@ def statistics(memories: list[torch.Tensor], step: int, rows: slice = slice(None
 
 
 def test_one_rank_sees_the_memory_that_one_process_computes(cluster: None) -> None:
-    store = ActorMemoryStore(Mesh.single(), timeout_s=60, **SETTINGS)
+    store = ActorMemoryStore(Mesh.single(), timeout_s=patient(60), **SETTINGS)
     reference = RoutingMemory(initial(), **SETTINGS)
     store.init(initial(), None)
     for step in range(4):
@@ -36,7 +37,7 @@ def test_one_rank_sees_the_memory_that_one_process_computes(cluster: None) -> No
         store.push(step, statistics(memories, step))
         reference.step(statistics([m.detach() for m in reference.memories], step))
     snapshot = store.snapshot(4)
-    other = ActorMemoryStore(Mesh.single(), timeout_s=60, **SETTINGS)
+    other = ActorMemoryStore(Mesh.single(), timeout_s=patient(60), **SETTINGS)
     other.init(initial(), snapshot)
     for found, expected in zip(other.pull(4), reference.memories, strict=True):
         assert torch.equal(found, expected.detach()), "a fresh actor goes on from a snapshot"

@@ -24,6 +24,7 @@ from rbm_dist.runtime.memory_store import ActorMemoryStore
 from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
 from rbm_dist.runtime.training import run_training
+from tests.patience import patient
 
 _log = logging.getLogger("rbm_dist.somewhere")
 
@@ -85,7 +86,7 @@ def train(reporter: Reporter, lose_after: int | None) -> str:
 
 def test_metrics_arrive_in_order(terminal: Terminal) -> None:
     with terminal.relay() as relay:
-        run_tasks("teacher", train, [(relay.reporter, None)], timeout_s=60)
+        run_tasks("teacher", train, [(relay.reporter, None)], timeout_s=patient(60))
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
     with terminal.relay() as relay:  # of the next stage
@@ -97,7 +98,7 @@ def test_metrics_arrive_in_order(terminal: Terminal) -> None:
 
 def test_a_lost_mailbox_costs_neither_the_stage_nor_metrics(terminal: Terminal) -> None:
     with terminal.relay() as relay:
-        assert run_tasks("teacher", train, [(relay.reporter, 4)], timeout_s=120) == ["done"]
+        assert run_tasks("teacher", train, [(relay.reporter, 4)], timeout_s=patient(120)) == ["done"]
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
 
@@ -108,7 +109,7 @@ def test_the_driver_goes_on_polling_after_a_loss(terminal: Terminal) -> None:
         ray.get(terminal.mailbox.put.remote({"kind": "metrics", "loop": "teacher", "row": row(0)}))
         kill_the_mailbox()
         relay.reporter.metrics("teacher", row(1))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patient(60)
         while not (terminal.folder / "metrics.jsonl").exists() or 1 not in terminal.epochs("teacher"):
             assert time.monotonic() < deadline, "later metrics come while the stage is still at work"
             time.sleep(0.05)
@@ -156,7 +157,7 @@ def warn(number: int) -> None:
 
 def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) -> None:
     with terminal.relay():
-        run_tasks("partition", warn, ((number,) for number in range(6)), timeout_s=60)
+        run_tasks("partition", warn, ((number,) for number in range(6)), timeout_s=patient(60))
     shown = terminal.warnings()
     texts = [each.partition(": ")[2] for each in shown]
     assert sorted(texts[:3]) == [
@@ -165,7 +166,7 @@ def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) ->
     assert "partition, task 3: it went on: ValueError('a cause')" in shown
     assert shown[3] == "4 more warning(s) like: checkpoint passed over: [part 0]"
     with terminal.relay():
-        run_on_parts("soft_labels", lambda: warn, [7], 1, use_gpu=False, timeout_s=60)
+        run_on_parts("soft_labels", lambda: warn, [7], 1, use_gpu=False, timeout_s=patient(60))
     assert terminal.warnings()[4:] == ["soft_labels, part 7: checkpoint passed over: [part 1]"], "of this stage"
 
 
@@ -176,7 +177,7 @@ def flood() -> None:
 
 def test_a_flood_is_counted(terminal: Terminal) -> None:
     with terminal.relay():
-        run_tasks("student", flood, [()], timeout_s=60)
+        run_tasks("student", flood, [()], timeout_s=patient(60))
     shown = terminal.warnings()
     assert shown[:20] == [f"student, task 0: step {step} is odd" for step in range(20)]
     assert shown[20:] == ["980 more warning(s) like: step 0 is odd"]
@@ -184,7 +185,7 @@ def test_a_flood_is_counted(terminal: Terminal) -> None:
 
 def test_an_expert_that_starts_anew_is_named(terminal: Terminal) -> None:
     with terminal.relay():
-        store = ActorMemoryStore(Mesh.single(), 60, decay=0.9, self_similarity=0.0, lr=0.01, reseed_after=2)
+        store = ActorMemoryStore(Mesh.single(), patient(60), decay=0.9, self_similarity=0.0, lr=0.01, reseed_after=2)
         store.init([torch.eye(3)], None)
         for version in range(2):
             store.push(version, [MemoryStatistics(torch.ones(3, 3), torch.tensor([0.0, 5.0, 1.0]))])
@@ -206,9 +207,8 @@ def loop(mesh: Mesh, reporter: Reporter) -> None:
 def test_a_training_group(terminal: Terminal) -> None:
     """Its warnings name the rank, and the loss of the mailbox in the middle does it no harm."""
     with terminal.relay() as relay:
-        run_training(
-            "teacher", loop, {}, ClusterConfig(train_workers=2), 2, relay.reporter, str(terminal.folder / "ray")
-        )
+        workers = ClusterConfig(train_workers=2, timeout_s=patient(300))
+        run_training("teacher", loop, {}, workers, 2, relay.reporter, str(terminal.folder / "ray"))
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
     assert "teacher, rank 1: rank 1 alone says so" in terminal.warnings()

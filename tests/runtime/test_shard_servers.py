@@ -14,6 +14,7 @@ from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
+from tests.patience import patient
 from tests.small_graph import small_graph, small_store, with_sparse_features, write_graph
 
 PARTS, SERVERS = 5, 2
@@ -33,13 +34,13 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def servers(cluster: None, url: str) -> Iterator[ShardServers]:
     """Two servers of five parts."""
-    with shard_servers(ClusterConfig(shard_servers=SERVERS), url) as started:
+    with shard_servers(ClusterConfig(shard_servers=SERVERS, timeout_s=patient(300)), url) as started:
         assert started is not None
         yield started
 
 
 def pids(servers: ShardServers) -> list[int]:
-    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in servers.actors], timeout=30)
+    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in servers.actors], timeout=patient(30))
 
 
 def test_rows_and_samples_are_those_of_the_mapped_graph(servers: ShardServers, url: str) -> None:
@@ -58,7 +59,7 @@ def test_rows_and_samples_are_those_of_the_mapped_graph(servers: ShardServers, u
 def test_sparse_rows(cluster: None, tmp_path: Path) -> None:
     graph = with_sparse_features(small_graph())
     url = write_graph(str(tmp_path), graph, np.arange(graph.csc.num_nodes) % 3).url
-    with shard_servers(ClusterConfig(shard_servers=9), url) as servers:  # more than parts
+    with shard_servers(ClusterConfig(shard_servers=9, timeout_s=patient(300)), url) as servers:  # more than parts
         assert servers is not None
         ids = np.random.default_rng(0).integers(0, 240, 500)
         np.testing.assert_array_equal(elsewhere(servers).gather("feat", ids), GraphStore.open(url).gather("feat", ids))
@@ -95,7 +96,7 @@ def test_a_server_that_does_not_answer_is_an_error_that_names_its_parts(servers:
             store.sample(np.array([store.ids(1)[0], store.ids(3)[0]]), (2,), key=0)
     finally:
         os.kill(stopped, signal.SIGCONT)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < patient(60)
 
 
 def test_a_damaged_part_is_named(servers: ShardServers, url: str) -> None:

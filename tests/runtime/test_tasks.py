@@ -10,6 +10,7 @@ import pytest
 
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
+from tests.patience import patient
 
 
 def square(x: int) -> int:
@@ -29,7 +30,7 @@ def sleep(seconds: float) -> None:
 
 
 def test_results_in_order(cluster: None) -> None:
-    assert run_tasks("partition", square, ((x,) for x in range(5)), timeout_s=60) == [0, 1, 4, 9, 16]
+    assert run_tasks("partition", square, ((x,) for x in range(5)), timeout_s=patient(60)) == [0, 1, 4, 9, 16]
 
 
 def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
@@ -41,7 +42,7 @@ def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
             taken.append(x)
             yield (x,)
 
-    done = run_tasks("partition", square, arguments(), 60, lambda done: waiting.append(len(taken) - done))
+    done = run_tasks("partition", square, arguments(), patient(60), lambda done: waiting.append(len(taken) - done))
     assert done == [x * x for x in range(60)]
     assert 0 < max(waiting) < 30
     assert waiting[-1] == 0
@@ -57,9 +58,9 @@ def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
 )
 def test_errors_reach_the_driver_as_themselves(cluster: None, kind: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        run_tasks("partition", fail, [(kind,)], timeout_s=60)
+        run_tasks("partition", fail, [(kind,)], timeout_s=patient(60))
     with pytest.raises(error, match=message):
-        run_on_parts("partition", lambda: lambda part: fail(kind), [0, 1], 2, use_gpu=False, timeout_s=60)
+        run_on_parts("partition", lambda: lambda part: fail(kind), [0, 1], 2, use_gpu=False, timeout_s=patient(60))
 
 
 def test_a_wait_has_a_deadline(cluster: None) -> None:
@@ -81,7 +82,9 @@ def make_worker(folder: Path) -> Callable[[int], tuple[int, int]]:
 
 
 def test_parts_stay_with_their_actor_and_survive_its_loss(cluster: None, tmp_path: Path) -> None:
-    results = run_on_parts("soft_labels", lambda: make_worker(tmp_path), list(range(6)), 2, use_gpu=False, timeout_s=60)
+    results = run_on_parts(
+        "soft_labels", lambda: make_worker(tmp_path), list(range(6)), 2, use_gpu=False, timeout_s=patient(60)
+    )
     assert (tmp_path / "died").exists()
     assert [part for part, _ in results] == list(range(6))
     assert len({pid for part, pid in results if part % 2 == 0}) == 1

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[2]
 SHORT = [
     "partition.num_parts=4", "teacher.epochs=6", "student.epochs=30", "student.pretrain_epochs=4",
-    "cluster.checkpoint_every=1", "source.unseen_share=0.1",
+    "cluster.checkpoint_every=1", f"cluster.timeout_s={patient(300)}", "source.unseen_share=0.1",
     "encodings.positional=fastrp", "encodings.label_propagation=true", "student.inputs=[feat, pos, prop]",
 ]  # fmt: skip
 
@@ -22,7 +24,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "rbm_dist", *arguments]
 
 
-def rbm_dist(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def rbm_dist(*arguments: str, timeout: float = patient(240)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -22,6 +22,7 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve.artifact import empty_student
 from rbm_dist.stages import experiment as experiment_
 from rbm_dist.stages import local
+from tests.patience import patient
 from tests.stages.conftest import ROOT, command, rbm_dist
 
 DIGITS = "digits/transductive"
@@ -61,7 +62,7 @@ def written_at(experiment: Path) -> dict[str, int]:
 def kill_after_one_run(experiment: Path) -> None:
     arguments = command("experiment", str(experiment), "--jobs", "1")
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patient(120)
     while not done_runs(experiment):
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         assert time.monotonic() < deadline
@@ -74,7 +75,7 @@ def kill_after_one_run(experiment: Path) -> None:
             each.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(below, timeout=30)
+    psutil.wait_procs(below, timeout=patient(30))
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_after_a_kill_an_error_and_a_change(
     experiment: Path, tmp_path: Path, one_thread: None
 ) -> None:

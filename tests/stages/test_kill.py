@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.patience import patient
 from tests.stages.conftest import ROOT, SHORT, command, rbm_dist
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -33,7 +34,7 @@ def start(run: Path) -> subprocess.Popen[bytes]:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """Wait for a moment in a run."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + patient(180)
     while not condition():
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         assert time.monotonic() < deadline, "the moment never came"
@@ -49,7 +50,7 @@ def kill_when(condition: Callable[[], bool], run: Path) -> None:
     process.kill()
     process.communicate()
     # Ray's agents, which do no work, take up to two minutes to notice.
-    _, alive = psutil.wait_procs([each for each in below if "Agent" not in name_of(each)], timeout=30)
+    _, alive = psutil.wait_procs([each for each in below if "Agent" not in name_of(each)], timeout=patient(30))
     assert not alive
 
 
@@ -70,15 +71,25 @@ def newest(folder: Path) -> int:
     return max((int(path.parent.name[5:]) for path in folder.glob("step-*/checkpoint.json")), default=0)
 
 
-@pytest.mark.timeout(600)
-def test_killed_in_every_stage_the_result_is_the_same(finished_run: Path, tmp_path: Path) -> None:
+EVERY_STAGE = ("partition", "teacher", "soft_labels", "student")
+
+
+@pytest.mark.timeout(patient(600))
+@pytest.mark.parametrize("stages", [("teacher", "student"), pytest.param(EVERY_STAGE, marks=pytest.mark.slow)])
+def test_killed_in_some_stages_the_result_is_the_same(
+    finished_run: Path, tmp_path: Path, stages: tuple[str, ...]
+) -> None:
     """Then, in the last attempt, a training worker is killed too: it is replaced within the run."""
     run = tmp_path / "run"
-    kill_when((run / "graph" / "part-00000" / "indptr.npy").exists, run)
-    kill_when(lambda: newest(run / "teacher" / "checkpoints") >= 3, run)
-    kill_when((run / "graph" / "part-00000" / "soft.npy").exists, run)
     routed = run / "student" / "rbm" / "checkpoints"
-    kill_when(lambda: newest(routed) >= 2, run)
+    moments: dict[str, Callable[[], bool]] = {
+        "partition": (run / "graph" / "part-00000" / "indptr.npy").exists,
+        "teacher": lambda: newest(run / "teacher" / "checkpoints") >= 3,
+        "soft_labels": (run / "graph" / "part-00000" / "soft.npy").exists,
+        "student": lambda: newest(routed) >= 2,
+    }
+    for stage in stages:
+        kill_when(moments[stage], run)
     process, before = start(run), newest(routed)
     assert before < ROUTED - 4
     wait_for(lambda: newest(routed) > before + 1, process)
@@ -86,7 +97,7 @@ def test_killed_in_every_stage_the_result_is_the_same(finished_run: Path, tmp_pa
     workers = [each for each in below if "RayTrainWorker" in " ".join(each.cmdline())]
     assert len(workers) == 2
     workers[1].kill()
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=patient(200))
     assert process.returncode == 0, stderr.decode()
     assert figures(run) == figures(finished_run)
     assert not list(run.rglob("*.tmp-*"))
@@ -97,6 +108,7 @@ def test_killed_in_every_stage_the_result_is_the_same(finished_run: Path, tmp_pa
         assert found == expected, "each epoch stands there once, to the last digit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [4])  # one, two and three: test_student_exact.py
 def test_the_student_goes_on_with_another_number_of_workers(finished_run: Path, tmp_path: Path, workers: int) -> None:
     """From checkpoints that two workers wrote, with the experts sharded over them."""
@@ -124,9 +136,9 @@ def test_an_interrupt_ends_the_run_and_its_cluster(finished_run: Path, tmp_path:
     wait_for(lambda: newest(run / "student" / "mlp" / "checkpoints") >= 1, process)
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=patient(60))
     assert process.returncode == 130
     assert b"Traceback" not in stderr
     assert b"run the same command again to go on" in stderr
-    _, alive = psutil.wait_procs([each for each in below if "Agent" not in name_of(each)], timeout=30)
+    _, alive = psutil.wait_procs([each for each in below if "Agent" not in name_of(each)], timeout=patient(30))
     assert not alive

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rbm_dist.cli import main
+from tests.patience import patient
 from tests.stages.conftest import ROOT, SHORT, rbm_dist
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -132,7 +133,7 @@ def test_nothing_temporary_or_pickled_is_left(finished_run: Path) -> None:
 def test_again_recomputes_nothing_and_prints_the_same_table(copied_run: Path, finished_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*.npy")}
     results = (copied_run / "results.json").read_text()
-    again = rbm_dist("run", QUICKSTART, f"run_dir={copied_run}", *SHORT, timeout=60)
+    again = rbm_dist("run", QUICKSTART, f"run_dir={copied_run}", *SHORT, timeout=patient(60))
     assert again.returncode == 0, again.stderr
     assert (copied_run / "results.json").read_text() == results
     assert before == {path: path.stat().st_mtime_ns for path in copied_run.rglob("*.npy")}

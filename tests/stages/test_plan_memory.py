@@ -123,10 +123,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 @pytest.mark.parametrize(
     "source",
     [
-        {"num_nodes": 500_000, "degree": 48.0, "num_communities": 200, "num_features": 32},
-        {"num_nodes": 900_000, "degree": 10.0, "num_communities": 360, "num_features": 8},
+        pytest.param(
+            {"num_nodes": 500_000, "degree": 48.0, "num_communities": 200, "num_features": 32},
+            marks=pytest.mark.slow,
+            id="dense",
+        ),
+        pytest.param({"num_nodes": 900_000, "degree": 10.0, "num_communities": 360, "num_features": 8}, id="large"),
     ],
-    ids=["dense", "large"],
 )
 def test_source_and_partition(source: dict[str, Any], tmp_path: Path, tiny: Path) -> None:
     config, measured = configured(tmp_path, source), {}
@@ -180,6 +183,7 @@ def test_soft_labels(wide: tuple[dict[str, Any], str], tiny: Path, settings: dic
     check("soft labels", plan_memory.inference_actor(config, source_facts(config.source, 0)), measured)
 
 
+@pytest.mark.slow
 def test_evaluate(wide: tuple[dict[str, Any], str], tiny: Path) -> None:
     source, url = wide
     warm, config = (configured(each, source, student={"models": ["rbm"]}) for each in (tiny / "evaluate", Path(url)))
@@ -213,7 +217,10 @@ def test_student(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[st
     check("student", plan_memory.student_worker(config, source_facts(config.source, 0)), measured)
 
 
-@pytest.mark.parametrize(("num_nodes", "degree", "num_parts"), [(300_000, 30.0, 8), (500_000, 12.0, 64)])
+@pytest.mark.parametrize(
+    ("num_nodes", "degree", "num_parts"),
+    [(300_000, 30.0, 8), pytest.param(500_000, 12.0, 64, marks=pytest.mark.slow)],
+)
 def test_kaminpar(num_nodes: int, degree: float, num_parts: int, tmp_path: Path) -> None:
     """Its own process, which here is the one that is watched."""
     source = {"num_nodes": num_nodes, "degree": degree, "num_communities": num_nodes // 2500, "num_features": 1}

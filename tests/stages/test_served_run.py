@@ -9,6 +9,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from rbm_dist.graph.store import GraphStore
+from tests.patience import patient
 from tests.stages.conftest import SHORT, rbm_dist
 
 
@@ -23,8 +24,9 @@ def two_hosts() -> Iterator[str]:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_it_gives_what_a_run_gives_that_maps_everything(two_hosts: str, finished_run: Path, tmp_path: Path) -> None:
-    served = ["cluster.shard_servers=2", "cluster.cache_mb=1", "cluster.timeout_s=120"]
+    served = ["cluster.shard_servers=2", "cluster.cache_mb=1", f"cluster.timeout_s={patient(120)}"]
     run = [
         "encodings",
         "configs/quickstart.yaml",

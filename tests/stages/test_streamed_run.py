@@ -13,6 +13,7 @@ import yaml
 
 from rbm_dist import storage
 from rbm_dist.graph.store import GraphStore
+from tests.patience import patient
 from tests.stages.conftest import ROOT, command, rbm_dist
 from tests.stages.test_kill import wait_for
 
@@ -44,6 +45,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[st
             "undirected": False, "normalize": "none",
         },
         "partition": {"num_parts": 3, "features": "int8"},
+        "cluster": {"timeout_s": patient(300)},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder / "run.yaml", links
@@ -58,6 +60,7 @@ def kill_when(condition: Callable[[], bool], config: Path) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_graph(
     tables: tuple[Path, set[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

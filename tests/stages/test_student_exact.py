@@ -83,31 +83,45 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_curves_of_all_layouts_agree(tmp_path: Path) -> None:
-    graph = str(tmp_path)
-    small_store(graph)
-    references = run_ranks(train_each, 1, 1, graph, f"{tmp_path}/1x1", STUDENTS)[0]
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[Any]]]:
+    """The folder of a graph and of what one process makes of it; the curves of that."""
+    folder = str(tmp_path_factory.mktemp("exact"))
+    small_store(folder)
+    references = run_ranks(train_each, 1, 1, folder, f"{folder}/1x1", STUDENTS)[0]
     for name, reference in references.items():
         losses = [row[2]["loss"] for row in reference if row[2]]
         assert len(losses) * 6 >= 50, "steps"
         assert losses[-1] < losses[4], f"{name}: the routed network learns"
     assert len({row[2]["krd_power"] for row in references["krd, batch norm"] if row[2]}) > 5, "q is fitted"
-    # Ranks, and ranks per set of experts. Five ranks for four parts and five experts: one rank has no rows.
-    for world, expert_parallel in [(2, 1), (2, 2), (4, 2), (3, 3), (4, 1), (5, 5)]:
-        url = f"{tmp_path}/{world}x{expert_parallel}"
-        students = STUDENTS if (world, expert_parallel) == (4, 2) else dict(list(STUDENTS.items())[:4])
-        found = run_ranks(train_each, world, expert_parallel, graph, url, students)[0]
-        for name in students:
-            reference = references[name]
-            where = f"{name}, {world} ranks, {expert_parallel} per set of experts"
-            assert [row[:2] for row in found[name]] == [row[:2] for row in reference]
-            for row, expected in zip(found[name], reference, strict=True):
-                assert row[2] == pytest.approx(expected[2], rel=1e-9, abs=1e-12), f"{where}, epoch {row[1]}"
-            kind = STUDENTS[name].get("models", ["rbm"])[0]
-            weights = final_weights(f"{tmp_path}/1x1/{name}", kind)
-            for key, tensor in final_weights(f"{url}/{name}", kind).items():
-                assert tensor.dtype == torch.float64
-                np.testing.assert_allclose(tensor, weights[key], rtol=1e-8, atol=1e-11, err_msg=f"{where}: {key}")
+    return folder, references
+
+
+SLOW_LAYOUTS = [(2, 1), (4, 2), (3, 3), (4, 1), (5, 5)]
+
+
+# Ranks, and ranks per set of experts. Five ranks for four parts and five experts: one rank has no rows.
+@pytest.mark.parametrize(
+    ("world", "expert_parallel"), [(2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_LAYOUTS)]
+)
+def test_curves_of_all_layouts_agree(
+    references: tuple[str, dict[str, list[Any]]], world: int, expert_parallel: int
+) -> None:
+    folder, curves = references
+    url = f"{folder}/{world}x{expert_parallel}"
+    students = STUDENTS if (world, expert_parallel) in [(2, 2), (4, 2)] else dict(list(STUDENTS.items())[:4])
+    found = run_ranks(train_each, world, expert_parallel, folder, url, students)[0]
+    for name in students:
+        reference = curves[name]
+        where = f"{name}, {world} ranks, {expert_parallel} per set of experts"
+        assert [row[:2] for row in found[name]] == [row[:2] for row in reference]
+        for row, expected in zip(found[name], reference, strict=True):
+            assert row[2] == pytest.approx(expected[2], rel=1e-9, abs=1e-12), f"{where}, epoch {row[1]}"
+        kind = STUDENTS[name].get("models", ["rbm"])[0]
+        weights = final_weights(f"{folder}/1x1/{name}", kind)
+        for key, tensor in final_weights(f"{url}/{name}", kind).items():
+            assert tensor.dtype == torch.float64
+            np.testing.assert_allclose(tensor, weights[key], rtol=1e-8, atol=1e-11, err_msg=f"{where}: {key}")
 
 
 def test_a_run_cut_off_goes_on_along_the_same_curve_on_other_layouts(tmp_path: Path) -> None:
