@@ -71,11 +71,12 @@ def test_a_killed_run_goes_on_to_the_same_graph(
     kill_when(lambda: len(list((run / "source" / "work").glob("*/run-*.json"))) >= 2, config)
     kill_when((run / "graph" / "spill").exists, config)
     # As of a worker that is killed while it writes.
-    (run / "graph" / "spill" / f"part.npy{storage.TEMPORARY}0").touch()
+    (run / "graph" / "spill" / f"part.npy{storage.TEMPORARY}0123abcd").touch()
     done = rbm_dist("partition", str(config))
     assert done.returncode == 0, done.stdout + done.stderr
     manifests = [storage.read_json(f"{run}/{folder}/manifest.json")["files"] for folder in ("source", "graph")]
-    every = {"config.json", ".lock"} | {f"{folder}/{name}.json" for folder in ("source", "graph") for name in KEPT}
+    every = {f"{folder}/{name}.json" for folder in ("source", "graph") for name in KEPT}
+    every |= {"config.json", ".lock", "source/inputs.json"}
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert found == every.union(*manifests), "nothing is left of what was cut off"
     assert list(tmp_path.iterdir()) == []
