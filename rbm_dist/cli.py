@@ -66,7 +66,31 @@ def _stage_command(stage: str, name: str, text: str) -> None:
         _run_until(stage, config, overrides, address, overwrite)
 
 
-_stage_command("source", "source", "Read and check the input graph.")
+@app.command()
+def source(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Write nothing: a look at headers and first rows."),
+    ] = False,
+) -> None:
+    """Read and check the input graph, and say how it was understood."""
+    if not dry_run:
+        return _run_until("source", config, overrides, address, overwrite)
+    loaded = load(config, overrides)
+    from rbm_dist.report.source_table import source_table
+    from rbm_dist.sources.dry_run import dry_run as look
+
+    console = Console()
+    console.print(f"[bold]rbm-dist[/] {config}: a look at the input; nothing is written", highlight=False)
+    summary, note = look(loaded.source, loaded.seed)
+    console.print(source_table(summary), highlight=False)
+    console.print(f"    {note}", highlight=False)
+
+
 _stage_command("partition", "partition", "Cut the graph into parts and write the shards.")
 _stage_command("teacher", "teacher", "Train the GNN teacher.")
 _stage_command("soft_labels", "soft-labels", "Write the teacher's class distribution for every node.")

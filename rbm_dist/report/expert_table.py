@@ -10,6 +10,7 @@ from rich.text import Text
 # More classes than this do not fit into 80 columns as one character each.
 _CLASSES = 16
 _NEAREST = 3
+_NAME = 10  # characters of a class that are shown
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -42,7 +43,7 @@ def _table(index: int, layer: dict[str, Any], figures: dict[str, Any]) -> Table:
             str(expert["expert"]),
             "dead" if expert["dead"] else f"{expert['pair_share']:.1%}",
             f"{expert['first_choice_share']:.1%}",
-            "–" if expert["class"] is None else str(expert["class"]),
+            _class(expert),
             "–" if expert["purity"] is None else f"{expert['purity']:.0%}",
             *shares,
             "–" if expert["mean_cosine"] is None else f"{expert['mean_cosine']:.2f}",
@@ -51,6 +52,13 @@ def _table(index: int, layer: dict[str, Any], figures: dict[str, Any]) -> Table:
             style="red" if expert["dead"] else None,
         )
     return table
+
+
+def _class(expert: dict[str, Any]) -> str:
+    if expert["class"] is None:
+        return "–"
+    name = expert["class_name"] or str(expert["class"])
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
 def _summary(layer: dict[str, Any]) -> Text:

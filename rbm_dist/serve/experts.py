@@ -16,13 +16,15 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from rbm_dist.graph.random_bits import generator
+from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import RoutedLayer, Student, Trace
 from rbm_dist.moe.routing import Routing
 from rbm_dist.moe.sparse_rows import dense, matmul, to_rows, unit
+from rbm_dist.sources import node_ids
 from rbm_dist.report.expert_pictures import InputMap
 
-ARRAYS = ("label", "orig_id", "indptr")
+ARRAYS = ("label", "orig_id", ORIG_NAME, "indptr")
 """The arrays of a graph that the figures need besides a student's inputs."""
 _SAMPLE = 0x3A9  # word of the random keys
 _ROWS = 4_096
@@ -50,6 +52,7 @@ def expert_figures(student: Student, store: GraphStore, names: tuple[str, ...]) 
     return {
         "num_nodes": store.num_nodes,
         "labelled_nodes": int(class_C.sum()),
+        "class_names": store.class_names,
         "class_share": _shares(class_C),
         "degree_buckets": [
             {"from": first, "to": last, "share": share}
@@ -132,15 +135,15 @@ class _Sums:
         class_share = _shares(self.mass_EC[expert, :-1])
         degree_share = _shares(self.mass_EQ[expert])
         ids = self.near_id_nE[:, expert].numpy()
-        nearest = zip(
-            store.gather("orig_id", ids), store.gather("label", ids), self.near_cosine_nE[:, expert], strict=True
-        )
+        nearest = zip(_shown_ids(store, ids), store.gather("label", ids), self.near_cosine_nE[:, expert], strict=True)
+        cls = None if class_share is None else int(np.argmax(class_share))
         return {
             "expert": expert,
             "dead": pairs == 0,
             "pair_share": pairs / int(self.pairs_E.sum()),
             "first_choice_share": int(self.first_EC[expert].sum()) / self.rows,
-            "class": None if class_share is None else int(np.argmax(class_share)),
+            "class": cls,
+            "class_name": None if cls is None or store.class_names is None else store.class_names[cls],
             "purity": None if class_share is None else max(class_share),
             "class_share": class_share,
             "degree_share": degree_share,
@@ -148,10 +151,18 @@ class _Sums:
             and [part / whole for part, whole in zip(degree_share, bucket_share, strict=True)],
             "mean_cosine": float(self.cosine_E[expert]) / pairs if pairs else None,
             "nearest": [
-                {"node_id": int(node), "class": int(label) if label >= 0 else None, "cosine": float(cosine)}
+                {"node_id": node, "class": int(label) if label >= 0 else None, "cosine": float(cosine)}
                 for node, label, cosine in nearest
             ],
         }
+
+
+def _shown_ids(store: GraphStore, ids: np.ndarray) -> list[int | str]:
+    """The caller's ids of some nodes, as JSON has them: bytes in hexadecimal digits."""
+    kept = store.gather(ORIG_NAME if store.named else "orig_id", ids)
+    found = node_ids.to_arrow(kept, store.id_type).to_pylist()
+    found = [each.hex() if isinstance(each, bytes) else each for each in found]
+    return [each if isinstance(each, int | str) else str(each) for each in found]
 
 
 def _chunks(store: GraphStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:

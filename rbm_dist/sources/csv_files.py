@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from rbm_dist import storage
@@ -41,7 +42,9 @@ def batches(piece: Piece, types: Columns) -> Iterator[pa.RecordBatch]:
     dialect = piece.dialect
     assert dialect is not None
     fs, path = storage.filesystem(piece.file)
-    names = list(types)
+    # A comment of as many words as there are columns looks like a row.
+    commented = dialect.comments and all(map(pa.types.is_string, types.values()))
+    names = list(dict.fromkeys([*types, *dialect.names[:1]])) if commented else list(types)
     read = pa.csv.ReadOptions(
         use_threads=False,  # a task has one core, and every further thread would hold further blocks
         block_size=max(_BLOCK, min(_WIDE_ROWS * dialect.row_bytes, _WIDE_BLOCK)),
@@ -51,11 +54,16 @@ def batches(piece: Piece, types: Columns) -> Iterator[pa.RecordBatch]:
     parse = pa.csv.ParseOptions(
         delimiter=dialect.delimiter, newlines_in_values=True, invalid_row_handler=_comment_or_error
     )
+    read_as = {name: types.get(name, pa.string()) for name in names}
     convert = pa.csv.ConvertOptions(
-        column_types=types, include_columns=names, null_values=[], strings_can_be_null=False
+        column_types=read_as, include_columns=names, null_values=[], strings_can_be_null=False
     )
     with fs.open(path, "rb", compression="infer") as stream:
-        yield from pa.csv.open_csv(stream, read, parse, convert)
+        for batch in pa.csv.open_csv(stream, read, parse, convert):
+            if commented:
+                first = pc.utf8_ltrim_whitespace(batch.column(dialect.names[0]))
+                batch = batch.filter(pc.invert(pc.match_substring_regex(first, "^[#%]"))).select(list(types))
+            yield batch
 
 
 def _comment_or_error(row: pa.csv.InvalidRow) -> str:
@@ -85,7 +93,7 @@ def _dialect(file: str, config: TablesConfig, wanted: Sequence[str], is_edges: b
         said = _record(comment.lstrip("#% "), delimiter)
         named = config.header is None and set(wanted) <= set(said) and len(said) == len(first)
         header, names = False, said if named else list(map(str, range(len(first))))
-    return Dialect(delimiter, skip, tuple(names), header, config.encoding, row_bytes=len(rest.partition("\n")[0]))
+    return Dialect(delimiter, skip, tuple(names), header, config.encoding, len(rest.partition("\n")[0]), bool(comment))
 
 
 def _is_comment(line: str, wanted: Sequence[str], config: TablesConfig) -> bool:

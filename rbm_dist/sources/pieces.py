@@ -33,6 +33,7 @@ class Dialect:
     header: bool  # whether a line of the file says these names
     encoding: str = "utf8"
     row_bytes: int = 0  # of a row, about
+    comments: bool = False  # whether it begins with lines that are comments, and so may have more
 
 
 @dataclass(frozen=True)

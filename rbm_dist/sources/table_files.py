@@ -248,6 +248,29 @@ def _parquet_batches(piece: Piece, names: list[str], rows: int) -> Iterator[pa.R
             yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
 
 
+def ranges(files: list[str], names: Sequence[str]) -> dict[str, tuple[float, float, int]]:
+    """Lowest and highest value and missing ones of columns of numbers, as far as all footers of Parquet say them."""
+    wanted, found, silent = set(names), dict[str, tuple[float, float, int]](), set[str]()
+    for metadata in in_threads(_metadata, files):
+        for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+            for chunk in (group.column(index) for index in range(group.num_columns)):
+                name, said = chunk.path_in_schema, chunk.statistics
+                if name not in wanted:
+                    continue
+                if said is None or not said.has_min_max or not isinstance(said.min, int | float):
+                    silent.add(name)
+                    continue
+                low, high, missing = found.get(name, (np.inf, -np.inf, 0))
+                found[name] = (min(low, said.min), max(high, said.max), missing + (said.null_count or 0))
+    return {name: said for name, said in found.items() if name not in silent}
+
+
+def _metadata(file: str) -> pq.FileMetaData:
+    fs, path = storage.filesystem(file)
+    with reading(file), fs.open(path, "rb") as stream:
+        return pq.read_metadata(stream)
+
+
 def _scan_parquet(file: str) -> TableFile:
     fs, path = storage.filesystem(file)
     with reading(file), fs.open(path, "rb") as stream:

@@ -10,6 +10,7 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph.shards import ROW_NUMBERS, IdType
 from rbm_dist.graph.splits import MASKS
 from rbm_dist.sources import node_columns, node_ids, npy_files, table_files
+from rbm_dist.sources.node_columns import Feature
 from rbm_dist.sources.pieces import Columns, Piece, TableFile
 from rbm_dist.sources.table_files import is_list, is_number, is_string, plain, unified
 
@@ -55,6 +56,9 @@ def nodes(config: TablesConfig, files: Sequence[str]) -> tuple[NodeColumns, list
         tables = table_files.scan(list(files), config, wanted)
     types = _one_schema(tables, config, _used_by_name(config), kind == "CSV")
     by_path = {name for table in tables for piece in table.pieces for name in piece.constants}
+    of_ids = {str(table.columns.get(config.id)): table.columns.get(config.id) for table in tables if config.id}
+    if len(of_ids) == 1 and config.id in types:  # UUIDs come back as such
+        types[config.id] = tables[0].columns[config.id]
     found = _roles(config, types, tables[0].url, kind, by_path)
     return found, [piece for table in tables for piece in table.pieces]
 
@@ -109,6 +113,11 @@ def widths(columns: NodeColumns, pieces: list[Piece]) -> dict[str, int]:
         )
         found[name] = next(filter(None, map(node_columns.width, lists)), 0)
     return found
+
+
+def read_as(feature: Feature, columns: NodeColumns) -> pa.DataType:
+    """The type that a column of features is read in: text that is plain numbers as numbers."""
+    return pa.float64() if feature.how == "number" and columns.text else columns.types[feature.name]
 
 
 def _comparable(found: IdType, ids: IdType | None) -> bool:

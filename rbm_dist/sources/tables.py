@@ -20,14 +20,13 @@ from rbm_dist.config.source import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.shards import IdType
 from rbm_dist.graph.splits import NO_SPLIT, count_classes
-from rbm_dist.sources import node_columns, node_ids, pieces, table_files, table_schema
+from rbm_dist.sources import node_columns, node_ids, pieces, table_files, table_notes, table_schema
 from rbm_dist.sources.node_columns import Feature
 from rbm_dist.sources.node_ids import NodeIds
 from rbm_dist.sources.node_scan import NodeScan, Scanned, words
 from rbm_dist.sources.pieces import Columns, Piece
 from rbm_dist.sources.streamed import About, Edges, Nodes, StreamedSource, fingerprint
 from rbm_dist.sources.table_files import Listing
-from rbm_dist.sources.table_schema import NodeColumns
 
 _EDGES = 1 << 18  # edges in a chunk
 _VALUES = 1 << 21  # features in a chunk
@@ -83,10 +82,8 @@ class _Tables:
         return IdType(**self.facts["id_type"])
 
     def about(self) -> About:
-        facts = self.facts
         names = [(name, each.type) for each in self.features for name in each.names]
-        left_out = [(what, why) for what, why in facts["left_out"]]
-        return About(facts["classes"], self.id_type, names, facts["notes"], left_out, facts["warnings"])
+        return About(**self.facts["about"] | {"id_type": self.id_type, "features": names})
 
     def nodes(self) -> Nodes:
         split = self._array("split") if "split" in self.facts["files"] else None
@@ -221,21 +218,24 @@ def _derive(config: TablesConfig, node_files: Listing, edge_files: Listing, fold
     groups = pieces.grouped(parts)
     features, left_out = scan.features(table_schema.widths(columns, parts))
     left_out += table_schema.left_out_of_edges(edge_types, (src, dst))
+    about = {
+        "class_names": scanned.classes.names,
+        "notes": table_notes.notes(columns, scanned, (src, dst), node_files, edge_files, edge_pieces, len(added)),
+        "left_out": left_out + table_notes.passed_over(node_files) + table_notes.passed_over(edge_files),
+        "warnings": table_notes.warnings(scanned),
+    }
     if not node_columns.widths(features):
         raise InputError(f"{config.nodes}: nodes have no features; a graph-free student needs some")
     return {
         "num_nodes": num_rows + len(added), "num_added": len(added), "num_classes": num_classes,
-        "classes": scanned.classes.names, "id_type": asdict(scanned.id_type),
+        "id_type": asdict(scanned.id_type), "about": about,
         "salt": None if index is None else index.salt,
         "pieces": [asdict(piece) for piece in parts],
         "groups": groups, "edge_groups": pieces.grouped(edge_pieces),
         "feat_offsets": [0, *(offsets[stop] for _, stop in groups), *[num_rows + len(added)] * bool(len(added))],
         "edge_pieces": [asdict(piece) for piece in edge_pieces], "edge_types": _packed(end_types),
         "features": [asdict(each) for each in features],
-        "feature_types": _packed({each.name: _read_as(each, columns) for each in features}),
-        "left_out": left_out + _passed_over(node_files) + _passed_over(edge_files),
-        "notes": _notes(columns, scanned, (src, dst), node_files, edge_files, edge_pieces, len(added)),
-        "warnings": _warnings(scanned),
+        "feature_types": _packed({each.name: table_schema.read_as(each, columns) for each in features}),
         "files": {
             name: storage.write_array(storage.join(folder, f"{name}.npy"), array) for name, array in arrays.items()
         },
@@ -293,55 +293,6 @@ def _batches(piece: Piece, types: Columns, rows: int) -> Iterator[tuple[pa.Recor
     for batch in table_files.batches(piece, types, rows):
         yield batch, start
         start += batch.num_rows
-
-
-def _notes(
-    columns: NodeColumns,
-    scanned: Scanned,
-    edge_columns: tuple[str, str],
-    node_files: Listing,
-    edge_files: Listing,
-    edge_pieces: list[Piece],
-    num_added: int,
-) -> dict[str, str]:
-    """How the tables were understood, a line by part."""
-    ids = "row numbers"
-    if columns.id and scanned.id is not None:
-        example = node_ids.to_arrow(scanned.id[:1], scanned.id_type)[0].as_py()
-        shown = example.hex() if isinstance(example, bytes) else repr(example)
-        ids = f"column {columns.id}, {scanned.id_type}, such as {shown}"
-    none = ", ".join(f"{word} ({count:,})" for word, count in scanned.classes.none.items())
-    dialect = edge_pieces[0].dialect if edge_pieces else None
-    return {
-        "nodes": _files(node_files) + (f"; {num_added:,} more that only edges name" if num_added else ""),
-        "ids": ids,
-        "label": f"column {columns.label}" + (f"; read as no label: {none}" if none else ""),
-        "split": f"column {columns.split}" if columns.split else ", ".join(columns.masks),
-        "edges": f"columns {' and '.join(edge_columns)} of {_files(edge_files)}"
-        + ("; no header" if dialect and not dialect.header else ""),
-    }  # fmt: skip
-
-
-def _files(found: Listing) -> str:
-    count, kind = len(found.files), table_files.format_of(found.files[0][0])
-    empty = f", and {found.empty:,} empty" if found.empty else ""
-    return f"{count:,} {kind} file{'s' * (count > 1)}{empty}"
-
-
-def _passed_over(found: Listing) -> list[tuple[str, str]]:
-    return [(file, "the file is no table") for file in found.others]
-
-
-def _warnings(scanned: Scanned) -> list[str]:
-    return [
-        f"label '{name}' ({count:,} nodes) is a class; if it stands for no label, add it to source.unlabelled"
-        for name, count in scanned.classes.doubtful.items()
-    ]
-
-
-def _read_as(feature: Feature, columns: NodeColumns) -> pa.DataType:
-    """The type that a column of features is read in: text that is plain numbers as numbers."""
-    return pa.float64() if feature.how == "number" and columns.text else columns.types[feature.name]
 
 
 def _packed(types: Columns) -> str:

@@ -40,7 +40,8 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     store = GraphStore.open(storage.join(url, "graph"), config.teacher.sampler)
     students = {kind: load_student(storage.join(url, "student", kind)) for kind in config.student.models}
-    figures: dict[str, Any] = {"baselines": baseline_accuracy(store, config.seed), "teacher": teacher_accuracy(store)}
+    figures: dict[str, Any] = {"class_names": store.class_names, "baselines": baseline_accuracy(store, config.seed)}
+    figures["teacher"] = teacher_accuracy(store)
     figures["students"] = {kind: student_accuracy(student, store) for kind, student in students.items()}
     if "rbm" in students:
         per_layer = expert_load(students["rbm"], store)

@@ -1,6 +1,5 @@
 """The stages in order, and the loop that runs, skips or goes on with them."""
 
-import re
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import disk_full
 from rbm_dist.graph import encodings
-from rbm_dist.graph.shards import FEAT_SCALE, ORIG_NAME, PER_ROW, SPARSE_FEAT
+from rbm_dist.graph.shards import ORIG_NAME, PER_ROW, SPARSE_FEAT
 from rbm_dist.graph.shuffle import SPILL
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
@@ -33,11 +32,12 @@ _PER_ROW = "|".join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))
 STAGES = [
     Stage(
         "source", "source", ("source",), run_source,
-        makes=rf"(indptr|indices|feat-\d+|{_PER_ROW})\.npy|(source|inputs)\.json|work",
+        makes=rf"(indptr|indices|feat-\d+|feat_(scaling|indicators|moments)|{_PER_ROW})\.npy|(source|inputs)\.json|work",
     ),
     Stage(
         "partition", "graph", ("partition",), run_partition,
-        makes=rf"graph\.json|{re.escape(FEAT_SCALE)}|part-\d+|{SPILL}|({soft_labels.ARRAYS}|{encodings_.ARRAYS})\.json",
+        makes=rf"graph\.json|feat_(scale|scaling|indicators)\.npy|part-\d+|{SPILL}|"
+        rf"({soft_labels.ARRAYS}|{encodings_.ARRAYS})\.json",
     ),
     Stage("teacher", "teacher", ("teacher",), run_teacher, makes=r"model\.safetensors|checkpoints|ray_train"),
     Stage("soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels),

@@ -1,0 +1,493 @@
+"""Tables as people have them: read as they were meant, or refused with what to change; nothing changed in silence."""
+
+import decimal
+import gzip
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rbm_dist.config.source import TablesConfig
+from rbm_dist.errors import InputError
+from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.sources import csv_files, node_ids
+from rbm_dist.sources.streamed import StreamedSource
+from rbm_dist.sources.table_look import summary_of_look
+from rbm_dist.sources.tables import open_tables
+from tests.sources.pieces import read_edges, read_features
+from tests.sources.table_input import put, save
+
+NODES = {"id": [7, 8, 9, 10], "label": [0, 1, 0, 1], "x": [0.5, 1.5, 2.5, 3.5]}
+EDGES = {"src": [7, 8], "dst": [8, 10]}
+
+
+def put_text(path: Path | str, text: str, encoding: str = "utf-8") -> None:
+    put(str(path), text.encode(encoding))
+
+
+def opened(folder: Path, nodes: str = "nodes.parquet", edges: str = "edges.parquet", **config: Any) -> StreamedSource:
+    if not any(folder.glob("edges*")):
+        save(f"{folder}/edges.parquet", EDGES)
+    return open_tables(TablesConfig(nodes=f"{folder}/{nodes}", edges=f"{folder}/{edges}", **config), f"{folder}/s")
+
+
+def pairs(source: StreamedSource) -> list[tuple[Any, Any]]:
+    """Edges as pairs of the ids that the caller has."""
+    ids = node_ids.to_arrow(source.nodes().orig_id, source.about.id_type).to_pylist()
+    return [(ids[src], ids[dst]) for src, dst in read_edges(source).T.tolist()]
+
+
+def left_out(source: StreamedSource) -> dict[str, str]:
+    return dict(source.about.left_out)
+
+
+# ------------------------------------------------------------------------------------------------------- splits
+MASKS = {
+    "booleans": ([True, False, False, False], [False, True, False, False], [False, False, True, False]),
+    "numbers": ([1, 0, 0, 0], [0.0, 1.0, 0.0, 0.0], [0, None, 1, None]),
+    "text": (["True", "False", "", "False"], ["FALSE", "TRUE", "false", "f"[:0]], ["0", "0", "1", "0"]),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_masks_are_the_split_and_no_features(tmp_path: Path, kind: str, suffix: str) -> None:
+    masks = dict(zip(("train_mask", "val_mask", "test_mask"), MASKS[kind], strict=True))
+    save(f"{tmp_path}/nodes.{suffix}", NODES | masks)
+    source = opened(tmp_path, f"nodes.{suffix}")
+    assert source.nodes().split.tolist() == [TRAIN, VAL, TEST, NO_SPLIT]
+    assert source.num_features == 1
+    assert source.about.notes["split"] == "train_mask, val_mask, test_mask"
+
+
+def test_masks_that_contradict_or_are_not_whole_are_refused(tmp_path: Path) -> None:
+    ones = [True] * 4
+    save(f"{tmp_path}/nodes.parquet", NODES | {"train_mask": ones, "val_mask": ones, "test_mask": ones})
+    with pytest.raises(InputError, match=r"nodes.parquet: row 0, column val_mask: the node is in two splits"):
+        opened(tmp_path)
+    save(f"{tmp_path}/nodes.parquet", NODES | {"train_mask": ones, "test_mask": ones})
+    with pytest.raises(InputError, match="no column val_mask beside train_mask and test_mask"):
+        opened(tmp_path)
+    save(f"{tmp_path}/nodes.parquet", NODES | {"train_mask": [2] * 4, "val_mask": ones, "test_mask": ones})
+    with pytest.raises(InputError, match="row 0, column train_mask: true or false"):
+        opened(tmp_path)
+
+
+def test_a_split_beside_masks_is_the_split(tmp_path: Path) -> None:
+    masks = {f"{name}_mask": [False] * 4 for name in ("train", "val", "test")}
+    save(f"{tmp_path}/nodes.parquet", NODES | masks | {"split": ["train", "val", "test", None]})
+    source = opened(tmp_path)
+    assert source.nodes().split.tolist() == [TRAIN, VAL, TEST, NO_SPLIT]
+    assert source.num_features == 1
+    assert set(left_out(source)) == set(masks)
+
+
+@pytest.mark.parametrize(
+    "split", [["0", "1", "2", "-1"], [0, 1, 2, None], [0.0, 1.0, 2.0, None], ["Train", "dev", "testing", "none"]]
+)
+def test_splits_are_words_or_codes(tmp_path: Path, split: list[Any]) -> None:
+    for suffix in ("csv", "parquet"):
+        save(f"{tmp_path}/nodes.{suffix}", NODES | {"split": split})
+        assert opened(tmp_path, f"nodes.{suffix}").nodes().split.tolist() == [TRAIN, VAL, TEST, NO_SPLIT]
+
+
+# ----------------------------------------------------------------------------------------------------- features
+def features_of(folder: Path, column: list[Any], **config: Any) -> Any:
+    put_text(folder / "nodes.csv", pd.DataFrame(NODES | {"f": column}).to_csv(index=False))
+    return read_features(opened(folder, "nodes.csv", **config))[:, 1].tolist()
+
+
+def test_text_is_numbers_if_all_of_it_is(tmp_path: Path) -> None:
+    assert features_of(tmp_path, ["1", " 2.5 ", "+3", "-4e1"]) == [1, 2.5, 3, -40]
+    assert features_of(tmp_path, ["True", "false", "TRUE", "False"]) == [1, 0, 1, 0]
+    assert features_of(tmp_path, ["1,234.5", "2", "-1,000,000", "3.25"], thousands=",") == [1234.5, 2, -1e6, 3.25]
+    assert features_of(tmp_path, ["1.234,5", "2,5", "3", "4"], thousands=".", decimal=",") == [1234.5, 2.5, 3, 4]
+    found = features_of(tmp_path, ["1", "?", "NA", ""], na_values=("?",), missing="mean")
+    np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (["1", "2", "?", "4"], r"row 2, column f: '\?' is no number, .*source.na_values: \['\?'\], or .*source.ignore"),
+        (["1,234.5", "2", "3", "4"], "row 0, column f: '1,234.5' .*source.thousands=,"),
+        (["1.234,5", "2", "3", "4"], "row 0, column f: .*source.decimal=, source.thousands=."),
+        (["1,5", "2,5", "3,5", "4,5"], "row 0, column f: '1,5' .*source.decimal=,"),
+        (["1", "2", "", "4"], "row 2, column f: the feature is missing or NaN; .*source.missing: mean or zero"),
+        (["1", "inf", "3", "4"], "row 1, column f: the feature is infinite"),
+    ],
+)
+def test_numbers_with_something_else_among_them_are_refused(tmp_path: Path, column: list[str], reason: str) -> None:
+    with pytest.raises(InputError, match=rf"nodes.csv: {reason}"):
+        features_of(tmp_path, column)
+
+
+def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
+    table = NODES | {
+        "Unnamed: 0": [0, 1, 2, 3], "title": ["a b", "c", "", "d"], "empty": [""] * 4, "extra": [1, 2, 3, 4],
+    }  # fmt: skip
+    put_text(tmp_path / "nodes.csv", pd.DataFrame(table).to_csv(index=False))
+    save(f"{tmp_path}/edges.csv", EDGES | {"weight": [0.5, 2]})
+    source = opened(tmp_path, "nodes.csv", "edges.csv", ignore=("extra",))
+    found = left_out(source)
+    assert set(found) == {"Unnamed: 0", "title", "empty", "extra", "weight"}
+    assert "'a b'" in found["title"]
+    assert "weights are not used" in found["weight"]
+    assert [name for name, _ in source.about.features or []] == ["x"]
+    table = pa.table(NODES | {"when": pa.array([1] * 4, pa.date32()), "note": ["1", "2", "3", "4"]})
+    pq.write_table(table, tmp_path / "nodes.parquet")
+    assert set(left_out(opened(tmp_path, edges="edges.csv"))) == {"when", "note", "weight"}
+    assert opened(tmp_path, edges="edges.csv", features=("x", "note")).num_features == 2, "asked for, text is numbers"
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    column = pa.array([decimal.Decimal(f"{value}.25") for value in range(4)], pa.decimal128(12, 4))
+    save(f"{tmp_path}/nodes.parquet", NODES | {"f": column})
+    np.testing.assert_array_equal(read_features(opened(tmp_path))[:, 1], [0.25, 1.25, 2.25, 3.25])
+
+
+def test_categories_become_features_on_request(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.csv", NODES | {"color": ["red", "blue", "", "red"], "city": ["a", "b", "a", ""]})
+    source = opened(tmp_path, "nodes.csv", one_hot=("color",), hashed=("city",), hash_width=5)
+    assert [name for name, _ in source.about.features or []][:3] == ["x", "color=blue", "color=red"]
+    found = read_features(source)
+    np.testing.assert_array_equal(found[:, 1:3], [[0, 1], [1, 0], [0, 0], [0, 1]])
+    np.testing.assert_array_equal(found[:, 3:].sum(axis=1), [1, 1, 1, 0])
+    np.testing.assert_array_equal(found[0, 3:], found[2, 3:])
+
+
+def test_lists_may_be_missing_anywhere(tmp_path: Path) -> None:
+    lists = pa.array([[], [1.0, 2.0], None, [3.0, None]], pa.list_(pa.float32()))
+    save(f"{tmp_path}/nodes.parquet", NODES | {"v": lists})
+    found = read_features(opened(tmp_path, missing="zero"))[:, 1:]
+    np.testing.assert_array_equal(found, [[np.nan, np.nan], [1, 2], [np.nan, np.nan], [3, np.nan]])
+
+
+# ------------------------------------------------------------------------------------------------------- labels
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "names", "label"),
+    [
+        (["cat", "dog", "-1", "cat"], ["cat", "dog"], [0, 1, -1, 0]),
+        (["cat", "dog", "None", "<NA>"], ["cat", "dog"], [0, 1, -1, -1]),
+        (["NA", "ZA", "", "BW"], ["BW", "NA", "ZA"], [1, 2, -1, 0]),
+        (["0", "1", "NA", "1"], None, [0, 1, -1, 1]),
+        (["00", "01", "00", "01"], ["00", "01"], [0, 1, 0, 1]),
+        (["1.0", "0.0", "nan", "1.0"], None, [1, 0, -1, 1]),
+    ],
+)
+def test_words_that_stand_for_no_label(
+    tmp_path: Path, suffix: str, column: list[str], names: list[str] | None, label: list[int]
+) -> None:
+    save(f"{tmp_path}/nodes.{suffix}", NODES | {"label": column})
+    source = opened(tmp_path, f"nodes.{suffix}")
+    assert source.about.class_names == names
+    assert source.nodes().label.tolist() == label
+
+
+def test_what_a_label_could_mean_is_said(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.csv", NODES | {"label": ["NA", "ZA", "None", "NA"]})
+    source = opened(tmp_path, "nodes.csv")
+    assert "read as no label: None (1)" in source.about.notes["label"]
+    (warning,) = source.about.warnings
+    assert "'NA' (2 nodes) is a class" in warning
+    source = opened(tmp_path, "nodes.csv", unlabelled=("NA",))
+    assert source.about.class_names == ["None", "ZA"]
+
+
+# ---------------------------------------------------------------------------------------------------------- ids
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array([2**64 - 1, 0, 2**63, 5], pa.uint64()),
+        pa.array([3, -1, 2**31 - 1, 0], pa.int32()),
+        pa.array([3.0, 1.0, 2.0**53, 0.0]),
+        pa.array([decimal.Decimal(each) for each in (10**18, 1, 2, 3)], pa.decimal128(38, 0)),
+        pa.array([uuid.UUID(int=each).bytes for each in (0, 1, 2**64, 2**127)], pa.uuid()),
+        pa.array([b"\0\0\0\0", b"a\0\0\0", b"a\0b\0", b"\0\0\0\1"], pa.binary(4)),
+        pa.array([b"\0", b"\0\0", b"a", b"a\0" + b"x" * 20 + b"\0"]),
+        pa.array(["00042", "42", "é", "042"], pa.large_string()),
+        pa.array(["b", "a", "d", "c"]).dictionary_encode(),
+    ],
+    ids=lambda ids: str(ids.type),
+)
+def test_ids_come_back_as_they_went_in(tmp_path: Path, ids: pa.Array) -> None:
+    save(f"{tmp_path}/nodes.parquet", NODES | {"id": ids})
+    save(f"{tmp_path}/edges.parquet", {"src": ids.take(pa.array([0, 3, 1])), "dst": ids.take(pa.array([2, 0, 3]))})
+    source = opened(tmp_path)
+    back = node_ids.to_arrow(source.nodes().orig_id, source.about.id_type)
+    plain = ids.dictionary_decode() if isinstance(ids, pa.DictionaryArray) else ids
+    assert back.type == plain.type
+    assert back.to_pylist() == plain.to_pylist()
+    assert read_edges(source).tolist() == [[0, 3, 1], [2, 0, 3]]
+
+
+@pytest.mark.parametrize("place", [0, 1999])
+def test_what_ids_are_does_not_depend_on_the_order_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setattr(csv_files, "_BLOCK", 256)
+    ids = [str(each) for each in range(1999)]
+    ids.insert(place, "guest-1")
+    save(f"{tmp_path}/nodes.csv", {"id": ids, "label": [0, 1] * 1000, "x": [1.5] * 2000})
+    save(f"{tmp_path}/edges.csv", {"src": [5, 6], "dst": ["7", "guest-1"]})
+    source = opened(tmp_path, "nodes.csv", "edges.csv")
+    assert source.about.id_type.kind == "text"
+    assert sorted(node_ids.to_arrow(source.nodes().orig_id, source.about.id_type).to_pylist()) == sorted(ids)
+    assert pairs(source) == [("5", "7"), ("6", "guest-1")]
+
+
+def test_ids_with_leading_zeros_are_text(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.csv", NODES | {"id": ["007", "08", "7", "10"]})
+    put_text(tmp_path / "edges.csv", "src,dst\n007,08\n7,10\n")
+    source = opened(tmp_path, "nodes.csv", "edges.csv")
+    assert pairs(source) == [("007", "08"), ("7", "10")]
+    with pytest.raises(InputError, match=r"row 2: the node id 7 is also that of .*row 0"):
+        opened(tmp_path, "nodes.csv", "edges.csv", id_type="integer")
+
+
+def test_ids_of_two_types_are_compared_as_one_on_request(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.parquet", NODES | {"id": ["7", "8", "9", "10"]})
+    with pytest.raises(InputError, match=r"'src' is int64, but node ids are text .*source.id_type"):
+        opened(tmp_path)
+    assert pairs(opened(tmp_path, id_type="text")) == [("7", "8"), ("8", "10")]
+    assert pairs(opened(tmp_path, id_type="integer")) == [(7, 8), (8, 10)]
+
+
+def test_edges_that_pandas_made_floats_find_their_integers(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.csv", NODES)
+    put_text(tmp_path / "edges.csv", "src,dst\n7,8\n8.0,10.0\n")
+    assert pairs(opened(tmp_path, "nodes.csv", "edges.csv")) == [(7, 8), (8, 10)]
+
+
+# ------------------------------------------------------------------------------------------------ unknown nodes
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_edges_to_unknown_nodes(tmp_path: Path, suffix: str) -> None:
+    save(f"{tmp_path}/nodes.{suffix}", NODES)
+    save(f"{tmp_path}/edges.{suffix}", {"src": [7, 99, 8, 98], "dst": [8, 7, 99, 99]})
+    files = (f"nodes.{suffix}", f"edges.{suffix}")
+    with pytest.raises(InputError, match=r"row 1, column src: no node has the id '?99'?.*source.unknown_nodes: drop"):
+        read_edges(opened(tmp_path, *files))
+    dropped = read_edges(opened(tmp_path, *files, unknown_nodes="drop"))
+    assert dropped[:, (dropped >= 0).all(axis=0)].tolist() == [[0], [1]]
+    source = opened(tmp_path, *files, unknown_nodes="add", missing="zero")
+    assert source.num_nodes == 6
+    assert source.nodes().orig_id.tolist() == [7, 8, 9, 10, 98, 99]
+    assert source.nodes().label.tolist() == [0, 1, 0, 1, -1, -1]
+    assert pairs(source) == [(7, 8), (99, 7), (8, 99), (98, 99)]
+    assert np.isnan(read_features(source)[4:]).all()
+    with pytest.raises(ValueError, match=r"source.unknown_nodes: added nodes have no features"):
+        TablesConfig(nodes="n", edges="e", unknown_nodes="add")
+
+
+def test_added_nodes_of_text_ids(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.parquet", NODES | {"id": list("abcd")})
+    save(f"{tmp_path}/edges.parquet", {"src": ["a", "a much longer name"], "dst": ["z", "b"]})
+    source = opened(tmp_path, unknown_nodes="add", missing="mean")
+    assert sorted(pairs(source)) == [("a", "z"), ("a much longer name", "b")]
+
+
+# -------------------------------------------------------------------------------------------------- text files
+def test_line_breaks_within_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_files, "_BLOCK", 1 << 12)
+    note = "\n".join(["# lorem, ipsum"] * 20)
+    table = pd.DataFrame({"id": range(300), "label": [0, 1] * 150, "note": [note] * 300, "x": np.arange(300) / 4})
+    put_text(tmp_path / "nodes.csv", table.to_csv(index=False))
+    put_text(tmp_path / "edges.csv", "src,dst\n0,299\n")
+    source = opened(tmp_path, "nodes.csv", "edges.csv")
+    np.testing.assert_array_equal(read_features(source)[:, 0], np.arange(300) / 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("edges.tsv", "src\tdst\n7\t8\n8\t10\n"),
+        ("edges.csv", "src;dst;when\n7;8;a,b\n8;10;c\n"),
+        ("edges.txt", "src|dst\n7|8\n8|10\n"),
+        ("edges.txt", "# Directed graph: web.txt\n# Nodes: 4 Edges: 2\n# FromNodeId\tToNodeId\n7\t8\n8\t10\n"),
+        ("edges.txt", "# comment\n\n7 8\n# another\n8 10\n"),
+        ("edges.csv", "7,8,0.5\n8,10,1.5\n"),
+        ("edges.txt", "#weight\tdst\tsrc\n1\t8\t7\n2\t10\t8\n"),
+        ("edges.csv", "\ufeffsrc,dst\r\n7,8\r\n8,10\r\n"),
+        ("edges.csv.gz", "src,dst\n7,8\n8,10\n"),
+    ],
+)
+def test_edge_lists_as_they_are_found(tmp_path: Path, name: str, text: str) -> None:
+    put(f"{tmp_path}/{name}", gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    save(f"{tmp_path}/nodes.csv", NODES)
+    assert pairs(opened(tmp_path, "nodes.csv", name)) == [(7, 8), (8, 10)]
+
+
+def test_a_delimiter_and_no_header_can_be_said(tmp_path: Path) -> None:
+    put_text(tmp_path / "nodes.data", "7:0:0.5\n8:1:1.5\n9:0:2.5\n10:1:3.5\n")
+    put_text(tmp_path / "edges.data", "7:8\n8:10\n")
+    with pytest.raises(InputError, match=r"nodes.data: unknown format"):
+        opened(tmp_path, "nodes.data", "edges.data")
+    for name in ("nodes", "edges"):
+        (tmp_path / f"{name}.data").rename(tmp_path / f"{name}.txt")
+    with pytest.raises(InputError, match=r"no column 'id' .*source.delimiter"):
+        opened(tmp_path, "nodes.txt", "edges.txt")
+    with pytest.raises(InputError, match=r"no column 'id' .*source.header to false"):
+        opened(tmp_path, "nodes.txt", "edges.txt", delimiter=":")
+    source = opened(tmp_path, "nodes.txt", "edges.txt", delimiter=":", header=False, id=0, label=1)
+    assert pairs(source) == [(7, 8), (8, 10)]
+    assert read_features(source)[:, 0].tolist() == NODES["x"]
+
+
+def test_an_encoding_can_be_said(tmp_path: Path) -> None:
+    put_text(tmp_path / "nodes.csv", "id,label,x\nmüller,Ärzte,1\nb,x,2\n", "latin-1")
+    put_text(tmp_path / "edges.csv", "src,dst\nb,müller\n", "latin-1")
+    with pytest.raises(InputError, match=r"nodes.csv: cannot be read: .*source.encoding"):
+        opened(tmp_path, "nodes.csv", "edges.csv")
+    source = opened(tmp_path, "nodes.csv", "edges.csv", encoding="latin-1")
+    assert (pairs(source), source.about.class_names) == ([("b", "müller")], ["x", "Ärzte"])
+
+
+# ------------------------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [
+        ("label", pa.array([0, 1]), pa.array([1.0, None])),
+        ("x", pa.array([1, 2], pa.int32()), pa.array([3, 4], pa.int64())),
+        ("x", pa.array([1, 2], pa.uint8()), pa.array([0.5, 4], pa.float32())),
+        ("x", pa.array([True, False]), pa.array([3, 4])),
+        ("x", pa.array([decimal.Decimal("1.5"), decimal.Decimal(2)]), pa.array([0.5, 4.0])),
+        ("x", pa.array([None, None], pa.null()), pa.array([0.5, 4.0])),
+        ("label", pa.array(["a", "b"]), pa.array(["b", None], pa.large_string())),
+        ("label", pa.array(["a", "b"]).dictionary_encode(), pa.array(["b", None], pa.large_string())),
+        ("x", pa.array([[1.0, 2.0]] * 2), pa.array([[3.0, 4.0]] * 2, pa.list_(pa.float32(), 2))),
+        ("x", pa.array([[1, 2]] * 2), pa.array([[3.5, 4.0]] * 2, pa.large_list(pa.float64()))),
+        ("id", pa.array([7, 8], pa.int32()), pa.array([9, 10], pa.int64())),
+        ("id", pa.array(["7", "8"]), pa.array(["9", "10"], pa.large_string())),
+    ],
+    ids=lambda each: each if isinstance(each, str) else str(each.type),
+)
+def test_files_of_one_table_may_differ_in_types(tmp_path: Path, name: str, one: pa.Array, two: pa.Array) -> None:
+    for file, (column, rows) in enumerate(((one, slice(0, 2)), (two, slice(2, 4)))):
+        table = {key: values[rows] for key, values in NODES.items()} | {name: column}
+        save(f"{tmp_path}/n/part-{file}.parquet", table)
+    save(f"{tmp_path}/edges.csv", EDGES)
+    source = opened(tmp_path, "n", "edges.csv", missing="zero")
+    frame = pd.concat([pd.DataFrame({name: each.to_pylist()}) for each in (one, two)], ignore_index=True)
+    if name == "x":
+        wanted = np.array([np.ravel(each) for each in frame["x"]], np.float64)
+        np.testing.assert_array_equal(read_features(source), wanted)
+    elif name == "label":
+        codes = {each: code for code, each in enumerate(sorted(frame["label"].dropna().unique()))}
+        assert source.nodes().label.tolist() == [codes.get(each, -1) for each in frame["label"]]
+    assert len(pairs(source)) == 2
+
+
+def test_folders_within_folders(tmp_path: Path) -> None:
+    parts = {"day=0/part-0.parquet": slice(0, 1), "day=0/part-1.parquet": slice(1, 2), "day=10/a.parquet": slice(2, 4)}
+    for name, rows in parts.items():
+        save(f"{tmp_path}/n/{name}", {key: values[rows] for key, values in NODES.items()})
+    for name in ("_SUCCESS", "day=0/.part-0.parquet.crc", "_temporary/0.parquet", "day=10/empty.parquet"):
+        put(f"{tmp_path}/n/{name}", b"")
+    put_text(tmp_path / "n" / "README.md", "hello")
+    for pattern in ("n", "n/*", "n/day=*/*.parquet"):
+        source = opened(tmp_path, pattern)
+        assert source.nodes().orig_id.tolist() == NODES["id"]
+        assert source.num_features == 1
+        assert left_out(source)["day"] == "said by the path, not in the files"
+    assert left_out(opened(tmp_path, "n"))[f"{tmp_path}/n/README.md"] == "the file is no table"
+    assert "1 empty" in opened(tmp_path, "n").about.notes["nodes"]
+    np.testing.assert_array_equal(read_features(opened(tmp_path, "n", features=("day",)))[:, 0], [0, 0, 10, 10])
+
+
+def test_a_path_can_say_the_split(tmp_path: Path) -> None:
+    for split, rows in (("train", slice(0, 2)), ("test", slice(2, 4))):
+        save(f"{tmp_path}/n/split={split}/0.csv", {key: values[rows] for key, values in NODES.items()})
+    assert opened(tmp_path, "n").nodes().split.tolist() == [TEST, TEST, TRAIN, TRAIN]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"n/a.parquet": b"", "n/b.parquet": b""}, r"n: 2 files of no bytes"),
+        ({"n/notes.md": b"x"}, r"n: no table in it, but notes.md; tables end in \.parquet"),
+        ({"n/.hidden": b"x"}, r"n: no table in it"),
+        ({}, r"n: no such file"),
+    ],
+)
+def test_a_folder_without_tables_is_told_from_none(tmp_path: Path, files: dict[str, bytes], reason: str) -> None:
+    for name, content in files.items():
+        put(f"{tmp_path}/{name}", content)
+    with pytest.raises(InputError, match=rf"{reason}.*\(source.nodes\)"):
+        opened(tmp_path, "n")
+
+
+# ------------------------------------------------------------------------------------------- a look, and pandas
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_look_tells_what_reading_does(tmp_path: Path, suffix: str) -> None:
+    table = NODES | {"label": ["a", "b", "a", "None"], "y": [4, 3, 2, 1], "note": ["p", "q", "r", "s"]}
+    save(f"{tmp_path}/nodes.{suffix}", table)
+    save(f"{tmp_path}/edges.{suffix}", EDGES)
+    before = sorted(tmp_path.rglob("*"))
+    config = TablesConfig(nodes=f"{tmp_path}/nodes.{suffix}", edges=f"{tmp_path}/edges.{suffix}")
+    summary = summary_of_look(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (summary["nodes"]["rows"], summary["edges"]["read"]) == (4, 2)
+    assert summary["label"]["classes"] == [{"name": "a", "nodes": 2}, {"name": "b", "nodes": 1}]
+    assert [(each["name"], each["min"], each["max"]) for each in summary["features"]] == [("x", 0.5, 3.5), ("y", 1, 4)]
+    about = open_tables(config, f"{tmp_path}/s").about
+    assert [(each["what"], each["why"]) for each in summary["left_out"]] == about.left_out
+    assert [each["name"] for each in summary["features"]] == [name for name, _ in about.features or []]
+
+
+COLUMNS = {
+    "int": st.integers(-1000, 1000), "float": st.floats(-1e6, 1e6, width=32), "bool": st.booleans(),
+    "text": st.text("ab ,;\"'\n#é", min_size=1, max_size=6).map("t{}".format),
+}  # fmt: skip
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[pd.DataFrame, list[int]]:
+    """A node table of random columns in random order, and how many rows each of its files has."""
+    num = draw(st.integers(1, 9))
+    zeros = st.integers(0, 99).map("{:03d}".format)
+    ids = draw(st.sampled_from([st.integers(-(2**40), 2**40), COLUMNS["text"], zeros]))
+    columns = {"id": draw(st.lists(ids, min_size=num, max_size=num, unique=True))}
+    columns["label"] = [0, *draw(st.lists(st.sampled_from([0, 1, None]), min_size=num - 1, max_size=num - 1))]
+    for index, kind in enumerate(draw(st.lists(st.sampled_from(sorted(COLUMNS)), min_size=1, max_size=4))):
+        columns[f"c{index}"] = draw(st.lists(COLUMNS[kind], min_size=num, max_size=num))
+    columns["always"] = [1.5] * num
+    frame = pd.DataFrame({name: columns[name] for name in draw(st.permutations(sorted(columns)))})
+    return frame, draw(st.lists(st.integers(0, num), min_size=0, max_size=2).map(sorted))
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=frames(), delimiter=st.sampled_from([",", "\t", ";", "|"]))
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_what_is_read_is_what_pandas_reads(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, drawn: tuple[pd.DataFrame, list[int]], delimiter: str
+) -> None:
+    frame, cuts = drawn
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "n").mkdir()
+    for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(frame)], strict=True)):
+        part = frame.iloc[start:stop]
+        if suffix == "parquet":
+            part.to_parquet(folder / "n" / f"{number}.parquet", index=False)
+        else:
+            part.to_csv(folder / "n" / f"{number}.csv", index=False, sep=delimiter)
+    first = frame["id"].iloc[0]
+    pd.DataFrame({"src": [first], "dst": [first]}).to_csv(folder / "edges.csv", index=False)
+    if suffix == "parquet" and isinstance(first, str):
+        pd.DataFrame({"src": [first], "dst": [first]}).to_parquet(folder / "edges.parquet", index=False)
+    edges = "edges.parquet" if (folder / "edges.parquet").exists() else "edges.csv"
+    source = opened(folder, "n", edges, num_classes=2)
+    back = node_ids.to_arrow(source.nodes().orig_id, source.about.id_type).to_pylist()
+    assert back == frame["id"].tolist()
+    assert source.nodes().label.tolist() == frame["label"].fillna(-1).astype(int).tolist()
+    numeric = frame.drop(columns=["id", "label"]).select_dtypes(["number", "bool"])
+    assert [name for name, _ in source.about.features or []] == numeric.columns.tolist()
+    np.testing.assert_array_equal(read_features(source), numeric.to_numpy(np.float64).astype(np.float32))
+    assert set(left_out(source)) == set(frame.columns) - set(numeric.columns) - {"id", "label"}
