@@ -21,8 +21,8 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import RoutedLayer, Student, Trace
 from rbm_dist.moe.routing import Routing
 from rbm_dist.moe.sparse_rows import dense, matmul, to_rows, unit
-from rbm_dist.sources import node_ids
 from rbm_dist.report.expert_pictures import InputMap
+from rbm_dist.sources import node_ids
 
 ARRAYS = ("label", "orig_id", ORIG_NAME, "indptr")
 """The arrays of a graph that the figures need besides a student's inputs."""

@@ -13,9 +13,10 @@ def layer_figures(num_experts: int, num_classes: int, dead: int = 1) -> dict[str
         share = rng.dirichlet(np.full(num_classes, 0.3)).tolist()
         figures: dict[str, Any] = {
             "expert": expert, "dead": False, "pair_share": 1 / num_experts, "first_choice_share": 0.125,
-            "class_name": None, "class": int(np.argmax(share)), "purity": max(share), "class_share": share, "mean_cosine": 0.567,
+            "class": int(np.argmax(share)), "class_name": None, "purity": max(share), "class_share": share,
+            "mean_cosine": 0.567,
             "degree_share": [0.3, 0.7], "degree_lift": [0.5, 1.75],
-            "nearest": [{"node_id": 100_000_000 + node, "class_name": None, "class": 0, "cosine": 0.9} for node in range(5)],
+            "nearest": [{"node_id": 100_000_000 + node, "class": 0, "cosine": 0.9} for node in range(5)],
         }  # fmt: skip
         if expert == dead:
             figures |= {"dead": True, "pair_share": 0.0, "first_choice_share": 0.0}

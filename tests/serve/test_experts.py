@@ -79,7 +79,8 @@ def expected_expert(
         empty = ("class", "purity", "class_share", "degree_share", "degree_lift", "mean_cosine")
         return figures | dict.fromkeys(empty)
     return figures | {
-        "class": by_class.argmax(), "class_name": None, "purity": by_class.max() / by_class.sum(), "class_share": by_class / by_class.sum(),
+        "class": by_class.argmax(), "class_name": None, "purity": by_class.max() / by_class.sum(),
+        "class_share": by_class / by_class.sum(),
         "degree_share": by_degree / by_degree.sum(), "degree_lift": by_degree / by_degree.sum() / whole,
         "mean_cosine": cosine[chosen, expert].mean(),
     }  # fmt: skip
