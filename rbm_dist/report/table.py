@@ -26,6 +26,8 @@ _NO_BETTER = (
     "which GraphSAGE averages away: then the baseline is the better choice."
 )
 
+_EXPERTS = 16  # whose shares are shown
+
 
 def results_table(results: dict[str, Any]) -> Group:
     """Accuracy and latency of every model, expert load, and the time each stage took."""
@@ -49,13 +51,19 @@ def results_table(results: dict[str, Any]) -> Group:
     best = max(baselines, key=lambda name: baselines[name]["val"], default=None)
     if best and results["teacher"]["val"] <= baselines[best]["val"]:
         lines.append(Text(_NO_BETTER.format(NAMES[best])))
-    load = results["students"].get("rbm", {}).get("expert_load")
-    if load:
-        lines.append(Text("share of rows per expert (all layers): " + "  ".join(f"{share:.0%}" for share in load)))
+    for index, load in enumerate(results["students"].get("rbm", {}).get("expert_load_per_layer", [])):
+        unused = [str(expert) for expert, share in enumerate(load) if not share]
+        without = f"; without any: {', '.join(unused)}" if unused else ""
+        lines.append(Text(f"share of rows per expert, layer {index}: {_shares(load)}{without}"))
     seconds = results["seconds"]
     spent = "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     lines.append(Text(f"seconds per stage: {spent}  (total {sum(seconds.values()):.1f})"))
     return Group(*lines)
+
+
+def _shares(load: list[float]) -> str:
+    shown = "  ".join(f"{share:.0%}" for share in load[:_EXPERTS])
+    return shown + (f"  and {len(load) - _EXPERTS:,} more" if len(load) > _EXPERTS else "")
 
 
 def _percent(share: float | None) -> str:

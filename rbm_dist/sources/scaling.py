@@ -135,7 +135,10 @@ class Scaling:
         elif settings.normalize != "none":
             spread = moments.magnitude if sparse else moments.deviation
             shift = shift if sparse else moments.mean
-            wanted = np.ones(len(fill)) if settings.normalize == "column" else _in_proportion(spread)
+            wanted = np.ones(len(fill))
+            if settings.normalize == "auto":  # then rows get length 1 in the root mean square
+                wanted = in_proportion(spread)
+                wanted /= max(float(np.linalg.norm(wanted)), 1.0 / _APART)
             factor = np.divide(wanted, spread, out=np.zeros(len(fill)), where=spread > 0)
         indicators = np.flatnonzero(moments.missing) if settings.missing_indicator else np.empty(0, np.int64)
         return cls(fill, shift, factor, rows, indicators)
@@ -191,15 +194,15 @@ class Scaling:
         return cls(fill, shift, factor, _ROWS[rows], np.array(indicators, np.int64))
 
 
-def _in_proportion(spread_F: np.ndarray) -> np.ndarray:
-    """What each column's spread becomes under `auto`, where features are not mostly zeros.
+def in_proportion(spread_F: np.ndarray) -> np.ndarray:
+    """What each column's spread should become: 1 for the middle one, and others in proportion.
 
-    Columns keep their proportions, as far as they are within ten times the middle one's, and rows get length 1 in the
-    root mean square. So neither a factor that all have in common nor a column of another unit matters.
+    As far as they are within ten times the middle one's. So neither a factor that all have in common nor a column of
+    another unit matters, while what matters in counts and in principal components still does.
     """
-    middle = np.median(spread_F[spread_F > 0]) if (spread_F > 0).any() else 1.0
-    clipped_F = np.where(spread_F > 0, np.clip(spread_F, middle / _APART, middle * _APART), 0.0)
-    return clipped_F / max(np.sqrt((clipped_F / middle) @ (clipped_F / middle)) * middle, np.finfo(np.float64).tiny)
+    varies_F = spread_F > 0
+    middle = np.median(spread_F[varies_F]) if varies_F.any() else 1.0
+    return np.where(varies_F, np.clip(spread_F / middle, 1 / _APART, _APART), 0.0)
 
 
 def _tamed(magnitude_F: np.ndarray) -> np.ndarray:

@@ -8,13 +8,13 @@ import scipy.sparse as sp
 from rbm_dist.graph.random_bits import generator
 from rbm_dist.graph.splits import TRAIN
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.sources.scaling import Moments, in_proportion
 
 SAMPLED_ROWS, SAMPLED_VALUES = 20_000, 20_000_000
 _ROWS = 4096  # predicted at once, in float64
 _SAMPLE = 12  # word of the random keys
 _ITERATIONS = 50
 _INVERSE_PENALTY = 0.1
-_APART = 10.0  # how far a scaled column's deviation may lie from the median's
 
 
 def majority_class(store: GraphStore) -> int:
@@ -44,7 +44,7 @@ class FeatureRegression:
         ids = np.sort(generator(seed, _SAMPLE).permutation(train)[:most])
         label, rows = store.gather("label", ids), self._rows(ids)
         self._model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_ITERATIONS)
-        self._mean_F, self._scale_F = _statistics(rows)
+        self._mean_F, self._factor_F = _statistics(rows)
         self._only = label[0] if np.all(label == label[0]) else None  # scikit-learn refuses to fit a single class
         if self._only is None:
             with warnings.catch_warnings():
@@ -63,8 +63,8 @@ class FeatureRegression:
 
     def _scaled(self, rows: np.ndarray | sp.csr_array) -> np.ndarray | sp.csr_array:
         if isinstance(rows, np.ndarray):
-            return (rows - self._mean_F) / self._scale_F
-        return sp.csr_array(rows.multiply(1 / self._scale_F))
+            return (rows - self._mean_F) * self._factor_F
+        return sp.csr_array(rows.multiply(self._factor_F))
 
 
 def _train(store: GraphStore, part: int) -> np.ndarray:
@@ -72,19 +72,9 @@ def _train(store: GraphStore, part: int) -> np.ndarray:
 
 
 def _statistics(rows: np.ndarray | sp.csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """What to subtract from each column (of sparse ones: nothing) and what to divide it by.
-
-    Columns are left as they are to each other, which says what matters in counts and in principal components, but for
-    those whose deviation is more than `_APART` times the median's, or less than that part of it.
-    """
-    width = rows.shape[1]
-    if isinstance(rows, np.ndarray):
-        mean_F, deviation_F = rows.mean(axis=0), rows.std(axis=0)
-    else:
-        mean_F, deviation_F = np.zeros(width), np.sqrt(np.asarray(rows.power(2).mean(axis=0)).reshape(width))
-    varies_F = deviation_F > 1e-12 * np.abs(mean_F)  # else it is the rounding of a constant
-    if not np.any(varies_F):
-        return mean_F, np.ones(width)
-    median = np.median(deviation_F[varies_F])
-    within_F = np.clip(deviation_F, median / _APART, median * _APART)
-    return mean_F, np.where(varies_F, deviation_F / within_F * median, 1.0)
+    """What to subtract from each column (of sparse ones: nothing) and what to multiply it by."""
+    moments, width = Moments.of([rows], rows.shape[1]), rows.shape[1]
+    dense = isinstance(rows, np.ndarray)
+    spread_F = moments.deviation if dense else moments.magnitude
+    factor_F = np.divide(in_proportion(spread_F), spread_F, out=np.zeros(width), where=spread_F > 0)
+    return moments.mean if dense else np.zeros(width), factor_F

@@ -13,7 +13,7 @@ RESULTS: dict[str, Any] = {
     "teacher": {"val": 0.81, "test": 0.8},
     "students": {
         "mlp": {"val": 0.5, "test": 0.49},
-        "rbm": {"val": 0.6123, "test": 0.6087, "expert_load": [0.5, 0.25, 0.25]},
+        "rbm": {"val": 0.6123, "test": 0.6087, "expert_load_per_layer": [[0.5, 0.25, 0.25], [0.5, 0.0, 0.5]]},
     },
     "latency_us": {
         "teacher": {"1": 1234.5, "1024": 99.0},
@@ -47,7 +47,8 @@ def test_a_row_per_model(name: str, figures: list[str]) -> None:
 
 def test_expert_load_and_time_per_stage() -> None:
     shown = "\n".join(lines(RESULTS))
-    assert "50%  25%  25%" in shown
+    assert "share of rows per expert, layer 0: 50%  25%  25%\n" in shown
+    assert "share of rows per expert, layer 1: 50%  0%  50%; without any: 1\n" in shown
     assert "source 0.5  teacher 10.2  (total 10.8)" in shown
 
 

@@ -76,7 +76,7 @@ def expected_expert(
         ],
     }  # fmt: skip
     if not chosen.any():
-        empty = ("class", "purity", "class_share", "degree_share", "degree_lift", "mean_cosine")
+        empty = ("class", "class_name", "purity", "class_share", "degree_share", "degree_lift", "mean_cosine")
         return figures | dict.fromkeys(empty)
     return figures | {
         "class": by_class.argmax(), "class_name": None, "purity": by_class.max() / by_class.sum(),

@@ -40,7 +40,7 @@ def copied_run(finished_run: Path, tmp_path: Path) -> Path:
 
 def test_results(finished_run: Path) -> None:
     results = json.loads((finished_run / "results.json").read_text())
-    assert set(results) == {"baselines", "teacher", "students", "latency_us", "seconds"}
+    assert set(results) == {"class_names", "baselines", "teacher", "students", "latency_us", "seconds"}
     assert results["baselines"]["majority"]["test"] < 0.2 < 0.8 < results["baselines"]["regression"]["test"]
     assert set(results["students"]) == {"mlp", "rbm"}
     for figures in (results["teacher"], *results["students"].values()):
