@@ -103,7 +103,7 @@ def _warnings(normalize: str, names: list[str], moments: Moments) -> list[str]:
         warnings.append(f"{_listed(names, np.flatnonzero(empty))} missing in every row, and tell nothing")
     reach = np.maximum(np.abs(moments.low), np.abs(moments.high))
     reach[empty] = 0
-    middle = float(np.median(reach[reach > 0])) if reach.any() else 0.0
+    middle = float(np.quantile(reach[reach > 0], 0.5, method="lower")) if reach.any() else 0.0
     by_column = normalize in ("auto", "column")
     for column in np.flatnonzero(reach > (_BEYOND if by_column else _FAR) * max(middle, 1e-30))[:5]:
         done = (

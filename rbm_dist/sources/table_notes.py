@@ -20,7 +20,7 @@ def notes(
     ids = "row numbers"
     if columns.id and scanned.id is not None:
         example = node_ids.to_arrow(scanned.id[:1], scanned.id_type)[0].as_py()
-        shown = example.hex() if isinstance(example, bytes) else repr(example)
+        shown = example.hex() if isinstance(example, bytes) else repr(example) if isinstance(example, str) else example
         ids = f"column {columns.id}, {scanned.id_type}, such as {shown}"
     none = ", ".join(f"{word} ({count:,})" for word, count in scanned.classes.none.items())
     dialect = edge_pieces[0].dialect if edge_pieces else None
