@@ -172,7 +172,7 @@ class StudentConfig(Section):
 class ClusterConfig(Section):
     """How the run is carried out; changes nothing in what it computes."""
 
-    train_workers: Positive = 2
+    train_workers: Positive = Field(2, description="training workers; of a graph in one part: 1")
     inference_workers: Positive = 2
     use_gpu: bool = Field(False, description="one GPU per training and inference worker")
     expert_parallel: Positive | None = Field(
@@ -214,6 +214,20 @@ class Config(Section):
     encodings: EncodingsConfig = EncodingsConfig()
     student: StudentConfig = StudentConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_worker_for_one_part(cls, tree: Any) -> Any:
+        # Nobody asked for the second worker that would have nothing to do.
+        if (
+            isinstance(tree, dict)
+            and isinstance(tree.get("partition"), dict)
+            and tree["partition"].get("num_parts") == 1
+        ):
+            cluster = tree.get("cluster", {})
+            if isinstance(cluster, dict) and "train_workers" not in cluster:
+                return {**tree, "cluster": {**cluster, "train_workers": 1}}
+        return tree
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -195,14 +195,16 @@ class Scaling:
 
 
 def in_proportion(spread_F: np.ndarray) -> np.ndarray:
-    """What each column's spread should become: 1 for the middle one, and others in proportion.
+    """What each column's spread should become: 1 for the middle one, and others in proportion, between a tenth and ten.
 
-    As far as they are within ten times the middle one's. So neither a factor that all have in common nor a column of
-    another unit matters, while what matters in counts and in principal components still does.
+    One of more than ten times the middle one's is in another unit: it becomes 1 too, or it would drown all others. So
+    neither a factor that all have in common nor a unit matters, while what matters in counts and in principal
+    components still does.
     """
     varies_F = spread_F > 0
     middle = np.median(spread_F[varies_F]) if varies_F.any() else 1.0
-    return np.where(varies_F, np.clip(spread_F / middle, 1 / _APART, _APART), 0.0)
+    share_F = spread_F / middle
+    return np.where(varies_F, np.where(share_F > _APART, 1.0, np.maximum(share_F, 1 / _APART)), 0.0)
 
 
 def _tamed(magnitude_F: np.ndarray) -> np.ndarray:

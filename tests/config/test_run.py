@@ -189,6 +189,14 @@ def test_an_override_that_is_no_yaml_is_shown(path: Path, value: str) -> None:
     assert message == f"command line: teacher.lr: '{value}' is not a YAML value"
 
 
+def test_one_part_has_one_worker_unless_more_are_asked_for(path: Path) -> None:
+    path.write_text("run_dir: a\npartition: {num_parts: 1}\n")
+    assert load(path).cluster.train_workers == 1
+    assert load(path, ["partition.num_parts=2"]).cluster.train_workers == 2
+    with pytest.raises(InputError, match="1 part"):
+        load(path, ["cluster.train_workers=2"])
+
+
 def test_an_override_below_a_value_is_refused(path: Path) -> None:
     message = refusal(path, "run_dir: a\nseed: 3\n", ["seed.x=3"])
     assert message == "command line: seed.x: 'seed' is a value, not a section"
