@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -35,11 +37,11 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     if address:
         _require_listener(address)
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {reason}") from None
+        with _standard_error() as said:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                raise InputError(_refusal(address, error, said())) from None
     else:
         # Logical CPUs: a laptop may run more workers than it has cores. One is spare: where all are taken, Ray lets
         # half a minute pass before it starts a lost actor again.
@@ -54,6 +56,40 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refusal(address: str, error: Exception, said: str) -> str:
+    """What to tell the user: Ray says in its log alone that it wants a token, once for each time it tries."""
+    if "AuthToken" in said or "Unauthenticated" in said:
+        return (
+            f"the Ray cluster at {address} wants a token, and did not take ours: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
+        )
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {reason}"
+
+
+@contextmanager
+def _standard_error() -> Iterator[Callable[[], str]]:
+    """In this block what is written to standard error, by libraries in C++ too, is kept; shown if the block succeeds.
+
+    Gives a function that tells what was written so far.
+    """
+    sys.stderr.flush()
+    own = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+
+        def said() -> str:
+            kept.seek(0)
+            return kept.read().decode(errors="replace")
+
+        try:
+            yield said
+            os.write(own, said().encode())
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
 
 
 def _require_listener(address: str) -> None:
