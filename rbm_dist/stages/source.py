@@ -184,6 +184,18 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
     return {**storage.once(storage.join(kept, "nodes.json"), work), "kept": kept, "changed": bool(old)}
 
 
+_OPENED: dict[tuple[str, str], StreamedSource] = {}
+
+
+def _reopened(config: Config, url: str, kept: str) -> StreamedSource:
+    """The source, opened once per process: to list very many files anew for every task would be quadratic."""
+    wanted = config.source.model_dump_json(), kept  # which is named after the files' stamps
+    if wanted not in _OPENED:
+        _OPENED.clear()
+        _OPENED[wanted] = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+    return _OPENED[wanted]
+
+
 def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Files) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         unknown = 0
@@ -197,7 +209,7 @@ def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Fil
 
         # Of other sources an end below 0 is a mistake, which is refused where edges are sorted.
         drops = getattr(config.source, "unknown_nodes", "refuse") == "drop"
-        source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+        source = _reopened(config, url, kept)
         unseen_N = None
         if config.source.unseen_share:
             unseen_N = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"]) == UNSEEN
@@ -227,7 +239,7 @@ def _stage_feat(config: Config, url: str, kept: str, piece: int, node_files: Fil
     moments_name = storage.join(kept, f"moments-{piece:05d}.npy")
 
     def work() -> dict[str, Any]:
-        source = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
+        source = _reopened(config, url, kept)
         first, stop = (int(row) for row in source.feat_offsets[piece : piece + 2])
         seen_n = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"])[first:stop] != UNSEEN
         moments, rows = Moments.of((), source.num_features), 0
@@ -300,6 +312,6 @@ def _join(
         "read": given + unknown, "self_loops": loops, "hidden": hidden, "unknown": unknown,
         "duplicates": given - loops - hidden - sum(each["given"] for each in merged), "kept": num_edges,
     }  # fmt: skip
-    about = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK)).about
+    about = _reopened(config, url, nodes["kept"]).about
     num_classes = nodes["num_classes"]
     return files | _write_facts(config, url, about, num_classes, label, split, edge_counts, moments, sparse=False)
