@@ -205,7 +205,7 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
         types = types | {name: pa.large_string()}
     aside = taken | set(categorical) | set(config.ignore)
     if not config.features:
-        left_out += [(name, "said by the path, not in the files") for name in by_path - aside]
+        left_out += [(name, "said by the path, not in the files") for name in sorted(by_path - aside)]
         aside |= by_path
     for name in config.features or [name for name in types if name not in aside]:
         found = types[name]

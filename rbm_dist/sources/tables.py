@@ -30,7 +30,7 @@ from rbm_dist.sources.table_files import Listing
 
 _EDGES = 1 << 18  # edges in a chunk
 _VALUES = 1 << 21  # features in a chunk
-_WIDE_ROWS = 256  # but so many rows: with few of very many columns, the work per column outweighs that per value
+_WIDE_ROWS = 512  # but so many rows: with few of very many columns, the work per column outweighs that per value
 _NODES = 1 << 18  # ids, labels and splits that are converted at once
 
 
