@@ -19,6 +19,8 @@ def _delimiter(value: str) -> str:
 Normalize = Literal["auto", "row", "column", "none"]
 Column = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """The name of a column; without a header that is a number."""
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+"""A word of a table, also where YAML reads it as a number."""
 Delimiter = Annotated[str, AfterValidator(_delimiter)]
 
 
@@ -161,9 +163,9 @@ class TablesConfig(GivenEdges):
     label: Column = Field(
         "label", description="column of classes: integers from 0, or names, numbered in sorted order; see `unlabelled`"
     )
-    unlabelled: tuple[str, ...] = Field(
+    unlabelled: tuple[Word, ...] = Field(
         ("", "-1", "None", "nan", "NaN", "<NA>", "null", "NULL"),
-        description="text that stands for no label, besides missing values; any other is a class",
+        description="what stands for no label, besides missing values; any other is a class",
     )
     split: Column | None = Field(
         "split",
@@ -194,7 +196,7 @@ class TablesConfig(GivenEdges):
         "with two numbers",
     )
     encoding: str = Field("utf8", description="of text")
-    na_values: tuple[str, ...] = Field((), description="of text: further words for a missing number, such as '?'")
+    na_values: tuple[Word, ...] = Field((), description="of text: further words for a missing number, such as '?'")
     thousands: str | None = Field(
         None, min_length=1, max_length=1, description="of text: the mark between groups of digits, as in 1,234,567"
     )

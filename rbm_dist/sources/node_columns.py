@@ -18,6 +18,8 @@ _SPLITS = {
     "train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "dev": VAL, "test": TEST,
     "testing": TEST, "0": TRAIN, "1": VAL, "2": TEST, "-1": NO_SPLIT, "none": NO_SPLIT,
 }  # fmt: skip
+MASK_COLUMNS = {name: name for name in MASKS} | {"valid_mask": "val_mask", "validation_mask": "val_mask"}
+"""The names of columns of masks, and the mask that each is."""
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d{0,17}))(\.0*)?")
 
 
@@ -35,6 +37,7 @@ class Labels:
 
     def __init__(self, unlabelled: tuple[str, ...]) -> None:
         self._unlabelled = frozenset(unlabelled)
+        self._numbers = [int(word) for word in unlabelled if re.fullmatch(r"-?\d{1,18}", word)]
         self._names: dict[str, int] | None = None  # and codes, in the order in which they occur
         self._parts: list[np.ndarray] = []
 
@@ -57,7 +60,8 @@ class Labels:
             if wrong_n.any():
                 row = int(wrong_n.argmax())
                 raise InputError(f"{at(row)}, column {name}: classes are whole numbers or names, found {value_n[row]}")
-        self._parts.append(value_n.astype(np.int64))
+        value_n = value_n.astype(np.int64)
+        self._parts.append(np.where(np.isin(value_n, self._numbers), -1, value_n))
 
     def finish(self) -> tuple[np.ndarray, Classes]:
         """All labels, `[N]` int64 with -1 where there is none, and what the classes are."""
@@ -108,7 +112,7 @@ def split(column: pa.Array, name: str, at: At) -> np.ndarray:
 
 
 def split_of_mask_columns(columns: dict[str, pa.Array], at: At) -> np.ndarray:
-    """The split `[n]` int8 of columns named in `MASKS`: booleans, 0 and 1, or such text; missing: false.
+    """The split `[n]` int8 of columns named in `MASK_COLUMNS`: booleans, 0 and 1, or such text; missing: false.
 
     Raises `InputError` for another value and for a row that is in two.
     """
@@ -118,7 +122,7 @@ def split_of_mask_columns(columns: dict[str, pa.Array], at: At) -> np.ndarray:
         split_n = np.full(len(mask_n), NO_SPLIT, np.int8) if split_n is None else split_n
         if (twice := mask_n & (split_n != NO_SPLIT)).any():
             raise InputError(f"{at(int(twice.argmax()))}, column {name}: the node is in two splits")
-        split_n[mask_n] = MASKS[name]
+        split_n[mask_n] = MASKS[MASK_COLUMNS[name]]
     assert split_n is not None
     return split_n
 

@@ -10,7 +10,7 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph.shards import ROW_NUMBERS, IdType
 from rbm_dist.graph.splits import MASKS
 from rbm_dist.sources import node_columns, node_ids, npy_files, table_files
-from rbm_dist.sources.node_columns import Feature
+from rbm_dist.sources.node_columns import MASK_COLUMNS, Feature
 from rbm_dist.sources.pieces import Columns, Piece, TableFile
 from rbm_dist.sources.table_files import is_list, is_number, is_string, plain, unified
 
@@ -49,7 +49,7 @@ def nodes(config: TablesConfig, files: Sequence[str]) -> tuple[NodeColumns, list
     kind = table_files.format_of(files[0])
     if kind == "npy":
         prefix, *others = config.features or (_FEATURES,)
-        names = [name for name in (config.id, config.label, config.split, *MASKS, *others) if name]
+        names = [name for name in (config.id, config.label, config.split, *MASK_COLUMNS, *others) if name]
         tables = npy_files.scan_nodes(list(files), prefix, names)
     else:
         wanted = [name for name in (config.id, config.label) if name]
@@ -183,9 +183,9 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
     if split:
         _expect(types, file, split, "split", lambda t: is_number(t) or is_string(t), "train, val or test")
     elif config.split is not None:
-        masks = tuple(name for name in MASKS if name in types)
-        if masks and len(masks) < len(MASKS):
-            missing = [name for name in MASKS if name not in types]
+        masks = tuple(name for name in MASK_COLUMNS if name in types)
+        missing = [name for name in MASKS if name not in {MASK_COLUMNS[mask] for mask in masks}]
+        if masks and missing:
             raise InputError(
                 f"{file}: no column {' nor '.join(missing)} beside {' and '.join(masks)}; all three are the split, or "
                 "none is (leave them out: source.ignore)"
@@ -227,7 +227,7 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
         of_pandas = [name for name in _PANDAS_INDEX if name in features or name in candidates]
         left_out += [(name, "the row index that pandas wrote") for name in of_pandas]
         features, candidates = ([each for each in some if each not in of_pandas] for some in (features, candidates))
-    masks_beside = [name for name in MASKS if split and name in (*features, *candidates) and not config.features]
+    masks_beside = [name for name in MASK_COLUMNS if split and name in (*features, *candidates) and not config.features]
     left_out += [(name, f"the split is that of column {split}") for name in masks_beside]
     features, candidates = ([each for each in some if each not in masks_beside] for some in (features, candidates))
     if not features and not candidates and not categorical:

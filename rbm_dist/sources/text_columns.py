@@ -51,7 +51,7 @@ def numbers(column: pa.Array, words: Words) -> tuple[pa.Array, np.ndarray | None
 
 def plain_numbers(column: pa.Array, words: Words) -> pa.Array | None:
     """Text as float64, if there is nothing else in it: not a mark, not a word, not a missing value; else None."""
-    if words.thousands or words.decimal != "." or column.null_count:
+    if words != Words() or column.null_count:  # a word may look like a number: -999
         return None
     try:
         found = column.cast(pa.float64())

@@ -67,6 +67,14 @@ def test_masks_are_the_split_and_no_features(tmp_path: Path, kind: str, suffix: 
     assert source.about.notes["split"] == "train_mask, val_mask, test_mask"
 
 
+def test_masks_may_be_called_valid(tmp_path: Path) -> None:
+    masks = {"train_mask": [1, 0, 0, 0], "valid_mask": [0, 1, 0, 0], "test_mask": [0, 0, 1, 0]}
+    save(f"{tmp_path}/nodes.parquet", NODES | masks)
+    source = opened(tmp_path)
+    assert source.nodes().split.tolist() == [TRAIN, VAL, TEST, NO_SPLIT]
+    assert source.num_features == 1
+
+
 def test_masks_that_contradict_or_are_not_whole_are_refused(tmp_path: Path) -> None:
     ones = [True] * 4
     save(f"{tmp_path}/nodes.parquet", NODES | {"train_mask": ones, "val_mask": ones, "test_mask": ones})
@@ -111,6 +119,8 @@ def test_text_is_numbers_if_all_of_it_is(tmp_path: Path) -> None:
     assert features_of(tmp_path, ["1.234,5", "2,5", "3", "4"], thousands=".", decimal=",") == [1234.5, 2.5, 3, 4]
     found = features_of(tmp_path, ["1", "?", "NA", ""], na_values=("?",), missing="mean")
     np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan])
+    found = features_of(tmp_path, ["1", "-999", "3", "4"], na_values=(-999,), missing="mean")
+    np.testing.assert_array_equal(found, [1, np.nan, 3, 4])
 
 
 @pytest.mark.parametrize(
@@ -190,6 +200,13 @@ def test_words_that_stand_for_no_label(
     source = opened(tmp_path, f"nodes.{suffix}")
     assert source.about.class_names == names
     assert source.nodes().label.tolist() == label
+
+
+def test_a_number_may_stand_for_no_label(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.parquet", NODES | {"label": [0, 1, -100, 255]})
+    with pytest.raises(InputError, match=r"row 2, column label: class -100 is out of range"):
+        opened(tmp_path)
+    assert opened(tmp_path, unlabelled=(-100, 255)).nodes().label.tolist() == [0, 1, -1, -1]
 
 
 def test_what_a_label_could_mean_is_said(tmp_path: Path) -> None:
@@ -444,6 +461,7 @@ def test_a_look_tells_what_reading_does(tmp_path: Path, suffix: str) -> None:
 
 COLUMNS = {
     "int": st.integers(-1000, 1000), "float": st.floats(-1e6, 1e6, width=32), "bool": st.booleans(),
+    "with gaps": st.none() | st.floats(-1e6, 1e6, width=32), "with few": st.none() | st.integers(-1000, 1000),
     "text": st.text("ab ,;\"'\n#é", min_size=1, max_size=6).map("t{}".format),
 }  # fmt: skip
 
@@ -483,7 +501,7 @@ def test_what_is_read_is_what_pandas_reads(
     if suffix == "parquet" and isinstance(first, str):
         pd.DataFrame({"src": [first], "dst": [first]}).to_parquet(folder / "edges.parquet", index=False)
     edges = "edges.parquet" if (folder / "edges.parquet").exists() else "edges.csv"
-    source = opened(folder, "n", edges, num_classes=2)
+    source = opened(folder, "n", edges, num_classes=2, missing="zero")
     back = node_ids.to_arrow(source.nodes().orig_id, source.about.id_type).to_pylist()
     assert back == frame["id"].tolist()
     assert source.nodes().label.tolist() == frame["label"].fillna(-1).astype(int).tolist()
