@@ -98,19 +98,15 @@ def _warnings(normalize: str, names: list[str], moments: Moments) -> list[str]:
     empty = moments.count == 0
     constant = np.flatnonzero((moments.high == moments.low) & ~empty)
     if len(constant):
-        warnings.append(f"{_listed(names, constant)} the same in every row, and tell nothing")
+        warnings.append(_tells_nothing(names, constant, "the same"))
     if empty.any():
-        warnings.append(f"{_listed(names, np.flatnonzero(empty))} missing in every row, and tell nothing")
+        warnings.append(_tells_nothing(names, np.flatnonzero(empty), "missing"))
     reach = np.maximum(np.abs(moments.low), np.abs(moments.high))
     reach[empty] = 0
     middle = float(np.quantile(reach[reach > 0], 0.5, method="lower")) if reach.any() else 0.0
     by_column = normalize in ("auto", "column")
     for column in np.flatnonzero(reach > (_BEYOND if by_column else _FAR) * max(middle, 1e-30))[:5]:
-        done = (
-            "It is scaled by itself"
-            if by_column
-            else "Set source.normalize to auto or column, or drop it (source.ignore)"
-        )
+        done = "It is scaled by itself" if by_column else "Set source.normalize to auto, or drop it"
         warnings.append(
             f"column {names[column]} ranges from {moments.low[column]:.4g} to {moments.high[column]:.4g}, while half "
             f"of the columns stay within ±{middle:.4g}: another unit, or a stand-in for a missing value? {done}"
@@ -118,10 +114,12 @@ def _warnings(normalize: str, names: list[str], moments: Moments) -> list[str]:
     return warnings
 
 
-def _listed(names: list[str], which: np.ndarray) -> str:
+def _tells_nothing(names: list[str], which: np.ndarray, what: str) -> str:
     shown = ", ".join(names[column] for column in which[:5])
     more = f" and {len(which) - 5:,} more" if len(which) > 5 else ""
-    return f"column{'s' * (len(which) > 1)} {shown}{more}: {'are' if len(which) > 1 else 'is'}"
+    if len(which) == 1:
+        return f"column {shown} is {what} in every row and tells nothing"
+    return f"columns {shown}{more} are {what} in every row and tell nothing"
 
 
 def _finite(value: float) -> float | None:
