@@ -30,8 +30,10 @@ def scan(files: list[str], config: TablesConfig, wanted: Sequence[str], is_edges
 
     def one(file: str) -> TableFile:
         found = _dialect(file, config, wanted, is_edges)
-        for name in {name for name in found.names if found.names.count(name) > 1} if _twice(found.names) else ():
-            raise InputError(f"{file}: column '{name}' is there twice")
+        if len(set(found.names)) < len(found.names):
+            name = next(name for name in found.names if found.names.count(name) > 1)
+            spaces = "; where several spaces stand between columns, write one other character (source.delimiter)"
+            raise InputError(f"{file}: column '{name}' is there twice{spaces * (not name)}")
         return TableFile(file, dict.fromkeys(found.names, pa.string()), [Piece(file, 0, -1, dialect=found)])
 
     return in_threads(one, files)
@@ -68,10 +70,6 @@ def batches(piece: Piece, types: Columns) -> Iterator[pa.RecordBatch]:
 
 def _comment_or_error(row: pa.csv.InvalidRow) -> str:
     return "skip" if row.text.lstrip().startswith(_COMMENTS) else "error"
-
-
-def _twice(names: Sequence[str]) -> bool:
-    return len(set(names)) < len(names)
 
 
 def _dialect(file: str, config: TablesConfig, wanted: Sequence[str], is_edges: bool) -> Dialect:

@@ -195,10 +195,11 @@ def features(batch: pa.RecordBatch, wanted: list[Feature], words: Words, at: At,
 def _numbers_at_once(batch: pa.RecordBatch, names: list[str]) -> np.ndarray:
     """Columns of numbers as `[n, F]`: a table of thousands of columns is turned in one go."""
     columns = [batch.column(name) for name in names]
-    if any(pa.types.is_boolean(each.type) or pa.types.is_decimal(each.type) for each in columns):
+    kinds = {each.type for each in columns}
+    if any(map(pa.types.is_boolean, kinds)) or any(map(pa.types.is_decimal, kinds)):
         columns = [table_files.cast(each, pa.float64()) for each in columns]
-    elif pa.types.is_float16(columns[0].type):
-        columns = [each.cast(pa.float32()) for each in columns]
+    elif any(map(pa.types.is_float16, kinds)):  # which Arrow does not turn into others there
+        columns = [each.cast(pa.float32()) if pa.types.is_float16(each.type) else each for each in columns]
     return pa.RecordBatch.from_arrays(columns, names=names).to_tensor(null_to_nan=True, row_major=True).to_numpy()
 
 

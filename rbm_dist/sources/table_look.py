@@ -64,8 +64,7 @@ def look_at(config: TablesConfig) -> Look:
     features, left_out = scan.features(table_schema.widths(columns, found))
     left_out += table_schema.left_out_of_edges(edge_types, ends)
     num_nodes, num_edges = _rows(found, node_files), _rows(edge_pieces, edge_files)
-    if not node_columns.widths(features):
-        raise InputError(f"{config.nodes}: nodes have no features; a graph-free student needs some")
+    table_schema.need_features(config, features, left_out)
     estimated = pieces.num_rows([*found, *edge_pieces]) is None
     return Look(
         columns, scanned, features, left_out, found, edge_pieces, ends, node_files, edge_files, num_nodes, num_edges,

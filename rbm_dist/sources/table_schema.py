@@ -95,6 +95,16 @@ def edges(
     return (src, dst), types, [piece for table in tables for piece in table.pieces]
 
 
+def need_features(config: TablesConfig, features: list[Feature], left_out: list[tuple[str, str]]) -> None:
+    """Raise `InputError` if there are none, with what became of the columns."""
+    if not node_columns.widths(features):
+        columns = "; ".join(f"{name}: {why}" for name, why in left_out[:_NAMES_IN_MESSAGES]) or "its lists are empty"
+        raise InputError(
+            f"{config.nodes}: nodes have no features, and a graph-free student needs some. Left out were: {columns}. "
+            "source.features, one_hot and hashed say what to use"
+        )
+
+
 def left_out_of_edges(types: Columns, ends: tuple[str, str]) -> list[tuple[str, str]]:
     """Columns of the edge list that are not used, and why."""
     return [
@@ -266,5 +276,7 @@ def _headless(types: Columns) -> str:
         return ". Without a header, columns are named by their place"
     if len(types) == 1 and all(is_string(kind) for kind in types.values()):
         return ". If another character stands between columns, set source.delimiter"
+    if any(name != name.strip() for name in types):
+        return ". Some names have spaces around them: take these out, or name the columns with them"
     values = sum(name.strip().lstrip("-").replace(".", "", 1).isdigit() for name in types)
     return ". If the file has no header, set source.header to false" if 2 * values > len(types) else ""

@@ -218,14 +218,15 @@ def _derive(config: TablesConfig, node_files: Listing, edge_files: Listing, fold
     groups = pieces.grouped(parts)
     features, left_out = scan.features(table_schema.widths(columns, parts))
     left_out += table_schema.left_out_of_edges(edge_types, (src, dst))
+    names = scanned.classes.names
     about = {
-        "class_names": scanned.classes.names,
+        # Of classes that do not occur, though source.num_classes says that there are such, the number is the name.
+        "class_names": None if names is None else [*names, *map(str, range(len(names), num_classes))],
         "notes": table_notes.notes(columns, scanned, (src, dst), node_files, edge_files, edge_pieces, len(added)),
         "left_out": left_out + table_notes.passed_over(node_files) + table_notes.passed_over(edge_files),
         "warnings": table_notes.warnings(scanned),
     }
-    if not node_columns.widths(features):
-        raise InputError(f"{config.nodes}: nodes have no features; a graph-free student needs some")
+    table_schema.need_features(config, features, left_out)
     return {
         "num_nodes": num_rows + len(added), "num_added": len(added), "num_classes": num_classes,
         "id_type": asdict(scanned.id_type), "about": about,

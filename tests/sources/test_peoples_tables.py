@@ -157,6 +157,22 @@ def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
     assert opened(tmp_path, edges="edges.csv", features=("x", "note")).num_features == 2, "asked for, text is numbers"
 
 
+def test_numbers_of_any_type_stand_side_by_side(tmp_path: Path) -> None:
+    kinds = [pa.float16(), pa.uint8(), pa.int64(), pa.float32(), pa.float64(), pa.uint64()]
+    columns = {f"f{kind}": pa.array(range(4), pa.int8()).cast(kind) for kind in kinds}
+    save(f"{tmp_path}/nodes.parquet", NODES | columns)
+    np.testing.assert_array_equal(read_features(opened(tmp_path))[:, 1:], np.arange(4)[:, None].repeat(6, axis=1))
+
+
+def test_a_table_without_features_is_refused_with_what_became_of_its_columns(tmp_path: Path) -> None:
+    put_text(tmp_path / "nodes.csv", "id,label,x\n7,0,12%\n8,1,50%\n")
+    with pytest.raises(InputError, match=r"nodes.csv: nodes have no features.* x: text, such as '12%'"):
+        opened(tmp_path, "nodes.csv")
+    put_text(tmp_path / "nodes.txt", "id   label   x\n7   0   1\n")
+    with pytest.raises(InputError, match=r"nodes.txt: column '' is there twice; where several spaces"):
+        opened(tmp_path, "nodes.txt")
+
+
 def test_decimals_are_numbers(tmp_path: Path) -> None:
     column = pa.array([decimal.Decimal(f"{value}.25") for value in range(4)], pa.decimal128(12, 4))
     save(f"{tmp_path}/nodes.parquet", NODES | {"f": column})
@@ -207,6 +223,11 @@ def test_a_number_may_stand_for_no_label(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"row 2, column label: class -100 is out of range"):
         opened(tmp_path)
     assert opened(tmp_path, unlabelled=(-100, 255)).nodes().label.tolist() == [0, 1, -1, -1]
+
+
+def test_classes_that_do_not_occur_have_names_too(tmp_path: Path) -> None:
+    save(f"{tmp_path}/nodes.parquet", NODES | {"label": ["a", "b", "a", "b"]})
+    assert opened(tmp_path, num_classes=4).about.class_names == ["a", "b", "2", "3"]
 
 
 def test_what_a_label_could_mean_is_said(tmp_path: Path) -> None:
