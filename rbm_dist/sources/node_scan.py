@@ -102,7 +102,7 @@ class NodeScan:
         for name in columns.features:
             kind = columns.types[name]
             if table_files.is_list(kind):
-                found[name] = Feature(name, "list", str(kind), widths[name])
+                found[name] = Feature(name, "list", f"list of {kind.value_type}", widths[name])
             else:
                 found[name] = Feature(name, "number", str(kind), 1)
         for name, text in self._text.items():

@@ -103,6 +103,10 @@ def summary_of_look(config: TablesConfig) -> dict[str, Any]:
     edges = {"read": look.num_edges}
     found = summarise(config, about, num_classes, look.scanned.label, split_n, edges, moments, scaling)
     found["nodes"]["rows"] = look.num_nodes
+    rows = len(look.scanned.label)
+    if rows < look.num_nodes:
+        for part in ("label", "split") if look.scanned.split is not None else ("label",):
+            found[part]["from"] += f", of the first {rows:,} rows"
     return found
 
 
