@@ -22,6 +22,7 @@ from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 
 _POLL_S = 0.25
+_TRAVEL_S = 0.1
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
 _NAME = "progress"  # of the mailbox, among the actors of one driver
@@ -149,6 +150,8 @@ class ProgressRelay:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            time.sleep(_TRAVEL_S)  # what workers and actors said last comes by other ways than their results
         self._stop.set()
         self._thread.join()
         deadline = time.monotonic() + (_LAST_S if error is None else _ANSWER_S)
