@@ -7,7 +7,7 @@ go through here.
 
 import os
 
-_FACTOR = float(os.environ.get("RBM_DIST_TEST_PATIENCE", "3"))
+_FACTOR = float(os.environ.get("RBM_DIST_TEST_PATIENCE", "5"))
 
 
 def patient(seconds: float) -> float:

@@ -43,7 +43,7 @@ class Terminal:
         """A relay that ends only when what was sent has had time to come, on a busy machine too."""
         with ProgressRelay(self.mailbox, self.bars, self.writer) as relay:
             yield relay
-            time.sleep(patient(0.3))
+            time.sleep(patient(0.2))
 
     def warnings(self) -> list[str]:
         return [line.removeprefix("  ! ") for line in self.out.getvalue().splitlines() if line.startswith("  ! ")]
