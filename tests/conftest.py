@@ -14,6 +14,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.patience import patient
 
+# Ray's workers are nice by default, and get a thirtieth of a core that any other process wants, too.
+os.environ.setdefault("RAY_worker_niceness", "0")
 FINISHED_RUN = [f"tests/stages/test_{name}.py" for name in ("encodings", "inspect", "kill", "pipeline", "served_run")]
 
 pytest.register_assert_rewrite("tests.graph.reference")
