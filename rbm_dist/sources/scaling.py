@@ -47,16 +47,21 @@ class Moments:
     def _dense(cls, rows_nF: np.ndarray) -> "Moments":
         if not len(rows_nF):
             return cls.of((), rows_nF.shape[1])
-        rows_nF = rows_nF.astype(np.float64)
         gone_nF = np.isnan(rows_nF)
-        missing = gone_nF.sum(axis=0).astype(np.float64)
+        missing = np.count_nonzero(gone_nF, axis=0).astype(np.float64)
+        zeros = np.count_nonzero(rows_nF == 0, axis=0).astype(np.float64)
         count = len(rows_nF) - missing
-        some = np.maximum(count, 1)
-        mean = np.where(gone_nF, 0, rows_nF).sum(axis=0) / some
-        away_nF = np.where(gone_nF, 0, rows_nF - mean)
-        low, high = np.where(gone_nF, np.inf, rows_nF).min(axis=0), np.where(gone_nF, -np.inf, rows_nF).max(axis=0)
-        zeros = (rows_nF == 0).sum(axis=0).astype(np.float64)
-        return cls(count, mean, (away_nF**2).sum(axis=0), low, high, missing, zeros)
+        low, high = np.fmin.reduce(rows_nF, axis=0), np.fmax.reduce(rows_nF, axis=0)  # which pass over NaN
+        away_nF = rows_nF.astype(np.float64)
+        if missing.any():
+            away_nF[gone_nF] = 0
+        mean = away_nF.sum(axis=0) / np.maximum(count, 1)
+        away_nF -= mean
+        if missing.any():
+            away_nF[gone_nF] = 0
+        squares = np.einsum("nf,nf->f", away_nF, away_nF)
+        low, high = np.where(count > 0, low, np.inf), np.where(count > 0, high, -np.inf)
+        return cls(count, mean, squares, low.astype(np.float64), high.astype(np.float64), missing, zeros)
 
     @classmethod
     def _sparse(cls, rows: sp.csr_array) -> "Moments":
@@ -166,11 +171,17 @@ class Scaling:
 
     def _dense(self, rows_nF: np.ndarray) -> np.ndarray:
         gone_nF = np.isnan(rows_nF)
-        scaled_nF = (np.where(gone_nF, self.fill, rows_nF.astype(np.float64)) - self.shift) * self.factor
+        scaled_nF = rows_nF.astype(np.float64)
+        if gone_nF.any():
+            scaled_nF = np.where(gone_nF, self.fill, scaled_nF)
+        scaled_nF -= self.shift
+        scaled_nF *= self.factor
         if self.rows:
             norm_n = np.linalg.norm(scaled_nF, 1 if self.rows == "sum" else 2, axis=1)
             scaled_nF /= np.where(norm_n > 0, norm_n, 1)[:, None]
-        return np.concatenate([scaled_nF, gone_nF[:, self.indicators]], axis=1)
+        if len(self.indicators):
+            scaled_nF = np.concatenate([scaled_nF, gone_nF[:, self.indicators]], axis=1)
+        return scaled_nF
 
     def _sparse(self, rows: sp.csr_array) -> sp.csr_array:
         data = rows.data.astype(np.float64) * self.factor[rows.indices]
