@@ -78,7 +78,7 @@ def _dialect(file: str, config: TablesConfig, wanted: Sequence[str], is_edges: b
         text = head.decode(config.encoding.replace("utf8", "utf-8-sig"), errors="replace")
     skip, comment = 0, ""
     lines = text.splitlines(keepends=True)
-    while skip < len(lines) and (not lines[skip].strip() or _is_comment(lines[skip], wanted, config)):
+    while skip < len(lines) and (not lines[skip].strip() or _is_comment(lines[skip], wanted)):
         comment = lines[skip].strip() or comment
         skip += 1
     rest = "".join(lines[skip:])
@@ -94,7 +94,7 @@ def _dialect(file: str, config: TablesConfig, wanted: Sequence[str], is_edges: b
     return Dialect(delimiter, skip, tuple(names), header, config.encoding, len(rest.partition("\n")[0]), bool(comment))
 
 
-def _is_comment(line: str, wanted: Sequence[str], config: TablesConfig) -> bool:
+def _is_comment(line: str, wanted: Sequence[str]) -> bool:
     """A first line such as `#id,label` is a header whose first column is named `#id`, if that is what is asked for."""
     if not line.startswith(_COMMENTS):
         return False

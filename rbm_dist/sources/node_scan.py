@@ -16,8 +16,7 @@ from rbm_dist.sources.table_schema import NodeColumns
 from rbm_dist.sources.text_columns import NO_NUMBER, TextColumn, Words
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"  # as one writes it: neither zeros before it, nor a sign of +
-MOST_VALUES = 1000
-"""Values that a column may have to be made one feature each."""
+_MOST_VALUES = 1000  # that a column may have to be made one feature each
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class NodeScan:
         self._ids: list[np.ndarray] = []
         self._id_type = columns.id_type or IdType("integer", "int64")  # of text, as long as all of it are integers
         self._text = {name: TextColumn(self._words) for name in columns.candidates}
-        self._values: dict[str, set[str]] = {name: set() for name in config.one_hot}
+        self._values: dict[str, set[str]] = {name: set() for name in columns.one_hot}
 
     def add(self, batch: pa.RecordBatch, at: At) -> None:
         """`at` says where a row of the batch is. Raises `InputError`."""
@@ -63,9 +62,9 @@ class NodeScan:
             text.add(batch.column(name), at)
         for name, values in self._values.items():
             values |= {each for each in pc.unique(batch.column(name)).to_pylist() if each}
-            if len(values) > MOST_VALUES:
+            if len(values) > _MOST_VALUES:
                 raise InputError(
-                    f"{at(0)} and above, column {name}: more than {MOST_VALUES:,} values, too many for a feature each; "
+                    f"{at(0)} and above, column {name}: more than {_MOST_VALUES:,} values, too many for a feature each; "
                     "use source.hashed for this column"
                 )
 
@@ -115,14 +114,16 @@ class NodeScan:
                 left_out.append((name, f"text, such as '{_short(text.first)}'"))
             else:
                 raise InputError(self._mixed(name, text))
-        for name in self._config.one_hot:
+        for name in columns.one_hot:
             values = tuple(sorted(self._values[name]))
             found[name] = Feature(name, "one_hot", "text", len(values), values)
-        for name in self._config.hashed:
+        for name in columns.hashed:
             found[name] = Feature(name, "hashed", "text", self._config.hash_width)
         order = self._config.features or columns.types
         ordered = [found[name] for name in order if name in found]
-        ordered += [found[name] for name in columns.categorical if name in found and found[name] not in ordered]
+        ordered += [
+            found[name] for name in (*columns.one_hot, *columns.hashed) if name in found and found[name] not in ordered
+        ]
         return ordered, left_out
 
     def _mixed(self, name: str, text: TextColumn) -> str:

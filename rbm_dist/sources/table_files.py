@@ -4,7 +4,7 @@ Besides a batch, a reader holds one row group of Parquet as it is stored, or a f
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -287,8 +287,3 @@ def _scan_parquet(file: str) -> TableFile:
             found.append(Piece(file, start, rows, groups=(first, group + 1)))
             first, start, rows = group + 1, start + rows, 0
     return TableFile(file, dict(zip(names, schema.types, strict=True)), found)
-
-
-def num_rows(found: Iterable[Piece]) -> int | None:
-    """How many rows some pieces have; None where that is not known before they are read (CSV)."""
-    return pieces.num_rows(found)

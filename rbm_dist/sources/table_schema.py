@@ -33,7 +33,8 @@ class NodeColumns:
     types: Columns  # of all columns, as they are read
     features: list[str]  # that are numbers, booleans or lists of them by their type
     candidates: list[str]  # text that is to be looked at: numbers as text
-    categorical: list[str]  # text whose values are to be known: `one_hot`
+    one_hot: list[str]  # text whose values are to be known
+    hashed: list[str]
     left_out: list[tuple[str, str]]  # columns, and why
     named: bool  # whether `source.features` says which columns are features
 
@@ -41,7 +42,7 @@ class NodeColumns:
     def scanned(self) -> Columns:
         """What is read of all nodes at once, and in which types."""
         names = [each for each in (self.id, self.label, self.split, *self.masks) if each]
-        return {name: self.types[name] for name in dict.fromkeys([*names, *self.candidates, *self.categorical])}
+        return {name: self.types[name] for name in dict.fromkeys([*names, *self.candidates, *self.one_hot])}
 
 
 def nodes(config: TablesConfig, files: Sequence[str]) -> tuple[NodeColumns, list[Piece]]:
@@ -243,7 +244,8 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
     if not features and not candidates and not categorical:
         raise InputError(f"{file}: no columns of numbers for features (source.features); {_found(types)}")
     return NodeColumns(
-        node_id, ids, config.label, split, masks, text, types, features, candidates, categorical, left_out,
+        node_id, ids, config.label, split, masks, text, types, features, candidates, [*config.one_hot], [*config.hashed],
+        left_out,
         config.features is not None,
     )  # fmt: skip
 

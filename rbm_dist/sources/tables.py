@@ -103,11 +103,8 @@ class _Tables:
         if piece == len(self.facts["groups"]):  # of nodes that edges alone name
             yield np.full((self.facts["num_added"], width), np.nan, np.float32)
             return
-        types, text, missing = (
-            _unpacked(self.facts["feature_types"]),
-            words(self.config),
-            self.config.missing != "refuse",
-        )
+        types, text = _unpacked(self.facts["feature_types"]), words(self.config)
+        missing = self.config.missing != "refuse"
         for where in map(Piece.of, self.facts["pieces"][slice(*self.facts["groups"][piece])]):
             for batch, start in _batches(where, types, max(_WIDE_ROWS, _VALUES // width)):
                 yield node_columns.features(batch, features, text, partial(where.at, start), missing)
@@ -262,12 +259,16 @@ def _indexed(id_N: np.ndarray, of: IdType, node_at: Callable[[int], str]) -> Nod
 
 def _unknown_ids(ends: _Ends, edge_pieces: list[Piece], types: Columns) -> np.ndarray:
     """The ids that edges name and the node table does not, in ascending order."""
-    found = np.empty(0, np.int64)
+    found: list[np.ndarray] = []
+    held, most = 0, _NODES
     for piece in edge_pieces:
         for batch, start in _edge_batches(piece, types, ends.id_type):
-            for name, column in _ends_of(batch):
-                found = np.union1d(found, ids) if len(ids := ends.unknown(column, name, piece, start)) else found
-    return found
+            found += [ends.unknown(column, name, piece, start) for name, column in _ends_of(batch)]
+            held += sum(map(len, found[-2:]))
+            if held > most:  # so that what is held stays within twice what there is
+                found = [np.unique(np.concatenate(found))]
+                held, most = len(found[0]), max(_NODES, 2 * len(found[0]))
+    return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
 
 
 def _edge_batches(piece: Piece, types: Columns, ids: IdType) -> Iterator[tuple[pa.RecordBatch, int]]:

@@ -5,6 +5,7 @@ features are checked and their statistics gathered piece by piece; each task's r
 twice as long as the input's files are the same.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -184,16 +185,16 @@ def _stage_nodes(config: Config, url: str) -> dict[str, Any]:
     return {**storage.once(storage.join(kept, "nodes.json"), work), "kept": kept, "changed": bool(old)}
 
 
-_OPENED: dict[tuple[str, str], StreamedSource] = {}
-
-
 def _reopened(config: Config, url: str, kept: str) -> StreamedSource:
     """The source, opened once per process: to list very many files anew for every task would be quadratic."""
-    wanted = config.source.model_dump_json(), kept  # which is named after the files' stamps
-    if wanted not in _OPENED:
-        _OPENED.clear()
-        _OPENED[wanted] = source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
-    return _OPENED[wanted]
+    return _open_once(config.model_dump_json(), url, kept)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_once(config_json: str, url: str, kept: str) -> StreamedSource:
+    # `kept` is named after the files' stamps: of files that were changed another source is opened.
+    config = Config.model_validate_json(config_json)
+    return source_.open_streamed(config.source, config.seed, storage.join(url, _WORK))
 
 
 def _sort_edges(config: Config, url: str, kept: str, piece: int, node_files: Files) -> dict[str, Any]:
