@@ -64,7 +64,7 @@ class NodeScan:
             values |= {each for each in pc.unique(batch.column(name)).to_pylist() if each}
             if len(values) > _MOST_VALUES:
                 raise InputError(
-                    f"{at(0)} and above, column {name}: more than {_MOST_VALUES:,} values, too many for a feature each; "
+                    f"{at(0)} and above, column {name}: more than {_MOST_VALUES:,} values, too many for one each; "
                     "use source.hashed for this column"
                 )
 

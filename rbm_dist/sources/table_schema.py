@@ -244,8 +244,8 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
     if not features and not candidates and not categorical:
         raise InputError(f"{file}: no columns of numbers for features (source.features); {_found(types)}")
     return NodeColumns(
-        node_id, ids, config.label, split, masks, text, types, features, candidates, [*config.one_hot], [*config.hashed],
-        left_out,
+        node_id, ids, config.label, split, masks, text, types, features, candidates, [*config.one_hot],
+        [*config.hashed], left_out,
         config.features is not None,
     )  # fmt: skip
 
