@@ -19,7 +19,8 @@ import typer
 import yaml
 
 import rbm_dist
-from rbm_dist.config.run import Config, load, locations
+from rbm_dist.config.load import load, locations
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError, RunError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"

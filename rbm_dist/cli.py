@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from rbm_dist import __version__
-from rbm_dist.config.run import Config, load
+from rbm_dist.config.load import load
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError, RunError
 
 app = typer.Typer(

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from rbm_dist import __version__, cli
-from rbm_dist.config.run import Config, load
+from rbm_dist.config.load import load
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError, RunError
 
 

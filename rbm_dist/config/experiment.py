@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from rbm_dist import storage
 from rbm_dist.config.fields import Count, Rate, Section
-from rbm_dist.config.run import Config, absolute, absolute_path, read_tree, refusals
+from rbm_dist.config.load import absolute, absolute_path, read_tree, refusals
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 
 PREPARED = ("seed", "source", "partition", "teacher", "soft_labels", "encodings")

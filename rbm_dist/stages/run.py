@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbm_dist import __version__, storage
-from rbm_dist.config.run import LOCATIONS, Config, flatten
+from rbm_dist.config.load import LOCATIONS, flatten
+from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 
 if TYPE_CHECKING:

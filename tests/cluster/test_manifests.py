@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rbm_dist import __version__
-from rbm_dist.config.run import load
+from rbm_dist.config.load import load
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rbm_dist.config.run import ClusterConfig, Config, flatten, load, locations
+from rbm_dist.config.load import flatten, load, locations
+from rbm_dist.config.run import ClusterConfig, Config
 from rbm_dist.config.source import DigitsConfig
 from rbm_dist.errors import InputError
 from rbm_dist.parallel.mesh import Mesh

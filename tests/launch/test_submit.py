@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from launch import submit
-from rbm_dist.config.run import flatten, load
+from rbm_dist.config.load import flatten, load
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
