@@ -190,19 +190,9 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
                 f"source.id_type is {config.id_type})"
             )
     _expect(types, file, config.label, "label", _is_label, "classes, as integers or names,")
-    masks: tuple[str, ...] = ()
     if split:
         _expect(types, file, split, "split", lambda t: is_number(t) or is_string(t), "train, val or test")
-    elif config.split is not None:
-        masks = tuple(name for name in MASK_COLUMNS if name in types)
-        missing = [name for name in MASKS if name not in {MASK_COLUMNS[mask] for mask in masks}]
-        if masks and missing:
-            raise InputError(
-                f"{file}: no column {' nor '.join(missing)} beside {' and '.join(masks)}; all three are the split, or "
-                "none is (leave them out: source.ignore)"
-            )
-        if any(name in config.ignore for name in masks):
-            masks = ()
+    masks = _masks(config, types, file) if config.split is not None and not split else ()
     taken = {node_id, config.label, split, *masks}
     left_out = [(name, "source.ignore") for name in config.ignore if name in types]
     for key in ("features", "one_hot", "hashed", "ignore"):
@@ -234,13 +224,13 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
     if config.features:
         unnamed = (name for name in types if name not in aside | set(config.features))
         left_out += [(name, "not among source.features") for name in unnamed]
-    elif node_id not in _PANDAS_INDEX:
-        of_pandas = [name for name in _PANDAS_INDEX if name in features or name in candidates]
-        left_out += [(name, "the row index that pandas wrote") for name in of_pandas]
-        features, candidates = ([each for each in some if each not in of_pandas] for some in (features, candidates))
-    masks_beside = [name for name in MASK_COLUMNS if split and name in (*features, *candidates) and not config.features]
-    left_out += [(name, f"the split is that of column {split}") for name in masks_beside]
-    features, candidates = ([each for each in some if each not in masks_beside] for some in (features, candidates))
+    else:
+        no_features = (
+            {} if node_id in _PANDAS_INDEX else dict.fromkeys(_PANDAS_INDEX, "the row index that pandas wrote")
+        )
+        no_features |= dict.fromkeys(MASK_COLUMNS, f"the split is that of column {split}") if split else {}
+        left_out += [(name, no_features[name]) for name in (*features, *candidates) if name in no_features]
+        features, candidates = ([each for each in some if each not in no_features] for some in (features, candidates))
     if not features and not candidates and not categorical:
         raise InputError(f"{file}: no columns of numbers for features (source.features); {_found(types)}")
     return NodeColumns(
@@ -248,6 +238,18 @@ def _roles(config: TablesConfig, types: Columns, file: str, kind: str, by_path: 
         [*config.hashed], left_out,
         config.features is not None,
     )  # fmt: skip
+
+
+def _masks(config: TablesConfig, types: Columns, file: str) -> tuple[str, ...]:
+    """The columns that are the split where no column says it: all three masks, or none."""
+    masks = tuple(name for name in MASK_COLUMNS if name in types and name not in config.ignore)
+    missing = [name for name in MASKS if name not in {MASK_COLUMNS[mask] for mask in masks}]
+    if masks and missing:
+        raise InputError(
+            f"{file}: no column {' nor '.join(missing)} beside {' and '.join(masks)}; all three are the split, or none "
+            "is (leave them out: source.ignore)"
+        )
+    return masks
 
 
 def _is_label(kind: pa.DataType) -> bool:
