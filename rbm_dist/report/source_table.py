@@ -45,7 +45,7 @@ def source_table(summary: dict[str, Any]) -> Padding:
 
 
 def _label(label: dict[str, Any]) -> str:
-    classes = [f"{each['name']} {each['nodes']:,}" for each in label["classes"] if each["nodes"]]
+    classes = [f"{each['name']} ({each['nodes']:,})" for each in label["classes"] if each["nodes"]]
     shown = ", ".join(classes[:_LINES]) + (f" and {len(classes) - _LINES:,} more" if len(classes) > _LINES else "")
     unlabelled = f"; {label['unlabelled']:,} nodes without label" if label["unlabelled"] else ""
     return _joined([label["from"], f"{len(label['classes']):,} classes", shown], ": ") + unlabelled
