@@ -95,7 +95,7 @@ class ActorMemoryStore:
 class _MemoryActor:
     def __init__(self, world_size: int, settings: dict[str, Any], timeout_s: float):
         torch.set_num_threads(1)
-        forward_warnings("memory actor")
+        self._warnings = forward_warnings("memory actor")
         self._world_size, self._settings, self._timeout_s = world_size, settings, timeout_s
         self._pushed: dict[int, list[MemoryStatistics]] = {}
         self._changed = asyncio.Condition()
@@ -123,6 +123,7 @@ class _MemoryActor:
                 layers = zip(*(self._pushed[rank] for rank in sorted(self._pushed)), strict=True)
                 self._memory.step([MemoryStatistics.total(list(layer)) for layer in layers])
                 self._pushed.clear()
+                await self._warnings.arrived()  # a stage whose last step this is ends with the answer
                 self._changed.notify_all()
             try:
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._memory.version > version), self._timeout_s)

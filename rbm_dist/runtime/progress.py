@@ -4,6 +4,7 @@ None of it can fail a stage whose work succeeded: a mailbox that is late is aske
 and what a training loop's rows missed is written when the loop ends. Only metrics that cannot be written do.
 """
 
+import asyncio
 import contextlib
 import logging
 import textwrap
@@ -22,7 +23,6 @@ from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 
 _POLL_S = 0.25
-_TRAVEL_S = 0.1
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
 _NAME = "progress"  # of the mailbox, among the actors of one driver
@@ -105,6 +105,13 @@ class _Forwarder(logging.StreamHandler):
             with contextlib.suppress(Exception):
                 ray.get(sent, timeout=_ANSWER_S)
 
+    async def arrived(self) -> None:
+        """As `wait`, in an actor that goes on with other calls meanwhile."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(sent, _ANSWER_S)
+
 
 class _Mailbox:
     def __init__(self) -> None:
@@ -150,8 +157,6 @@ class ProgressRelay:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            time.sleep(_TRAVEL_S)  # what workers and actors said last comes by other ways than their results
         self._stop.set()
         self._thread.join()
         deadline = time.monotonic() + (_LAST_S if error is None else _ANSWER_S)

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,8 @@ class Terminal:
         self.writer = MetricsWriter(str(folder))
         self.bars = ProgressBars(Console(file=self.out, width=200))
 
-    @contextmanager
-    def relay(self) -> Iterator[ProgressRelay]:
-        """A relay that ends only when what was sent has had time to come, on a busy machine too."""
-        with ProgressRelay(self.mailbox, self.bars, self.writer) as relay:
-            yield relay
-            time.sleep(patient(0.2))
+    def relay(self) -> ProgressRelay:
+        return ProgressRelay(self.mailbox, self.bars, self.writer)
 
     def warnings(self) -> list[str]:
         return [line.removeprefix("  ! ") for line in self.out.getvalue().splitlines() if line.startswith("  ! ")]
