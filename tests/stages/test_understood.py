@@ -80,7 +80,8 @@ def test_the_summary_says_how_the_input_was_understood(tmp_path: Path) -> None:
     assert summary["label"]["classes"] == [{"name": name, "nodes": 20} for name in ("cat", "dog", "owl")]
     shown = text_of(summary)
     for said in (
-        "column id, binary, such as", "cat (20), dog (20), owl (20)", "drawn, 3 + 3 of each class: train 9, val 9, test 42",
+        "column id, binary, such as", "cat (20), dog (20), owl (20)",
+        "drawn, 3 + 3 of each class: train 9, val 9, test 42",
         "t (double): 1.7e+09 to 1.71e+09", "200 read", "1 to unknown nodes dropped",
         "w (of the edge list", "note (string, which is no number)", "! column t ranges from 1.7e+09",
     ):  # fmt: skip
