@@ -46,7 +46,7 @@ class TeacherConfig(Section):
         "numba", description="the sampling kernel of all stages"
     )
     fanout: Fanout = (10, 10)
-    norm: Literal["layer", "batch", "none"] = Field("none", description="between the layers, before ReLU")
+    norm: Literal["layer", "none"] = Field("none", description="between the layers, before ReLU")
     dropout: Fraction = 0.5
     lr: Rate = 0.01
     weight_decay: Weight | None = Field(None, description="default: 0.3 / training nodes, less the more labels speak")

@@ -5,7 +5,7 @@ A draw depends on (key, hop, node) alone, never on the order of the seeds, on th
 Other kernels (pyg-lib, torch-sparse) stand behind the same `Sampler` in `sampler_backends.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,25 +25,6 @@ class Sample:
     dst: np.ndarray  # [m] int64 position in `nodes` of each edge's destination, ascending
     nodes_per_hop: list[int]  # hops + 1 entries, the first is the number of seeds
     edges_per_hop: list[int]  # hops entries
-
-
-def joined(samples: Sequence[Sample]) -> Sample:
-    """Several samples of as many hops as one; a node that several of them found is in it several times."""
-    hop_n, hop_m = (
-        np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in per_hop])
-        for per_hop in ([each.nodes_per_hop for each in samples], [each.edges_per_hop for each in samples])
-    )
-    order_n, order_m = np.argsort(hop_n, kind="stable"), np.argsort(hop_m, kind="stable")
-    position_n = np.empty_like(order_n)
-    position_n[order_n] = np.arange(len(order_n))
-    first = np.cumsum([0, *(len(each.nodes) for each in samples)])
-    return Sample(
-        nodes=np.concatenate([each.nodes for each in samples])[order_n],
-        src=position_n[np.concatenate([at + each.src for at, each in zip(first, samples, strict=False)])][order_m],
-        dst=position_n[np.concatenate([at + each.dst for at, each in zip(first, samples, strict=False)])][order_m],
-        nodes_per_hop=np.sum([each.nodes_per_hop for each in samples], axis=0).tolist(),
-        edges_per_hop=np.sum([each.edges_per_hop for each in samples], axis=0).tolist(),
-    )
 
 
 class Sampler(Protocol):

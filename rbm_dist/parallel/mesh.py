@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from rbm_dist.models.norm import GlobalBatchNorm
+from rbm_dist.models.student import Student
 from rbm_dist.moe.collectives import Group
 from rbm_dist.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 
@@ -77,9 +77,9 @@ class Mesh:
             return LocalDispatcher(num_experts)
         return AllToAllDispatcher(num_experts, self.expert_group)
 
-    def join_batch_norms(self, model: nn.Module) -> None:
+    def join_batch_norms(self, student: Student) -> None:
         """Make every batch norm use the statistics of the global batch."""
-        for module in model.modules():
+        for module in student.modules():
             if isinstance(module, GlobalBatchNorm):
                 module.group = self.world_group
 

@@ -133,10 +133,7 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     """`train_teacher`: positions of the sampler, training and validation nodes, batches ahead, and the messages."""
     teacher = config.teacher
     seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
-    together = 1
-    if teacher.norm == "batch":  # a worker's parts go through the model as one
-        together = math.ceil(config.partition.num_parts / config.cluster.train_workers)
-    nodes, edges, inner = (together * each for each in sampled(facts, seeds, teacher.fanout))
+    nodes, edges, inner = sampled(facts, seeds, teacher.fanout)
     narrow, mapped = min(facts.num_features, teacher.hidden), facts.num_features > teacher.hidden
     messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
     states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)

@@ -20,7 +20,6 @@ from rbm_dist.distill.batches import PartBatches
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.random_bits import key
-from rbm_dist.graph.sampler import joined
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
@@ -81,19 +80,14 @@ Labelled = tuple[SampledRows, torch.Tensor]
 
 def read_sample(
     store: GraphStore,
-    seeds: np.ndarray | list[np.ndarray],
+    seeds: np.ndarray,
     fanout: tuple[int, ...],
     sample_key: int,
     device: torch.device,
     inputs: tuple[str, ...] = ("feat",),
 ) -> SampledRows:
-    """Sample, and gather the nodes' `inputs`, for a model on `device`, on which nothing is done yet.
-
-    Of several arrays of seeds each is sampled for itself, and what was found goes through the model together.
-    """
-    shares = [seeds] if isinstance(seeds, np.ndarray) else seeds
-    samples = [store.sample(share, fanout, sample_key) for share in shares]
-    sample = samples[0] if len(samples) == 1 else joined(samples)
+    """Sample, and gather the nodes' `inputs`, for a model on `device`, on which nothing is done yet."""
+    sample = store.sample(seeds, fanout, sample_key)
     rows = store.inputs(sample.nodes, inputs)
     gpu = device.type == "cuda"
     if gpu and not isinstance(rows, np.ndarray):
@@ -140,7 +134,6 @@ def train_teacher(
     settings = config.teacher
     store = open_graph(graph_url, config.teacher.sampler, servers)
     model = build_teacher(config, store).to(mesh.device)
-    mesh.join_batch_norms(model)
     splits = [store.array("split", part) for part in range(store.num_parts)]
     train, val = (
         PartBatches([store.ids(part)[split == code] for part, split in enumerate(splits)], settings.batch_size)
@@ -153,7 +146,6 @@ def train_teacher(
         "teacher", f"{url}/checkpoints", config.cluster.checkpoint_every, model, optimizer, num_experts=0, mesh=mesh,
         patience=settings.patience,
     )  # fmt: skip
-    forwards = _together if settings.norm == "batch" else _one_by_one
     parts = mesh.parts(store.num_parts)
     store.hold(parts)
     steps = [*train.epoch(parts, config.seed, 0), *val.epoch(parts, config.seed, None)]
@@ -168,11 +160,11 @@ def train_teacher(
         loss_sum = 0.0
         steps = train.epoch(parts, config.seed, epoch)
         draws = (key(config.seed, _TRAINING, epoch, step) for step in range(len(steps)))
-        loader = _ahead("training", store, map(forwards, steps), draws, config, mesh)
+        loader = _ahead("training", store, steps, draws, config, mesh)
         with loader as batches:
             for step, shares in enumerate(steps):
                 optimizer.zero_grad()
-                for _ in forwards(shares):
+                for _ in filter(len, shares):
                     sampled, label = next(batches)
                     logits, _ = states(model, sampled, training=True)
                     loss = F.cross_entropy(logits, label.to(mesh.device), reduction="sum")
@@ -212,30 +204,19 @@ def train_teacher(
     mesh.barrier()
 
 
-def _one_by_one(shares: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """The forwards of a step: one for each part that has any seeds."""
-    return [[seeds] for seeds in shares if len(seeds)]
-
-
-def _together(shares: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """The forwards of a step whose statistics are those of all parts: one, on every rank, even with no part."""
-    return [shares or [np.empty(0, np.int64)]]
-
-
 def _ahead(
-    what: str, store: GraphStore, steps: Iterable[list[list[np.ndarray]]], draws: Iterable[int], config: Config,
-    mesh: Mesh,
-) -> Prefetch[Labelled]:  # fmt: skip
-    """A batch for every forward of every step, drawn with the step's key."""
+    what: str, store: GraphStore, steps: list[list[np.ndarray]], draws: Iterable[int], config: Config, mesh: Mesh
+) -> Prefetch[Labelled]:
+    """The batches of every step's shares that have any seeds, drawn with the step's key."""
 
-    def read(shares: list[np.ndarray], draw: int) -> Labelled:
-        sampled = read_sample(store, shares, config.teacher.fanout, draw, mesh.device)
-        return sampled, torch.from_numpy(store.gather("label", np.concatenate(shares)))
+    def read(seeds: np.ndarray, draw: int) -> Labelled:
+        sampled = read_sample(store, seeds, config.teacher.fanout, draw, mesh.device)
+        return sampled, torch.from_numpy(store.gather("label", seeds))
 
     jobs = (
-        functools.partial(read, shares, draw)
-        for forwards, draw in zip(steps, draws, strict=False)
-        for shares in forwards
+        functools.partial(read, seeds, draw)
+        for shares, draw in zip(steps, draws, strict=False)
+        for seeds in filter(len, shares)
     )
     return Prefetch(f"teacher: {what} batches", jobs, config.cluster.timeout_s)
 
@@ -243,8 +224,7 @@ def _ahead(
 def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh) -> Prefetch[Labelled]:
     # The same neighbours in every epoch: epochs are compared by this figure.
     draws = itertools.repeat(key(config.seed, _VALIDATION))
-    steps = val.epoch(parts, config.seed, None)
-    return _ahead("validation", store, map(_one_by_one, steps), draws, config, mesh)
+    return _ahead("validation", store, val.epoch(parts, config.seed, None), draws, config, mesh)
 
 
 def keep_hot(store: GraphStore, config: Config, steps: list[list[np.ndarray]], fanout: tuple[int, ...]) -> None:

@@ -62,8 +62,6 @@ def prepare(
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter *= 1.5
-        for buffer in teacher.norms.buffers():  # running statistics
-            buffer += 0.5
         teacher.temperature.fill_(0.6)
     save_weights(f"{url}/teacher/model.safetensors", teacher)
     return Run(config, str(url), MetricsRecorder()), teacher.double()
@@ -94,14 +92,12 @@ def normalised(norm: torch.nn.Module, x: np.ndarray) -> np.ndarray:
     state = {name: tensor.detach().numpy() for name, tensor in norm.state_dict().items()}
     if not state:
         return x
-    if "running_mean" in state:
-        mean, var = state["running_mean"], state["running_var"]
-    else:
-        mean, var = x.mean(axis=1, keepdims=True), x.var(axis=1, keepdims=True)
-    return (x - mean) / np.sqrt(var + 1e-5) * state["weight"] + state["bias"]
+    return (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5) * state["weight"] + state[
+        "bias"
+    ]
 
 
-@pytest.mark.parametrize(("layers", "norm"), [(2, "none"), (3, "none"), (3, "layer"), (3, "batch")])
+@pytest.mark.parametrize(("layers", "norm"), [(2, "none"), (3, "none"), (3, "layer")])
 @pytest.mark.parametrize("features", ["dense", "sparse", "int8"])
 def test_arrays_are_the_dense_formulas(tmp_path: Path, features: str, layers: int, norm: str) -> None:
     graph = GRAPHS[features]
