@@ -1,6 +1,7 @@
 """A look at a source: its summary, with nothing written, and of large inputs no more read than a few blocks."""
 
 import tempfile
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def dry_run(config: SourceSection, seed: int) -> tuple[dict[str, Any], str]:
             split_N = nodes.split
             if split_N is None:
                 split_N = split_per_class(nodes.label, config.train_per_class, config.val_per_class, seed)
-            moments = Moments.of(opened.feat(0), opened.num_features)
+            pieces = range(len(opened.feat_offsets) - 1)
+            moments = Moments.of(chain.from_iterable(map(opened.feat, pieces)), opened.num_features)
             edges = {"read": opened.num_edges or 0}
             about, classes, sparse, label_N = opened.about, opened.num_classes, False, nodes.label
     else:

@@ -128,7 +128,7 @@ class NodeScan:
 
     def _mixed(self, name: str, text: TextColumn) -> str:
         if text.no_number is None:
-            return f"column {name}: no value in any row, but source.features asks for it"
+            return f"{self._config.nodes}: column {name}: no value in any row, but source.features asks for it"
         value, where = text.no_number
         if text.kind == "text":
             return (

@@ -44,9 +44,7 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
     figures["teacher"] = teacher_accuracy(store)
     figures["students"] = {kind: student_accuracy(student, store) for kind, student in students.items()}
     if "rbm" in students:
-        per_layer = expert_load(students["rbm"], store)
-        figures["students"]["rbm"]["expert_load"] = np.mean(per_layer, axis=0).tolist()
-        figures["students"]["rbm"]["expert_load_per_layer"] = per_layer
+        figures["students"]["rbm"]["expert_load_per_layer"] = expert_load(students["rbm"], store)
     figures["latency_us"] = {"teacher": _latency(_teacher_call(config, store, url), store)}
     figures["latency_us"] |= {kind: _latency(_student_call(each, store), store) for kind, each in students.items()}
     return figures

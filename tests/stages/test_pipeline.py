@@ -46,9 +46,9 @@ def test_results(finished_run: Path) -> None:
     for figures in (results["teacher"], *results["students"].values()):
         assert 0.3 < figures["val"] <= 1
         assert 0.3 < figures["test"] <= 1
-    load = results["students"]["rbm"]["expert_load"]
-    assert len(load) == 8
-    assert sum(load) == pytest.approx(1)
+    for load in results["students"]["rbm"]["expert_load_per_layer"]:
+        assert len(load) == 8
+        assert sum(load) == pytest.approx(1)
     for name in ("teacher", "mlp", "rbm"):
         assert results["latency_us"][name]["1"] > results["latency_us"][name]["1024"] > 0
     assert set(results["seconds"]) == {
