@@ -47,7 +47,8 @@ def test_one_key_is_enough(path: Path) -> None:
 def test_every_configuration_that_is_shipped_loads(name: str) -> None:
     given = yaml.safe_load((CONFIGS / name).read_text())
     kind = given.get("source", {}).get("kind", "digits")
-    config = load(CONFIGS / name, ["source.path=/data/graph.npz"] if kind == "npz" else [])
+    inputs = {"npz": ["source.path=/data/graph.npz"], "tables": ["source.nodes=/data/n", "source.edges=/data/e"]}
+    config = load(CONFIGS / name, inputs.get(kind, []))
     assert config.run_dir == os.path.abspath(given["run_dir"])
     assert config.source.kind == kind
 
