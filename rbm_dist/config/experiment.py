@@ -88,7 +88,7 @@ class ExperimentConfig(Section):
     """A whole experiment."""
 
     run_dir: str = Field(min_length=1, description="where everything is written; any fsspec URL")
-    data_dir: str = Field(".", min_length=1, description="where a relative source.path starts")
+    data_dir: str = Field(".", min_length=1, description="where relative paths of a source start")
     seeds: Seeds = Field((0,), description="a list, or how many from 0 on")
     timeout_s: Rate = Field(7200.0, description="longest wait for the next run to finish, in seconds")
     base: Tree = Field({})
@@ -210,7 +210,7 @@ def _cells(experiment: ExperimentConfig) -> list[tuple[tuple[str, str, str, str]
 
 def _at_data_dir(tree: dict[str, Any], data_dir: str) -> dict[str, Any]:
     source = tree.get("source")
-    for key in ("path", "root"):
+    for key in ("path", "root", "nodes", "edges"):
         path = source.get(key) if isinstance(source, dict) else None
         if isinstance(path, str) and "://" not in path and path[:1] not in ("/", "~"):
             tree = merge(tree, {"source": {key: storage.join(data_dir, path)}})

@@ -262,12 +262,14 @@ def _unfinished(url: str, trials: list[Trial]) -> list[Trial]:
 
 def _absent_datasets(trials: list[Trial]) -> dict[str, str]:
     """Datasets whose file or folder is not there, and why they are skipped."""
-    absent = {}
+    absent: dict[str, str] = {}
     for trial in trials:
         source = trial.config.source
-        path = ogb_folder(source) if isinstance(source, OgbConfig) else getattr(source, "path", None)
-        if path and trial.dataset not in absent and not storage.exists(path):
-            absent[trial.dataset] = f"no such file: {path}"
+        keys = ("path", "nodes", "edges")
+        paths = [ogb_folder(source)] if isinstance(source, OgbConfig) else [getattr(source, key, None) for key in keys]
+        missing = [path for path in paths if path and "*" not in path and not storage.exists(path)]
+        if missing:
+            absent.setdefault(trial.dataset, f"no such file: {missing[0]}")
     return absent
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rbm_dist.config.experiment import PREPARED, Trial, load_experiment, merge
 from rbm_dist.config.run import Config
-from rbm_dist.config.source import NpzConfig
+from rbm_dist.config.source import NpzConfig, TablesConfig
 from rbm_dist.errors import InputError
 
 EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments"
@@ -144,6 +144,15 @@ def test_relative_paths_start_at_the_data_directory(path: Path, data_dir: str, g
     source = found["cora/transductive/RbM/KD/seed-0"].config.source
     assert isinstance(source, NpzConfig)
     assert source.path == expected
+
+
+def test_tables_start_at_the_data_directory(path: Path) -> None:
+    found = trials(
+        path, "datasets={t: {source: {kind: tables, nodes: t/nodes.csv, edges: /other/edges.csv}}}", "tuned=[]"
+    )
+    source = found["t/transductive/RbM/KD/seed-0"].config.source
+    assert isinstance(source, TablesConfig)
+    assert (source.nodes, source.edges) == ("/data/t/nodes.csv", "/other/edges.csv")
 
 
 def test_paths_are_absolute_and_the_hashes_are_of_those_that_were_given(

@@ -167,12 +167,22 @@ def test_tables_of_an_unfinished_experiment_need_no_cluster(
     assert pq.read_table(experiment.parent / "run" / "results.parquet").num_rows == 0
 
 
-def test_without_any_dataset_nothing_is_done(experiment: Path, here: Callable[..., tuple[int, str, str]]) -> None:
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [
+        ("kind: npz, path: absent.npz", "absent.npz"),
+        ("kind: tables, nodes: small.yaml, edges: absent.csv", "small.yaml"),
+        ("kind: tables, nodes: '../small.yaml', edges: absent.csv", "absent.csv"),
+    ],
+)
+def test_without_any_dataset_nothing_is_done(
+    experiment: Path, here: Callable[..., tuple[int, str, str]], source: str, missing: str
+) -> None:
     lines = [line for line in experiment.read_text().splitlines() if "digits" not in line]
-    experiment.write_text("\n".join(lines))
+    experiment.write_text("\n".join(lines).replace("kind: npz, path: absent.npz", source))
     code, _, errors = here(str(experiment))
     assert code == 2
-    assert errors == f"error: absent: no such file: {experiment.parent}/run/absent.npz\n"
+    assert errors == f"error: absent: no such file: {experiment.parent}/run/{missing}\n"
 
 
 def test_a_bad_experiment_is_one_message(experiment: Path, here: Callable[..., tuple[int, str, str]]) -> None:
