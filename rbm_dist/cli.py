@@ -151,7 +151,7 @@ def predict(
     from rbm_dist.serve.predictor import predict as predict_nodes
     from rbm_dist.stages.finished import open_student
 
-    student, store, _ = open_student(run, model, ID_ARRAYS)
+    student, store = open_student(run, model, ID_ARRAYS)
     rows = write_parquet(out, predict_nodes(student, store), store.num_classes, store.id_type, store.class_names)
     Console().print(f"{rows:,} predictions of {model} → {out}", highlight=False)
 
@@ -166,15 +166,19 @@ def inspect(
     from rbm_dist.report.expert_pictures import layer_picture, png
     from rbm_dist.report.expert_table import expert_tables
     from rbm_dist.serve.experts import ARRAYS, expert_figures, input_maps
-    from rbm_dist.stages.finished import open_student
+    from rbm_dist.serve.specialisation import mixture_figures
+    from rbm_dist.stages.finished import open_mixture
 
-    student, store, seed = open_student(run, "rbm", ARRAYS)
+    mixture, merged, store, seed = open_mixture(run, ARRAYS)
     folder = out or storage.join(storage.absolute(run), "inspect")
     for name in storage.listdir(folder):
         if name == "inspect.json" or fnmatch(name, "layer-*.png"):
             _refuse_other_file(storage.join(folder, name), storage.join(folder, "inspect.json"), "layers", "--out")
-    figures = expert_figures(student, store, student.inputs)
-    maps = input_maps(student, store, student.inputs, seed)
+    figures = {
+        **expert_figures(mixture, store, mixture.inputs),
+        "mixture": {"merged": merged, **mixture_figures(mixture, store)},
+    }
+    maps = input_maps(mixture, store, mixture.inputs, seed)
     pictures = [
         png(layer_picture(index, layer, figures["class_share"], points))
         for index, (layer, points) in enumerate(zip(figures["layers"], maps, strict=True))

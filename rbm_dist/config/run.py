@@ -129,15 +129,25 @@ class StudentConfig(Section):
     )
     batch_size: Positive = Field(512, description="nodes per optimiser step, over all workers")
     average: Fraction = Field(
-        0.0, description="decay of a moving average of the weights, used in place of them; 0: none"
+        0.98, description="decay of a moving average of the weights, used in place of them; 0: none"
     )
     temperature: Rate = Field(1.0, description="softens teacher and student alike")
     label_weight: Share = Field(0.0, description="share of the true labels in the loss")
     ensemble_size: Positive = Field(3, description="members of the ensemble of MLPs")
-    num_experts: Positive = 8
-    top_k: Positive = 3
+    num_experts: Positive = Field(16, description="accuracy against their number at equal cost: results.md")
+    top_k: Positive = Field(1, description="experts per row, k: what each adds to the cost of an MLP")
+    routing: Literal["input", "layers"] = Field(
+        "input",
+        description="input: one memory of the student's input chooses the experts of all layers; layers: a memory per "
+        "layer, of its own input, as published",
+    )
     routing_temperature: Rate = Field(1.0, description="divides the cosines before the softmax over the k chosen")
     input_attention: bool = Field(False, description="a learned scale of the input per expert")
+    merge_tolerance: Share | None = Field(
+        0.005,
+        description="validation accuracy that averaging the experts of each layer into one may cost for the RbM to be "
+        "served as the MLP that this gives; null: never",
+    )
     reseed_after: Positive | None = Field(None, description="steps without a row after which an expert starts anew")
     pretrain_epochs: Positive = Field(30, description="epochs in which the RbM is still one plain network")
     kmeans_rows: Positive = Field(100_000, description="rows that the memories are initialised from, at most")

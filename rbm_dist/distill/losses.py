@@ -16,7 +16,7 @@ from rbm_dist.distill.krd import ReliableSampling, krd_loss
 from rbm_dist.distill.nosmog import adversarial_noise, similarity_loss
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.norm import keep_statistics
-from rbm_dist.models.student import ExpertsLayer, RoutedLayer, Student, Trace
+from rbm_dist.models.student import Student, Trace
 from rbm_dist.moe.routing import commitment_loss, load_balance_loss
 from rbm_dist.moe.sparse_rows import Rows, dense
 from rbm_dist.parallel.mesh import Mesh
@@ -59,12 +59,12 @@ class Losses:
             terms["similarity"] = settings.similarity * similarity / mesh.world_size
         if settings.adversarial.weight > 0:
             terms["adversarial"] = settings.adversarial.weight * self._adversarial(model, batch, teach)
-        layers = [layer for layer in model.layers if isinstance(layer, ExpertsLayer)]
-        for layer, trace in zip(layers, traces, strict=True):
+        routed_by_memory = bool(model.routed_layers)
+        for trace in traces:
             if settings.load_balance > 0:
                 balance = load_balance_loss(trace.routing, settings.num_experts, mesh.world_group) / mesh.world_size
                 terms["load_balance"] = terms.get("load_balance", 0.0) + settings.load_balance * balance
-            if isinstance(layer, RoutedLayer) and settings.commitment > 0:
+            if routed_by_memory and settings.commitment > 0:
                 commitment = commitment_loss(trace.routing, batch.global_rows)
                 terms["commitment"] = terms.get("commitment", 0.0) + settings.commitment * commitment
         if self._teaching:

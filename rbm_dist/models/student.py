@@ -40,7 +40,7 @@ class DenseLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.dropout = dropout
 
-    def forward(self, x_BD: Rows, key_B: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, x_BD: Rows, key_B: Tensor | None, routing: Routing | None = None) -> tuple[Tensor, None]:
         # Keyed like expert 0 of a routed layer.
         key_B = None if key_B is None else derive_keys(key_B, 0)
         x_BD = keyed_dropout(x_BD, key_B, self.dropout)
@@ -66,27 +66,34 @@ class ExpertsLayer(nn.Module):
 
 
 class RoutedLayer(ExpertsLayer):
-    """A mixture of linear experts, routed by a memory: `exp(t) · Σ_j stopgrad(a_j) · Linear_{e_j}(dropout(x))`."""
+    """A mixture of linear experts, routed by a memory: `exp(t) · Σ_j stopgrad(a_j) · Linear_{e_j}(dropout(x))`.
+
+    Without a memory of its own it takes the experts that the last layer with one chose.
+    """
 
     def __init__(
         self,
-        memory_ED: Tensor,
+        memory_ED: Tensor | None,
         experts: StackedExperts,
         top_k: int,
         dropout: float,
         dispatcher: Dispatcher | None = None,
         temperature: float = 1.0,
     ):
-        super().__init__(experts, top_k, dropout, dispatcher or LocalDispatcher(len(memory_ED)))
-        self.memory_ED: Tensor
+        super().__init__(experts, top_k, dropout, dispatcher or LocalDispatcher(len(experts.bias_LO)))
+        self.memory_ED: Tensor | None
         self.register_buffer("memory_ED", memory_ED)
-        self.log_scale = nn.Parameter(memory_ED.new_zeros(()))
+        self.log_scale = nn.Parameter(experts.bias_LO.new_zeros(()))
         self.temperature = temperature
 
-    def forward(self, x_BD: Rows, key_B: Tensor | None) -> tuple[Tensor, Trace]:
-        routing = route(x_BD, self.memory_ED, self.top_k, self.temperature)
+    def forward(self, x_BD: Rows, key_B: Tensor | None, routing: Routing | None = None) -> tuple[Tensor, Trace | None]:
+        trace = None
+        if self.memory_ED is not None:
+            routing = route(x_BD, self.memory_ED, self.top_k, self.temperature)
+            trace = Trace(x_BD, routing)
+        assert routing is not None, "the first layer has a memory"
         weighed = Routing(routing.experts_Bk, routing.weights_Bk.detach(), routing.cosines_Bk)
-        return self.scale * self.mix(x_BD, weighed, key_B), Trace(x_BD, routing)
+        return self.scale * self.mix(x_BD, weighed, key_B), trace
 
     @property
     def scale(self) -> Tensor:
@@ -114,7 +121,7 @@ class GatedLayer(ExpertsLayer):
         self.projection_DP, self.gate_EP = nn.Parameter(projection_DP), nn.Parameter(gate_EP)
         self.log_inverse_temperature = nn.Parameter(projection_DP.new_tensor(1 / _GATE_TEMPERATURE).log())
 
-    def forward(self, x_BD: Rows, key_B: Tensor | None) -> tuple[Tensor, Trace]:
+    def forward(self, x_BD: Rows, key_B: Tensor | None, routing: Routing | None = None) -> tuple[Tensor, Trace]:
         projected_BP = F.normalize(matmul(x_BD, self.projection_DP), dim=1)
         scale = self.log_inverse_temperature.clamp(max=MAX_LOG_SCALE).exp()
         scores_BE = projected_BP @ F.normalize(self.gate_EP, dim=1).T * scale
@@ -138,18 +145,19 @@ class Student(nn.Module):
         self.norms = nn.ModuleList(norms)
 
     def forward(self, x_BD: Rows, key_B: Tensor | None = None) -> tuple[Tensor, list[Trace]]:
-        """Logits `[B, C]`, and a trace per layer of experts. `key_B` draws the dropout; None is evaluation."""
+        """Logits `[B, C]`, and a trace per layer that chooses experts. `key_B` draws the dropout; None: evaluation."""
         logits_BC, _, traces = self.forward_hidden(x_BD, key_B)
         return logits_BC, traces
 
     def forward_hidden(self, x_BD: Rows, key_B: Tensor | None = None) -> tuple[Tensor, Rows, list[Trace]]:
         """As `forward`, and the input of the last layer `[B, H]`."""
-        traces = []
+        traces: list[Trace] = []
         before_BD, out_BO = x_BD, torch.empty(0)
         for index, layer in enumerate(self.layers):
             if index:
                 before_BD = F.relu(self.norms[index - 1](out_BO))
-            out_BO, trace = layer(before_BD, None if key_B is None else derive_keys(key_B, index))
+            routing = traces[-1].routing if traces else None
+            out_BO, trace = layer(before_BD, None if key_B is None else derive_keys(key_B, index), routing)
             if trace is not None:
                 traces.append(trace)
         return out_BO, before_BD, traces
@@ -157,6 +165,11 @@ class Student(nn.Module):
     @property
     def routed_layers(self) -> list[RoutedLayer]:
         return [layer for layer in self.layers if isinstance(layer, RoutedLayer)]
+
+    @property
+    def memories(self) -> list[Tensor]:
+        """The routing memories `[E, D]`: one per layer, or that of the first, which then routes for all."""
+        return [layer.memory_ED for layer in self.routed_layers if layer.memory_ED is not None]
 
     @torch.no_grad()
     def layer_inputs(self, x_BD: Rows) -> list[Rows]:
@@ -171,7 +184,8 @@ class Student(nn.Module):
 
     def set_memories(self, memories: list[Tensor]) -> None:
         """Route with these memories from now on."""
-        for layer, memory in zip(self.routed_layers, memories, strict=True):
+        routers = [layer for layer in self.routed_layers if layer.memory_ED is not None]
+        for layer, memory in zip(routers, memories, strict=True):
             layer.memory_ED = memory
 
 
@@ -209,17 +223,37 @@ def mlp_to_rbm(
 ) -> Student:
     """An RbM that computes, without dropout, what the MLP computes.
 
-    `memories`: one `[E, D]` per layer. When experts are sharded, `num_local` of them are here, behind `dispatchers`.
+    `memories`: one `[E, D]` per layer, or one for the first layer, which then routes for all. When experts are sharded,
+    `num_local` of them are here, behind `dispatchers`.
     """  # fmt: skip
     layers: list[nn.Module] = []
-    for index, (layer, memory_ED) in enumerate(zip(mlp.layers, memories, strict=True)):
+    assert len(memories) in (1, len(mlp.layers))
+    for index, layer in enumerate(mlp.layers):
         assert isinstance(layer, DenseLayer)
-        local = len(memory_ED) if num_local is None else num_local
+        memory_ED = memories[index] if index < len(memories) else None
+        local = len(memories[0]) if num_local is None else num_local
         weight_DO, bias_O = layer.linear.weight.detach().T, layer.linear.bias.detach()
         experts = StackedExperts(weight_DO.repeat(local, 1, 1), bias_O.repeat(local, 1), input_attention)
         dispatcher = dispatchers[index] if dispatchers else None
         layers.append(RoutedLayer(memory_ED, experts, top_k, layer.dropout, dispatcher, temperature))
     return Student(layers, list(mlp.norms))
+
+
+@torch.no_grad()
+def rbm_to_mlp(rbm: Student) -> Student:
+    """The MLP with the mean of each layer's experts as its layers: what an RbM computes whose experts are all alike.
+
+    A row's weights sum to one, so the mean of copies loses nothing; of experts that differ, it is another network.
+    """
+    layers: list[nn.Module] = []
+    for layer in rbm.routed_layers:
+        weight_DO = layer.experts.scaled_weight.mean(0) * layer.scale
+        width, outputs = weight_DO.shape
+        dense = DenseLayer(width, outputs, layer.dropout).to(weight_DO)
+        dense.linear.weight.copy_(weight_DO.T)
+        dense.linear.bias.copy_(layer.experts.bias_LO.mean(0) * layer.scale)
+        layers.append(dense)
+    return Student(layers, list(rbm.norms), rbm.inputs)
 
 
 def make_moe(

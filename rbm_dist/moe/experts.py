@@ -35,24 +35,31 @@ class StackedExperts(nn.Module):
             return rows_RD.new_zeros(0, weight.shape[2]) + (rows_RD.sum() + weight.sum() + bias.sum()) * 0
         bias_RO = bias.repeat_interleave(counts_L, dim=0, output_size=len(rows_RD))
         if isinstance(rows_RD, SparseRows):
-            return rows_RD.grouped_matmul(weight, counts_L) + bias_RO
-        if rows_RD.dtype == torch.float64:  # grouped_mm refuses it
-            groups = rows_RD.split(counts_L.tolist())
-            return torch.cat([rows @ w for rows, w in zip(groups, weight, strict=True)]) + bias_RO
-        return _grouped_mm(rows_RD, weight, counts_L) + bias_RO
+            return grouped_mm(rows_RD, weight, counts_L) + bias_RO
+        out_RO = grouped_mm(rows_RD, padded(weight), counts_L)
+        # A copy, so that the gradient that comes back is contiguous too.
+        cut = out_RO.shape[1] > weight.shape[2]
+        return (out_RO[:, : weight.shape[2]].contiguous() if cut else _ContiguousGradient.apply(out_RO)) + bias_RO
 
 
-def _grouped_mm(rows_RD: Tensor, weight_LDO: Tensor, counts_L: Tensor) -> Tensor:
-    # Inner strides must be multiples of 16 bytes, so odd widths are padded with zeros.
-    step = 16 // rows_RD.element_size()
-    width, outputs = rows_RD.shape[1], weight_LDO.shape[2]
-    pad_d, pad_o = -width % step, -outputs % step
-    if pad_d or pad_o:
-        rows_RD, weight_LDO = F.pad(rows_RD, (0, pad_d)), F.pad(weight_LDO, (0, pad_o, 0, pad_d))
-    ends_L = counts_L.cumsum(0).to(torch.int32)
-    out_RO = F.grouped_mm(rows_RD.contiguous(), weight_LDO, offs=ends_L)
-    # A copy, so that the gradient that comes back is contiguous too.
-    return out_RO[:, :outputs].contiguous() if pad_o else _ContiguousGradient.apply(out_RO)
+def padded(weight_LDO: Tensor) -> Tensor:
+    """With zeros up to the next width that `F.grouped_mm` takes: inner strides must be multiples of 16 bytes."""
+    if weight_LDO.dtype == torch.float64:  # it does not take these at all
+        return weight_LDO
+    step = 16 // weight_LDO.element_size()
+    pad_d, pad_o = -weight_LDO.shape[1] % step, -weight_LDO.shape[2] % step
+    return F.pad(weight_LDO, (0, pad_o, 0, pad_d)) if pad_d or pad_o else weight_LDO
+
+
+def grouped_mm(rows_RD: Rows, weight_LDO: Tensor, counts_L: Tensor) -> Tensor:
+    """The first `counts_L[0]` rows times the first matrix, the next times the second, and so on; all `padded`."""
+    if isinstance(rows_RD, SparseRows):
+        return rows_RD.grouped_matmul(weight_LDO[:, : rows_RD.width], counts_L)
+    rows_RD = F.pad(rows_RD, (0, weight_LDO.shape[1] - rows_RD.shape[1]))
+    if rows_RD.dtype == torch.float64:
+        groups = rows_RD.split(counts_L.tolist())
+        return torch.cat([rows @ w for rows, w in zip(groups, weight_LDO, strict=True)])
+    return F.grouped_mm(rows_RD.contiguous(), weight_LDO, offs=counts_L.cumsum(0).to(torch.int32))
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -22,11 +22,17 @@ COLUMNS = pa.schema(
     + [(name, pa.float64()) for name in ("val", "test", "unseen", "accuracy", "test_peak_over_epochs")]
     + [(name, pa.int64()) for name in ("epochs", "parameters", "multiply_adds")]
     + [(name, pa.float64()) for name in ("seconds", "teacher_val", "teacher_accuracy", "teacher_confidence")]
+    + [("merged", pa.bool_())]
+    + [(name, pa.float64()) for name in ("averaged", "permuted", "distance", "effective_experts")]
     + [("config_hash", pa.string())]
 )
-"""`accuracy` is the reported one: over the unseen nodes where there are some, else over the test nodes."""
+"""`accuracy` is the reported one: over the unseen nodes where there are some, else over the test nodes.
+
+`merged` to `effective_experts` are of an RbM alone: whether it is served as an MLP, and `stages.local.train`'s figures.
+"""
 
 _NOTHING = "–"
+_MLP = "†"
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,19 @@ def grids(rows: list[Row], seeds: int) -> list[Grid]:
             lambda cell: _mean_sd(_values(cell, "test_peak_over_epochs"), seeds),
         ),
         _grid(rows, "Cost", "Parameters (routing memories included) / multiply-adds per node at inference.", _cost),
+        *_experts_grids(rows),
     ]
+
+
+def _experts_grids(rows: list[Row]) -> list[Grid]:
+    """The table of what experts are worth, if there are RbMs."""
+    mixtures = [row for row in rows if row["merged"] is not None]
+    note = (
+        "What the mixture's accuracy loses, in points, when the experts of each layer are averaged into one / when "
+        "memories are permuted; how far experts are from their mean, relative to their length; and how many of the "
+        "seeds' students are served as the MLP of that average, because validation does not tell the two apart."
+    )
+    return [_grid(mixtures, "Are the experts different?", note, _experts)] if mixtures else []
 
 
 def _grid(rows: list[Row], title: str, note: str, text: Callable[[list[Row]], str]) -> Grid:
@@ -114,11 +132,21 @@ def _accuracy_grid(rows: list[Row], seeds: int, note: str) -> Grid:
     columns.append([mean for mean in map(_mean_of_means, students.values()) if mean is not None])
     body = [["teacher", *(_mean_sd(cell, seeds) for cell in teacher), _percent(_mean_of_means(teacher))]]
     for name, cells in students.items():
-        texts = [*(_mean_sd(cell, seeds) for cell in cells), _percent(_mean_of_means(cells))]
+        marks = [_merged(rows, name, dataset) for dataset in datasets]
+        texts = [f"{_mean_sd(cell, seeds)}{mark}" for cell, mark in zip(cells, marks, strict=True)]
+        texts.append(_percent(_mean_of_means(cells)))
         means = [*(_mean(cell) if cell else None for cell in cells), _mean_of_means(cells)]
         best = [mean is not None and mean == max(column) for mean, column in zip(means, columns, strict=True)]
         body.append([name, *(f"**{text}**" if bold else text for text, bold in zip(texts, best, strict=True))])
+    if any(row["merged"] for row in rows):
+        note += f" {_MLP} in effect an MLP, and served as one, on most seeds."
     return Grid("Accuracy", f"{note} Bold: the best student.", ["", *datasets, "mean"], body)
+
+
+def _merged(rows: list[Row], method: str, dataset: str) -> str:
+    """A mark for an RbM that is an MLP on most seeds."""
+    of_cell = [row for row in rows if (f"{row['student']} · {row['objective']}", row["dataset"]) == (method, dataset)]
+    return f" {_MLP}" if 2 * sum(bool(row["merged"]) for row in of_cell) > len(of_cell) else ""
 
 
 def _selected_grid(rows: list[Row], seeds: int) -> Grid:
@@ -152,6 +180,13 @@ def _cost(rows: list[Row]) -> str:
     if not rows:
         return _NOTHING
     return " / ".join(_short(_mean(_values(rows, column))) for column in ("parameters", "multiply_adds"))
+
+
+def _experts(rows: list[Row]) -> str:
+    if not rows:
+        return _NOTHING
+    lost = " / ".join(f"{100 * _mean(_values(rows, column)):.1f}" for column in ("averaged", "permuted"))
+    return f"{lost}, {_mean(_values(rows, 'distance')):.2f}, MLP: {sum(row['merged'] for row in rows)} of {len(rows)}"
 
 
 def _values(rows: list[Row], column: str) -> list[float]:

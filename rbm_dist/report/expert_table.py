@@ -1,4 +1,4 @@
-"""What the experts of a run do, as one terminal table per routed layer."""
+"""What the experts of a run do, as one terminal table per memory."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from rbm_dist.report.table import mixture_lines
 
 # More classes than this do not fit into 80 columns as one character each.
 _CLASSES = 16
@@ -15,19 +17,21 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def expert_tables(figures: dict[str, Any]) -> Group:
-    """A table per layer of `figures` (as in `inspect.json`), with the layer's own figures below it."""
+    """A table per memory of `figures` (as in `inspect.json`), with its own figures below, and the whole mixture's."""
     parts: list[Any] = []
+    whole = len(figures["layers"]) < len(figures["mixture"]["distance_per_layer"])
     for index, layer in enumerate(figures["layers"]):
-        parts += [_table(index, layer, figures), _summary(layer), Text()]
-    return Group(*parts)
+        name = "All layers" if whole else f"Layer {index}"
+        parts += [_table(name, layer, figures), _summary(layer), Text()]
+    return Group(*parts, Text("\n".join(mixture_lines(figures["mixture"]))))
 
 
-def _table(index: int, layer: dict[str, Any], figures: dict[str, Any]) -> Table:
+def _table(name: str, layer: dict[str, Any], figures: dict[str, Any]) -> Table:
     num_classes = len(layer["experts"][0]["class_share"] or figures["class_share"] or [])
     heat_map = 0 < num_classes <= _CLASSES
     highest = max((max(expert["class_share"] or [0]) for expert in layer["experts"]), default=0)
     table = Table(
-        title=f"Layer {index}: {layer['num_experts']} experts, {layer['top_k']} per row",
+        title=f"{name}: {layer['num_experts']} experts, {layer['top_k']} per row",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for column in ("expert", "rows", "first", "class", "purity"):

@@ -51,14 +51,47 @@ def results_table(results: dict[str, Any]) -> Group:
     best = max(baselines, key=lambda name: baselines[name]["val"], default=None)
     if best and results["teacher"]["val"] <= baselines[best]["val"]:
         lines.append(Text(_NO_BETTER.format(NAMES[best])))
-    for index, load in enumerate(results["students"].get("rbm", {}).get("expert_load_per_layer", [])):
-        unused = [str(expert) for expert, share in enumerate(load) if not share]
-        without = f"; without any: {', '.join(unused)}" if unused else ""
-        lines.append(Text(f"share of rows per expert, layer {index}: {_shares(load)}{without}"))
+    mixture = results["students"].get("rbm", {}).get("mixture")  # a run of an earlier version has none
+    if mixture:
+        lines += [Text(line) for line in mixture_lines(mixture)]
+        mlp, rbm = results["students"].get("mlp"), results["students"]["rbm"]
+        if mlp and not mixture["merged"] and rbm["val"] <= mlp["val"]:
+            lines.append(
+                Text(
+                    f"On validation the RbM is not ahead of the MLP ({_percent(rbm['val'])}, {_percent(mlp['val'])}): "
+                    "its experts do not earn their place here; serve the MLP."
+                )
+            )
     seconds = results["seconds"]
     spent = "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     lines.append(Text(f"seconds per stage: {spent}  (total {sum(seconds.values()):.1f})"))
     return Group(*lines)
+
+
+def mixture_lines(mixture: dict[str, Any]) -> list[str]:
+    """What the experts of an RbM do, and whether it is more than an MLP, in a few lines."""
+    lines = []
+    loads = mixture["expert_load"]
+    for index, (load, effective) in enumerate(zip(loads, mixture["effective_experts"], strict=True)):
+        unused = [str(expert) for expert, share in enumerate(load) if not share]
+        without = f"; without any: {', '.join(unused)}" if unused else ""
+        layer = f", layer {index}" if len(loads) > 1 else ""
+        lines.append(
+            f"share of rows per expert{layer}: {_shares(load)}{without} (as {effective:.1f} that share them equally)"
+        )
+    apart = ", ".join(f"{distance:.2f}" for distance in mixture["distance_per_layer"])
+    averaged, permuted = mixture["averaged"], mixture["permuted"]
+    lines.append(
+        f"RbM with all its experts: {_percent(mixture['val'])} on validation; averaged into one: "
+        f"{_percent(averaged['val'])}; memories permuted: {_percent(permuted['val'])}; experts are {apart} of their "
+        "length from their mean, by layer"
+    )
+    if mixture["merged"]:
+        lines.append(
+            "The RbM is in effect an MLP: its experts averaged into one do as well on validation "
+            "(student.merge_tolerance), so that MLP is served."
+        )
+    return lines
 
 
 def _shares(load: list[float]) -> str:

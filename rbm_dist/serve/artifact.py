@@ -10,9 +10,10 @@ from torch import nn
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
-from rbm_dist.models.student import Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
+from rbm_dist.models.student import Ensemble, Student, make_mlp, make_moe, mlp_to_rbm, rbm_to_mlp
 
-_VERSION = 2
+_VERSION = 3
+_EXPERTS = "experts"  # the folder of an RbM that is served as an MLP
 
 
 def save_weights(url: str, model: nn.Module) -> storage.FileInfo:
@@ -42,6 +43,18 @@ def save_student(url: str, student: Student, facts: dict[str, Any]) -> None:
     storage.write_json(storage.join(url, "model.json"), {"version": _VERSION, **facts})
 
 
+def save_merged(url: str, mixture: Student, facts: dict[str, Any]) -> None:
+    """Write the MLP of an RbM's averaged experts in its place, and the RbM itself below, in `experts/`."""
+    save_student(storage.join(url, _EXPERTS), mixture, facts)
+    save_student(url, rbm_to_mlp(mixture), {**facts, "kind": "mlp"})
+
+
+def load_mixture(url: str) -> tuple[Student, bool]:
+    """Load an RbM with all its experts, and whether an MLP is served in its place."""
+    served = load_student(url)
+    return (served, False) if served.routed_layers else (load_student(storage.join(url, _EXPERTS)), True)
+
+
 def load_student(url: str) -> Student:
     """Load a student for inference."""
     facts = storage.read_json(storage.join(url, "model.json"))
@@ -49,7 +62,6 @@ def load_student(url: str) -> Student:
         raise InputError(f"{url}/model.json: not a model of version {_VERSION}")
     try:
         student = empty_student(**facts)
-        student.inputs = tuple(facts["inputs"])
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{url}/model.json: does not describe a student; it was changed") from None
     load_weights(storage.join(url, "model.safetensors"), student)
@@ -66,23 +78,27 @@ def empty_student(
     norm: str,
     num_experts: int,
     top_k: int,
+    routing: str,
     routing_temperature: float,
     input_attention: bool,
     ensemble_size: int,
 ) -> Student:
     """A student of the right shape, to load weights into. `kind` is `mlp`, `ensemble`, `moe` or `rbm`.
 
-    `inputs` are the arrays that make its input, `num_features` their width.
+    `inputs` are the arrays that make its input, `num_features` their width. `routing`: `input` or `layers`.
     """
 
     def mlp() -> Student:
         return make_mlp(num_features, hidden, num_classes, num_layers, norm, dropout=0.0, seed=0)
 
+    student = mlp()
     if kind == "ensemble":
-        return Ensemble([mlp() for _ in range(ensemble_size)])
-    if kind == "moe":
-        return make_moe(mlp(), num_experts, top_k, seed=0)
-    if kind == "rbm":
-        memories = [torch.zeros(num_experts, width) for width in (num_features, *[hidden] * (num_layers - 1))]
-        return mlp_to_rbm(mlp(), memories, top_k, temperature=routing_temperature, input_attention=input_attention)
-    return mlp()
+        student = Ensemble([mlp() for _ in range(ensemble_size)])
+    elif kind == "moe":
+        student = make_moe(student, num_experts, top_k, seed=0)
+    elif kind == "rbm":
+        later = num_layers - 1 if routing == "layers" else 0
+        memories = [torch.zeros(num_experts, width) for width in (num_features, *[hidden] * later)]
+        student = mlp_to_rbm(student, memories, top_k, temperature=routing_temperature, input_attention=input_attention)
+    student.inputs = tuple(inputs)
+    return student

@@ -18,7 +18,7 @@ from torch import Tensor
 from rbm_dist.graph.random_bits import generator
 from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.student import RoutedLayer, Student, Trace
+from rbm_dist.models.student import Student, Trace
 from rbm_dist.moe.routing import Routing
 from rbm_dist.moe.sparse_rows import dense, matmul, to_rows, unit
 from rbm_dist.report.expert_pictures import InputMap
@@ -34,13 +34,14 @@ _QUANTILES = (0.25, 0.5, 0.75)
 
 
 def expert_figures(student: Student, store: GraphStore, names: tuple[str, ...]) -> dict[str, Any]:
-    """Figures of every routed layer and expert over all nodes, ready for JSON.
+    """Figures of every memory (`layers`: those that choose experts) and expert over all nodes, ready for JSON.
 
     `names` are the student's inputs. A row counts for each of its experts with its routing weight, unless "share of
     pairs" (each of its k experts counts alike) or "first choice" is said. Figures without rows to speak of are None.
     """
     buckets, bucket_share = _degree_buckets(store)
-    sums = [_Sums(layer, store.num_classes, len(bucket_share)) for layer in student.routed_layers]
+    top_k = student.routed_layers[0].top_k
+    sums = [_Sums(memory_ED, top_k, store.num_classes, len(bucket_share)) for memory_ED in student.memories]
     class_C = np.zeros(store.num_classes, np.int64)
     for ids, degree_B in _chunks(store):
         label_B = store.gather("label", ids)
@@ -63,15 +64,15 @@ def expert_figures(student: Student, store: GraphStore, names: tuple[str, ...]) 
 
 
 def input_maps(student: Student, store: GraphStore, names: tuple[str, ...], seed: int) -> list[InputMap]:
-    """Per routed layer the first two principal components of its normalised inputs and memories.
+    """Per memory the first two principal components of its normalised inputs and memories.
 
     At most 2,000 rows, drawn by the seed.
     """
     rows = min(_MAP_ROWS, store.num_nodes)
     ids = np.sort(generator(seed, _SAMPLE).choice(store.num_nodes, rows, replace=False, shuffle=False))
     maps = []
-    for layer, trace in zip(student.routed_layers, _traces(student, store, ids, names), strict=True):
-        unit_SD = F.normalize(torch.cat([dense(trace.x_BD), layer.memory_ED]), dim=1)
+    for memory_ED, trace in zip(student.memories, _traces(student, store, ids, names), strict=True):
+        unit_SD = F.normalize(torch.cat([dense(trace.x_BD), memory_ED]), dim=1)
         pca = PCA(2, random_state=0)
         at = pca.fit_transform(F.pad(unit_SD, (0, 1)).numpy())  # a column of zeros, for inputs of width one
         maps.append(InputMap(at[:rows], store.gather("label", ids), at[rows:], pca.explained_variance_ratio_))
@@ -79,11 +80,11 @@ def input_maps(student: Student, store: GraphStore, names: tuple[str, ...], seed
 
 
 class _Sums:
-    """What is summed over the rows of one layer."""
+    """What is summed over the rows that one memory routes."""
 
-    def __init__(self, layer: RoutedLayer, num_classes: int, num_buckets: int):
-        experts = len(layer.memory_ED)
-        self.layer = layer
+    def __init__(self, memory_ED: Tensor, top_k: int, num_classes: int, num_buckets: int):
+        experts = len(memory_ED)
+        self.memory_ED, self.top_k = memory_ED, top_k
         self.rows, self.gate_entropy = 0, 0.0
         self.pairs_E = np.zeros(experts, np.int64)
         self.cosine_E = np.zeros(experts)
@@ -104,7 +105,7 @@ class _Sums:
         np.add.at(self.first_EC, (experts_Bk[:, 0], label_B), 1)
         np.add.at(self.mass_EC, (experts_Bk, label_B[:, None]), weights_Bk)
         np.add.at(self.mass_EQ, (experts_Bk, bucket_B[:, None]), weights_Bk)
-        cosines_BE = matmul(unit(trace.x_BD), F.normalize(self.layer.memory_ED, dim=1).T.contiguous())
+        cosines_BE = matmul(unit(trace.x_BD), F.normalize(self.memory_ED, dim=1).T.contiguous())
         near = cosines_BE.topk(min(_NEAREST, len(ids)), dim=0)
         cosine = torch.cat([self.near_cosine_nE, near.values])
         node = torch.cat([self.near_id_nE, torch.from_numpy(ids)[near.indices]])
@@ -117,15 +118,15 @@ class _Sums:
         marginals = [entropy(counts) for counts in (first_EC.sum(0), first_EC.sum(1))] if first_EC.any() else [0.0]
         return {
             "num_experts": len(self.pairs_E),
-            "top_k": self.layer.top_k,
+            "top_k": self.top_k,
             "load_entropy_bits": float(entropy(self.pairs_E, base=2)),
             "load_entropy_max_bits": float(np.log2(len(self.pairs_E))),
             "gate_entropy_bits": self.gate_entropy / self.rows,
-            "gate_entropy_max_bits": float(np.log2(self.layer.top_k)),
+            "gate_entropy_max_bits": float(np.log2(self.top_k)),
             "class_nmi": float(mutual_info_score(None, None, contingency=first_EC) / np.mean(marginals))
             if np.any(marginals)
             else None,
-            "closest_memories": _closest(self.layer.memory_ED),
+            "closest_memories": _closest(self.memory_ED),
             "dead_experts": np.flatnonzero(self.pairs_E == 0).tolist(),
             "experts": [self._expert(expert, store, bucket_share) for expert in range(len(self.pairs_E))],
         }

@@ -21,9 +21,11 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.runtime.progress import Reporter
-from rbm_dist.serve.artifact import load_student
+from rbm_dist.serve.accuracy import student_accuracy
+from rbm_dist.serve.artifact import load_mixture, load_student
+from rbm_dist.serve.specialisation import mixture_figures
 from rbm_dist.stages import partition, source
-from rbm_dist.stages.evaluate import student_accuracy, teacher_accuracy
+from rbm_dist.stages.evaluate import teacher_accuracy
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
 from rbm_dist.stages.student import train_students
@@ -92,7 +94,9 @@ def train(config: Config, prepared_url: str, url: str) -> dict[str, Any]:
 
     Gives its `val`, `test` and `unseen` accuracy; `test_peak_over_epochs`, the highest accuracy that any epoch had on
     the nodes that are reported (None for an ensemble); `epochs` (of an ensemble: over all members), `seconds`,
-    `parameters` and `multiply_adds` per row. Raises `InputError`.
+    `parameters` and `multiply_adds` per row. Of an RbM also `merged`, whether it is served as an MLP, and of all its
+    experts: `averaged` and `permuted`, what the reported nodes' accuracy loses by it, `distance` and
+    `effective_experts`, means over the layers. Raises `InputError`.
     """
     (kind,) = config.student.models
     config = config.model_copy(update={"cluster": _IN_PROCESS})
@@ -102,9 +106,13 @@ def train(config: Config, prepared_url: str, url: str) -> dict[str, Any]:
     seconds = time.monotonic() - start
     student, store = load_student(storage.join(url, kind)), GraphStore.open(graph_url)
     facts = storage.read_json(storage.join(url, kind, "model.json"))
+    mixture: dict[str, Any] = dict.fromkeys(("merged", "averaged", "permuted", "distance", "effective_experts"))
+    if kind == "rbm":
+        whole, mixture["merged"] = load_mixture(storage.join(url, kind))
+        mixture |= _mixture(mixture_figures(whole, store))
     # Members of an ensemble are trained one by one: there is no epoch of the whole.
-    whole = [row for loop, rows in recorder.loops.items() if loop in (kind, f"{kind}/pretrain") for row in rows]
-    by_epoch = [row.get("unseen_accuracy", row.get("test_accuracy")) for row in whole]
+    epochs = [row for loop, rows in recorder.loops.items() if loop in (kind, f"{kind}/pretrain") for row in rows]
+    by_epoch = [row.get("unseen_accuracy", row.get("test_accuracy")) for row in epochs]
     return {
         **student_accuracy(student, store),
         "test_peak_over_epochs": max((each for each in by_epoch if each is not None), default=None),
@@ -113,6 +121,17 @@ def train(config: Config, prepared_url: str, url: str) -> dict[str, Any]:
         # With what is learned but not by gradient: the routing memories.
         "parameters": sum(tensor.numel() for tensor in student.state_dict().values()),
         "multiply_adds": multiply_adds(student, facts["num_features"]),
+        **mixture,
+    }
+
+
+def _mixture(figures: dict[str, Any]) -> dict[str, float | None]:
+    """What the nodes that are reported lose when experts are averaged into one, and when memories are permuted."""
+    split = "test" if figures["unseen"] is None else "unseen"
+    return {
+        **{name: figures[split] - figures[name][split] for name in ("averaged", "permuted")},
+        "distance": float(np.mean(figures["distance_per_layer"])),
+        "effective_experts": float(np.mean(figures["effective_experts"])),
     }
 
 

@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass
 
 from rbm_dist.config.run import Config
+from rbm_dist.serve.specialisation import LOADED_NODES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_memory as memory
-from rbm_dist.stages.evaluate import LOADED_NODES
 
 # benchmarks/results/shards.json: edges per second, 100 features, checksums included.
 _SOURCE_EDGES, _SHUFFLED_EDGES = 4.0e6, 10e6
@@ -174,7 +174,8 @@ class Costs:
         for kind in settings.models:
             model = 4 * memory.student_parameters(config, facts, kind)
             checkpoints = self._checkpoints(settings.epochs)
-            written, kept = written + model + 4 * model * checkpoints, kept + model + 4 * model * min(checkpoints, 2)
+            each = (5 if settings.average else 4) * model  # with Adam's two and the best
+            written, kept = written + model + each * checkpoints, kept + model + each * min(checkpoints, 2)
             shared = 4 * memory.student_parameters(config, facts, "mlp") if kind in ("rbm", "moe") else model
             sent += 2 * (self.hosts - 1) * shared * steps
             if kind in ("rbm", "moe"):
@@ -208,7 +209,7 @@ class Costs:
             total += each * (plain * _STEP_S + mixed * _ROUTED_STEP_S)
         total /= self._workers(config.cluster.train_workers)
         if "rbm" in settings.models:  # on rank 0
-            columns = sum(d for d, _ in memory.layer_widths(config, facts, "rbm"))
+            columns = sum(memory.routed_widths(config, facts))
             rows = min(settings.kmeans_rows, facts.num_nodes)
             total += _KMEANS_S * rows * settings.num_experts * columns * _KMEANS_STARTS
         return total

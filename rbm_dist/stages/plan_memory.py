@@ -198,7 +198,8 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
         floats = sum(3 * d + 4 * o for d, o in widths)  # as it came, dropout, with it; outputs and their gradients
         if kind in ("rbm", "moe"):  # a row goes to k experts
             floats = settings.top_k * floats + sum(2 * (d + o) for d, o in widths)
-        steps.append(4 * rows * floats + 4 * _STATES * student_parameters(config, facts, kind))
+        states = _STATES + 2 * (settings.average > 0)  # that of the best is one, too
+        steps.append(4 * rows * floats + 4 * states * student_parameters(config, facts, kind))
     if "rbm" in settings.models:
         inputs = [d for d, _ in layer_widths(config, facts, "rbm")]
         kept = min(settings.kmeans_rows, facts.num_nodes)
@@ -223,6 +224,12 @@ def evaluate_task(config: Config, facts: SourceFacts) -> float:
     return 4 * facts.num_nodes + max(4 * rows * max(floats), regression)
 
 
+def routed_widths(config: Config, facts: SourceFacts) -> list[int]:
+    """Input widths of the layers of an RbM that have a memory."""
+    inputs = [d for d, _ in layer_widths(config, facts, "rbm")]
+    return inputs if config.student.routing == "layers" else inputs[:1]
+
+
 def teacher_parameters(config: Config, facts: SourceFacts) -> int:
     """Numbers in the teacher."""
     hidden = config.teacher.hidden
@@ -235,7 +242,9 @@ def student_parameters(config: Config, facts: SourceFacts, kind: str) -> int:
     settings, total = config.student, 0
     experts = settings.num_experts if kind in ("rbm", "moe") else 1
     for d, o in layer_widths(config, facts, kind):
-        total += experts * (d * o + o + (d if experts > 1 else 0))
+        total += experts * (d * o + o)
+    if kind == "rbm":
+        total += experts * sum(routed_widths(config, facts))
     return total * (settings.ensemble_size if kind == "ensemble" else 1)
 
 

@@ -23,7 +23,7 @@ from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
+from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm, rbm_to_mlp
 from rbm_dist.moe.keyed_dropout import derive_keys
 from rbm_dist.moe.kmeans import kmeans_centres
 from rbm_dist.moe.memory import MemoryStore
@@ -35,7 +35,8 @@ from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.runtime.memory_store import make_memory_store
 from rbm_dist.runtime.progress import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
-from rbm_dist.serve.artifact import empty_student, save_student
+from rbm_dist.serve.accuracy import student_accuracy
+from rbm_dist.serve.artifact import empty_student, save_merged, save_student
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
 
@@ -45,10 +46,9 @@ _KMEANS, _DROPOUT, _PAIRS = 5, 6, 9  # words of the random keys
 def run_student(run: Run) -> Files:
     """Train every configured student; writes `<run>/student/<model>/model.{json,safetensors}`."""
     train_on_graph(run, "student", train_students)
-    names = [
-        f"student/{kind}/{file}" for kind in run.config.student.models for file in ("model.json", "model.safetensors")
-    ]
-    return {name: storage.file_info(run.path(name)) for name in names}
+    folders = [f"student/{kind}{below}" for kind in run.config.student.models for below in ("", "/experts")]
+    names = [f"{folder}/{file}" for folder in folders for file in ("model.json", "model.safetensors")]
+    return {name: storage.file_info(run.path(name)) for name in names if storage.exists(run.path(name))}
 
 
 def train_students(
@@ -121,13 +121,23 @@ class _Training:
                 "num_features": self.width, "num_classes": self.store.num_classes,
                 "hidden": self.hidden, "num_layers": settings.num_layers, "norm": settings.norm,
                 "num_experts": settings.num_experts, "top_k": settings.top_k,
-                "routing_temperature": settings.routing_temperature, "input_attention": settings.input_attention,
-                "ensemble_size": settings.ensemble_size,
+                "routing": settings.routing, "routing_temperature": settings.routing_temperature,
+                "input_attention": settings.input_attention, "ensemble_size": settings.ensemble_size,
             }  # fmt: skip
             best = empty_student(**facts)
             for each, student in zip(checkpoints, best.members if isinstance(best, Ensemble) else [best], strict=True):
                 each.load_best(student)
-            save_student(self.url, best, facts)
+            (save_merged if self._experts_are_one(best) else save_student)(self.url, best, facts)
+
+    def _experts_are_one(self, best: Student) -> bool:
+        """Whether validation hardly tells an RbM from the MLP of its averaged experts."""
+        tolerance = self.settings.merge_tolerance
+        if not best.routed_layers or tolerance is None:
+            return False
+        mixture, averaged = (
+            student_accuracy(each, self.store, (VAL,))["val"] or 0.0 for each in (best, rbm_to_mlp(best))
+        )
+        return averaged >= mixture - tolerance
 
     def _mlp(self, seed: int) -> Student:
         settings, store = self.settings, self.store
@@ -148,7 +158,7 @@ class _Training:
         """The routed network that goes on from the plain one, and its memory, which is still all zeros."""
         settings, mesh = self.settings, self.mesh
         memories = self._zero_memories()
-        dispatchers = [mesh.dispatcher(settings.num_experts) for _ in memories]
+        dispatchers = [mesh.dispatcher(settings.num_experts) for _ in mlp.layers]
         rbm = mlp_to_rbm(
             mlp, memories, settings.top_k, dispatchers, len(mesh.local_experts(settings.num_experts)),
             settings.routing_temperature, settings.input_attention,
@@ -171,7 +181,7 @@ class _Training:
                 draw = generator(self.config.seed, _KMEANS)
                 rows = np.sort(draw.choice(rows, settings.kmeans_rows, replace=False))
             inputs = mlp.layer_inputs(self._rows(rows))
-            for memory_ED, x_BD in zip(memories, inputs, strict=True):
+            for memory_ED, x_BD in zip(memories, inputs, strict=False):  # of the first alone, if it routes for all
                 centres = kmeans_centres(to_scipy(unit(x_BD)), settings.num_experts, self.config.seed)
                 memory_ED.copy_(F.normalize(torch.from_numpy(centres), dim=1))
         if mesh.world_group is not None:
@@ -181,7 +191,8 @@ class _Training:
 
     def _zero_memories(self) -> list[Tensor]:
         settings = self.settings
-        widths = [self.width, *[self.hidden] * (settings.num_layers - 1)]
+        later = settings.num_layers - 1 if settings.routing == "layers" else 0
+        widths = [self.width, *[self.hidden] * later]
         return [torch.zeros(settings.num_experts, width, device=self.mesh.device) for width in widths]
 
     def _optimizer(self, model: Student) -> torch.optim.Adam:
@@ -203,7 +214,7 @@ class _Training:
             f"student {name}", f"{self.url}/{folders.get(name, 'checkpoints')}",
             self.config.cluster.checkpoint_every, model, optimizer, settings.num_experts, mesh,
             extra=(lambda: memory.snapshot(done * steps)) if memory else None,
-            restore_extra=(lambda state: memory.init(model_memories(model), state)) if memory else None,
+            restore_extra=(lambda state: memory.init(model.memories, state)) if memory else None,
             patience=settings.patience, average=settings.average,
         )  # fmt: skip
         first = done = checkpoints.resume()
@@ -261,7 +272,7 @@ class _Training:
             for term, value in terms.items():
                 sums[term] = sums.get(term, 0.0) + value.item() / steps
             if memory:
-                similarity = sum(self_similarity_loss(layer.memory_ED).item() for layer in model.routed_layers)
+                similarity = sum(self_similarity_loss(memory_ED).item() for memory_ED in model.memories)
                 share = settings.self_similarity * similarity / steps / mesh.world_size
                 sums["self_similarity"] = sums.get("self_similarity", 0.0) + share
         means = dict(zip(sums, sum_figures(list(sums.values()), mesh), strict=True))
@@ -325,8 +336,3 @@ def carry_over(mlp: Student, plain: torch.optim.Adam, rbm: Student, routed: torc
             name: torch.empty_like(after).copy_(state[name].T if before.dim() == 2 else state[name])
             for name in ("exp_avg", "exp_avg_sq")
         }
-
-
-def model_memories(model: Student) -> list[Tensor]:
-    """The memories that a model routes with."""
-    return [layer.memory_ED for layer in model.routed_layers]

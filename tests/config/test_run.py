@@ -283,7 +283,7 @@ def test_a_wrong_value_is_refused_by_its_key(path: Path, text: str, key: str, re
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("student: {top_k: 9}", "student.top_k: 9 > num_experts: 8"),
+        ("student: {top_k: 17}", "student.top_k: 17 > num_experts: 16"),
         ("student: {epochs: 30}", "student.pretrain_epochs: 30 >= epochs: 30"),
         ("student: {models: [mlp, rbm, mlp]}", "student.models: mlp, rbm, mlp names a model twice"),
         (
@@ -297,7 +297,7 @@ def test_a_wrong_value_is_refused_by_its_key(path: Path, text: str, key: str, re
         ),
         (
             "cluster: {train_workers: 64, expert_parallel: 64}\npartition: {num_parts: 64}",
-            "cluster.expert_parallel: 64 workers share student.num_experts: 8, and some would have none; set it to 8",
+            "cluster.expert_parallel: 64 workers share student.num_experts: 16, and some would have none; set it to 16",
         ),
         (  # two each: none is left for the fourth
             "cluster: {train_workers: 4, expert_parallel: 4}\nstudent: {num_experts: 5}",

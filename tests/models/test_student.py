@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rbm_dist.models.student import Ensemble, RoutedLayer, Student, make_mlp, mlp_to_rbm
+from rbm_dist.models.student import Ensemble, RoutedLayer, Student, make_mlp, mlp_to_rbm, rbm_to_mlp
 from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.moe.keyed_dropout import derive_keys
 from rbm_dist.serve.frozen import freeze
@@ -17,10 +17,11 @@ def mlp(norm: str = "layer", dropout: float = 0.0) -> Student:
     return make_mlp(7, 16, 5, num_layers=3, norm=norm, dropout=dropout, seed=1)
 
 
-def rbm(num_experts: int = 6, top_k: int = 2, **options: Any) -> Student:
-    """An RbM whose experts have gone their own ways."""
+def rbm(num_experts: int = 6, top_k: int = 2, memories: int = 3, **options: Any) -> Student:
+    """An RbM whose experts have gone their own ways; with one memory, that of the input routes for all layers."""
     torch.manual_seed(0)
-    student = mlp_to_rbm(mlp(), [torch.randn(num_experts, width) for width in (7, 16, 16)], top_k, **options)
+    widths = (7, 16, 16)[:memories]
+    student = mlp_to_rbm(mlp(), [torch.randn(num_experts, width) for width in widths], top_k, **options)
     for parameter in student.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return student
@@ -76,6 +77,43 @@ def test_weights_of_experts_carry_no_gradient_to_the_input_of_a_lone_layer() -> 
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_memory_routes_all_layers(frozen: bool) -> None:
+    student, x = rbm(5, 2, memories=1).eval(), torch.randn(9, 7)
+    found, traces = (freeze(student) if frozen else student)(x)
+    [trace] = traces
+    cosines_BE = F.normalize(x) @ F.normalize(student.memories[0]).T
+    top = cosines_BE.topk(2)
+    torch.testing.assert_close(trace.routing.experts_Bk, top.indices)
+    weights_Bk, hidden_BD = top.values.softmax(1), x
+    for index, layer in enumerate(student.routed_layers):
+        if index:
+            hidden_BD = F.relu(student.norms[index - 1](hidden_BD))
+        weight_BkDO, bias_BkO = layer.experts.weight_LDO[top.indices], layer.experts.bias_LO[top.indices]
+        outputs_BkO = torch.einsum("bd,bkdo->bko", hidden_BD, weight_BkDO) + bias_BkO
+        hidden_BD = layer.scale * (weights_Bk[:, :, None] * outputs_BkO).sum(1)
+    torch.testing.assert_close(found, hidden_BD)
+
+
+@pytest.mark.parametrize("memories", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"input_attention": True}])
+def test_averaged_experts_make_an_mlp(memories: int, options: dict[str, Any]) -> None:
+    student, x = rbm(memories=memories, **options).eval(), torch.randn(9, 7)
+    dense, hidden_BD = rbm_to_mlp(student).eval(), x
+    for index, layer in enumerate(student.routed_layers):
+        if index:
+            hidden_BD = F.relu(student.norms[index - 1](hidden_BD))
+        attention = layer.experts.log_attention_LD
+        weight_EDO = layer.experts.weight_LDO * (1 if attention is None else attention.exp()[:, :, None])
+        hidden_BD = layer.scale * (hidden_BD @ weight_EDO.mean(0) + layer.experts.bias_LO.mean(0))
+    torch.testing.assert_close(dense(x)[0], hidden_BD)
+    assert not torch.allclose(dense(x)[0], student(x)[0]), "its experts differ"
+    for layer in student.routed_layers:
+        for parameter in layer.experts.parameters():
+            parameter.data.copy_(parameter.data[:1].expand_as(parameter))
+    torch.testing.assert_close(rbm_to_mlp(student).eval()(x)[0], student(x)[0], msg="nothing is lost of copies")
+
+
 def test_dropout_belongs_to_rows_and_experts() -> None:
     student = mlp_to_rbm(mlp(dropout=0.5), [torch.randn(6, width) for width in (7, 16, 16)], 2)
     x, keys = torch.randn(30, 7), derive_keys(1, torch.arange(30))
@@ -84,9 +122,9 @@ def test_dropout_belongs_to_rows_and_experts() -> None:
     assert not torch.allclose(student(x, None)[0], whole)
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(6, 2), (4, 4), (1, 1), (24, 2)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(6, 2), (4, 4), (1, 1), (24, 2), (5, 1)])
 @pytest.mark.parametrize("rows", [0, 1, 33])
-@pytest.mark.parametrize("options", [{}, {"input_attention": True, "temperature": 0.2}])
+@pytest.mark.parametrize("options", [{}, {"input_attention": True, "temperature": 0.2}, {"memories": 1}])
 def test_frozen_students_answer_the_same(num_experts: int, top_k: int, rows: int, options: dict[str, Any]) -> None:
     student, x = rbm(num_experts, top_k, **options).eval(), torch.randn(rows, 7)
     torch.testing.assert_close(freeze(student)(x)[0], student(x)[0], rtol=1e-4, atol=1e-5)

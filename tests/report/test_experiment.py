@@ -1,6 +1,7 @@
 """The tables of an experiment, against figures worked out by hand."""
 
 import io
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,7 +16,8 @@ def row(dataset: str, method: str, seed: int, accuracy: float, **figures: object
         "dataset": dataset, "setting": "transductive", "student": student, "objective": objective, "seed": seed,
         "val": 0.5, "test": accuracy, "unseen": None, "accuracy": accuracy, "test_peak_over_epochs": accuracy + 0.02,
         "epochs": 9, "parameters": 2_500, "multiply_adds": 1_234_567, "seconds": 1.5, "teacher_val": 0.5,
-        "teacher_accuracy": 0.8, "teacher_confidence": 0.9, "config_hash": "0" * 16, **figures,
+        "teacher_accuracy": 0.8, "teacher_confidence": 0.9, "config_hash": "0" * 16,
+        "merged": None, "averaged": None, "permuted": None, "distance": None, "effective_experts": None, **figures,
     }  # fmt: skip
 
 
@@ -121,6 +123,23 @@ def test_markdown(rows: list[Row]) -> None:
 def test_nothing_done_yet() -> None:
     assert results_markdown([], 3, [], {"seeds": "3"}).startswith("# Results\n")
     assert tidy([]).schema == COLUMNS
+
+
+def test_students_that_are_mlps_are_marked_and_counted(rows: list[Row]) -> None:
+    def mixture(each: Row) -> dict[str, Any]:
+        lost = 0.02 if each["dataset"] == "a" else 0.0
+        experts = {"averaged": lost, "permuted": 2 * lost, "distance": 0.5, "effective_experts": 3.5}
+        return experts | {"merged": each["dataset"] == "b" or each["seed"] == 0}
+
+    rows = [each | mixture(each) if each["student"] == "RbM" else each for each in rows]
+    accuracy, *_, experts = grids(rows, 3)
+    assert experts.title == "Are the experts different?"
+    assert experts.rows[0] == ["RbM · KD", "2.0 / 4.0, 0.50, MLP: 1 of 3", "0.0 / 0.0, 0.50, MLP: 3 of 3"]
+    assert [line[0] for line in experts.rows] == ["RbM · KD", "RbM · KRD"]
+    cells = {line[0]: line[1:3] for line in accuracy.rows}
+    assert cells["RbM · KD"] == ["**75.0 ± 0.0**", "61.0 ± 1.0 †"]
+    assert cells["RbM · KRD"][1] == "**66.0 (1) †**"
+    assert "† in effect an MLP" in accuracy.note
 
 
 def test_tidy_rows_come_back(rows: list[Row]) -> None:

@@ -6,11 +6,12 @@ import pytest
 from rich.console import Console
 
 from rbm_dist.report.expert_table import expert_tables
-from tests.report.layer import layer_figures
+from tests.report.layer import layer_figures, mixture_figures
 
 
 def printed(*layers: dict[str, Any], num_classes: int) -> list[str]:
     figures = {
+        "mixture": mixture_figures() | {"distance_per_layer": [0.3] * len(layers)},
         "layers": list(layers), "class_share": [1 / num_classes] * num_classes,
         "degree_buckets": [{"from": 0, "to": 3, "share": 0.6}, {"from": 4, "to": 90, "share": 0.4}],
     }  # fmt: skip
@@ -39,6 +40,15 @@ def test_every_figure_is_shown(num_classes: int) -> None:
         "0.46 normalised mutual information", "closest memories: 0 and 2, cosine 0.91", "dead experts: 1",
     ):  # fmt: skip
         assert part in text
+
+
+def test_one_memory_stands_for_all_layers() -> None:
+    layer = layer_figures(3, 4)
+    figures = {"layers": [layer], "mixture": mixture_figures(), "class_share": [0.25] * 4, "degree_buckets": []}
+    figures["degree_buckets"] = [{"from": 0, "to": 3, "share": 0.6}, {"from": 4, "to": 90, "share": 0.4}]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(expert_tables(figures))
+    assert "All layers: 3 experts, 3 per row" in console.export_text()
 
 
 def test_the_classes_are_a_row_of_blocks() -> None:

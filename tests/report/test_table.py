@@ -7,13 +7,14 @@ import pytest
 from rich.console import Console
 
 from rbm_dist.report.table import results_table
+from tests.report.layer import mixture_figures
 
 RESULTS: dict[str, Any] = {
     "baselines": {"majority": {"val": 0.2, "test": 0.21}, "regression": {"val": 0.7, "test": 0.75}},
     "teacher": {"val": 0.81, "test": 0.8},
     "students": {
         "mlp": {"val": 0.5, "test": 0.49},
-        "rbm": {"val": 0.6123, "test": 0.6087, "expert_load_per_layer": [[0.5, 0.25, 0.25], [0.5, 0.0, 0.5]]},
+        "rbm": {"val": 0.6123, "test": 0.6087, "mixture": mixture_figures()},
     },
     "latency_us": {
         "teacher": {"1": 1234.5, "1024": 99.0},
@@ -47,9 +48,32 @@ def test_a_row_per_model(name: str, figures: list[str]) -> None:
 
 def test_expert_load_and_time_per_stage() -> None:
     shown = "\n".join(lines(RESULTS))
-    assert "share of rows per expert, layer 0: 50%  25%  25%\n" in shown
-    assert "share of rows per expert, layer 1: 50%  0%  50%; without any: 1\n" in shown
+    assert "share of rows per expert, layer 0: 50%  25%  25% (as 2.8 that share them equally)\n" in shown
+    assert "share of rows per expert, layer 1: 50%  0%  50%; without any: 1 (as 2.0 that" in shown
     assert "source 0.5  teacher 10.2  (total 10.8)" in shown
+
+
+def below(**changes: Any) -> str:
+    """What stands below the table of a run, with changed figures of the RbM; spaces and line breaks made equal."""
+    rbm = RESULTS["students"]["rbm"] | {name: changes.pop(name) for name in ("val",) if name in changes}
+    rbm |= {"mixture": mixture_figures() | changes}
+    shown = "\n".join(lines(RESULTS | {"students": RESULTS["students"] | {"rbm": rbm}}))
+    return " ".join(shown[shown.rindex("┘") :].split())
+
+
+def test_an_rbm_that_is_an_mlp_says_so() -> None:
+    figures = "RbM with all its experts: 61.2 % on validation; averaged into one: 60.1 %; memories permuted: 50.2 %"
+    assert f"{figures}; experts are 0.30, 0.13 of their length from their mean, by layer" in below()
+    assert "in effect an MLP" not in below()
+    assert "not ahead of the MLP" not in below()
+    assert "The RbM is in effect an MLP: its experts averaged into one do as well on validation" in below(merged=True)
+    assert "On validation the RbM is not ahead of the MLP (50.0 %, 50.0 %)" in below(val=0.5)
+    assert "not ahead" not in below(val=0.5, merged=True), "it is an MLP itself"
+
+
+def test_one_memory_has_no_layer() -> None:
+    shown = below(expert_load=[[0.5, 0.5]], effective_experts=[2.0])
+    assert "share of rows per expert: 50% 50% (as 2.0" in shown
 
 
 def test_what_was_not_measured_is_a_dash() -> None:

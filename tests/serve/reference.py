@@ -13,8 +13,8 @@ def random_student(kind: str, num_features: int = 12, num_classes: int = 5, **ch
     """A student whose every weight is random, and the facts it is built from."""
     facts = {
         "kind": kind, "num_features": num_features, "hidden": 7, "num_classes": num_classes, "num_layers": 3,
-        "norm": "layer", "num_experts": 6, "top_k": 2, "inputs": ["feat"], "routing_temperature": 1.0,
-        "input_attention": False, "ensemble_size": 3,
+        "norm": "layer", "num_experts": 6, "top_k": 2, "inputs": ["feat"], "routing": "layers",
+        "routing_temperature": 1.0, "input_attention": False, "ensemble_size": 3,
     } | changes  # fmt: skip
     student = empty_student(**facts)
     student.inputs = tuple(facts["inputs"])
@@ -46,12 +46,15 @@ def class_probabilities(student: Student, feat: np.ndarray) -> np.ndarray:
             if not isinstance(layer, RoutedLayer):
                 x = weights[f"layers.{index}.linear.weight"] @ x + weights[f"layers.{index}.linear.bias"]
                 continue
-            memory = weights[f"layers.{index}.memory_ED"]
-            cosine = memory @ x / np.linalg.norm(memory, axis=1) / max(np.linalg.norm(x), 1e-12)
-            chosen = np.argsort(-cosine)[: layer.top_k]
-            share = softmax(cosine[chosen] / layer.temperature)
+            if f"layers.{index}.memory_ED" in weights:  # else the choice of the layer before stands
+                memory = weights[f"layers.{index}.memory_ED"]
+                cosine = memory @ x / np.linalg.norm(memory, axis=1) / max(np.linalg.norm(x), 1e-12)
+                chosen = np.argsort(-cosine)[: layer.top_k]
+                share = softmax(cosine[chosen] / layer.temperature)
             scale = np.exp(min(float(weights[f"layers.{index}.log_scale"]), np.log(100)))
-            attention = weights.get(f"layers.{index}.experts.log_attention_LD", np.zeros_like(memory))
+            attention = weights.get(
+                f"layers.{index}.experts.log_attention_LD", np.zeros((len(layer.experts.bias_LO), len(x)))
+            )
             experts = [
                 np.exp(attention[e]) * x @ weights[f"layers.{index}.experts.weight_LDO"][e]
                 + weights[f"layers.{index}.experts.bias_LO"][e]

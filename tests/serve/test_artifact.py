@@ -19,6 +19,7 @@ def test_a_student_comes_back_as_it_was(tmp_path: Path, kind: str, norm: str) ->
     changes = {
         "wide mlp": {"hidden": 28},
         "ensemble": {"ensemble_size": 2, "inputs": ["feat", "pos"]},
+        "rbm routed by its input": {"routing": "input"},
         "rbm with options": {"routing_temperature": 0.3, "input_attention": True, "inputs": ["pos"]},
     }
     student, facts = random_student(kind.split()[-1 if "mlp" in kind else 0], norm=norm, **changes.get(kind, {}))
@@ -58,7 +59,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     student, facts = random_student("mlp")
     save_student(str(tmp_path), student, facts)
     (tmp_path / "model.json").write_text(json.dumps(facts | {"version": 99}))
-    with pytest.raises(InputError, match=r"model\.json: not a model of version 2"):
+    with pytest.raises(InputError, match=r"model\.json: not a model of version 3"):
         load_student(str(tmp_path))
 
 

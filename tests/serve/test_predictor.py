@@ -41,6 +41,7 @@ def joined(chunks: Iterator[Predictions]) -> Predictions:
     [
         ("mlp", 1, 1, {}), ("rbm", 6, 2, {}), ("rbm", 12, 1, {}), ("rbm", 4, 4, {}), ("rbm", 1, 1, {}),
         ("rbm", 6, 2, {"input_attention": True}), ("rbm", 6, 2, {"routing_temperature": 0.1}),
+        ("rbm", 6, 2, {"routing": "input"}), ("rbm", 12, 1, {"routing": "input"}),
         ("rbm", 12, 1, {"input_attention": True}), ("rbm", 12, 2, {"routing_temperature": 0.1}),
     ],
 )  # fmt: skip

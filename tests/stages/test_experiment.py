@@ -1,5 +1,6 @@
 """Experiments on a real Ray cluster: what is done, what is done again after a kill, and what a person is told."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.serve.artifact import empty_student
+from rbm_dist.serve.accuracy import student_accuracy
+from rbm_dist.serve.artifact import empty_student, load_mixture
 from rbm_dist.stages import experiment as experiment_
 from rbm_dist.stages import local
 from tests.patience import patient
+from tests.small_graph import small_store
 from tests.stages.conftest import ROOT, command, rbm_dist
 
 DIGITS = "digits/transductive"
@@ -193,20 +196,50 @@ def test_a_bad_experiment_is_one_message(experiment: Path, here: Callable[..., t
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("kind", "routing", "expected"),
     [
-        ("mlp", 16 * 32 + 32 * 10),
-        ("rbm", 3 * (16 * 32 + 32 * 10) + 8 * (16 + 32)),  # three experts of a row, and its cosines with all memories
-        ("ensemble", 2 * (16 * 32 + 32 * 10)),
+        ("mlp", "input", 16 * 32 + 32 * 10),
+        # Three experts of a row, and its cosines with all memories.
+        ("rbm", "layers", 3 * (16 * 32 + 32 * 10) + 8 * (16 + 32)),
+        ("rbm", "input", 3 * (16 * 32 + 32 * 10) + 8 * 16),
+        ("ensemble", "input", 2 * (16 * 32 + 32 * 10)),
     ],
 )
-def test_multiply_adds(kind: str, expected: int) -> None:
+def test_multiply_adds(kind: str, routing: str, expected: int) -> None:
     student = empty_student(
         kind=kind, inputs=["feat"], num_features=16, hidden=32, num_classes=10, num_layers=2, norm="layer",
-        num_experts=8, top_k=3, routing_temperature=1.0, input_attention=True, ensemble_size=2,
+        num_experts=8, top_k=3, routing=routing, routing_temperature=1.0, input_attention=True, ensemble_size=2,
     )  # fmt: skip
     assert local.multiply_adds(student, 16) == expected
     assert next(student.parameters()).dtype == torch.float32, "left as it was"
+
+
+@pytest.mark.parametrize("tolerance", [None, 1.0])
+def test_experts_that_may_cost_anything_are_averaged_into_an_mlp(tmp_path: Path, tolerance: float | None) -> None:
+    url = str(tmp_path)
+    small_store(f"{url}/prepared")
+    student = {"models": ["rbm"], "epochs": 4, "pretrain_epochs": 2, "hidden": 8, "num_experts": 3, "batch_size": 40}
+    config = Config.model_validate(
+        {"run_dir": "none", "partition": {"num_parts": 4}, "student": student | {"merge_tolerance": tolerance}}
+    )
+    figures = local.train(config, f"{url}/prepared", f"{url}/student")
+    folder = tmp_path / "student" / "rbm"
+    assert figures["merged"] is (tolerance is not None)
+    assert (folder / "experts").exists() is figures["merged"]
+    kind = json.loads((folder / "model.json").read_text())["kind"]
+    assert kind == ("mlp" if figures["merged"] else "rbm")
+    store = GraphStore.open(f"{url}/prepared/graph")
+    width, classes = store.num_features, store.num_classes
+    routing = 0 if figures["merged"] else 3 * width
+    assert figures["multiply_adds"] == width * 8 + 8 * classes + routing, "that of what is served"
+    assert 1 <= figures["effective_experts"] <= 3
+    assert figures["distance"] > 0
+    whole, _ = load_mixture(str(folder))
+    reported = student_accuracy(whole, store)["test"]
+    if figures["merged"]:
+        assert figures["test"] == pytest.approx(reported - figures["averaged"]), "the average is served"
+    else:
+        assert figures["test"] == reported
 
 
 def test_in_the_inductive_setting_the_unseen_nodes_are_reported(tmp_path: Path) -> None:

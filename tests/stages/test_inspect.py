@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rbm_dist import cli, storage
+from rbm_dist.serve.artifact import load_student, save_merged
 
 
 def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -33,7 +34,7 @@ def test_the_figures_are_those_of_the_run(
     figures = json.loads((folder / "inspect.json").read_text())
     assert figures["num_nodes"] == figures["labelled_nodes"] == 1797
     results = json.loads((copied_run / "results.json").read_text())
-    for layer, load in zip(figures["layers"], results["students"]["rbm"]["expert_load_per_layer"], strict=True):
+    for layer, load in zip(figures["layers"], results["students"]["rbm"]["mixture"]["expert_load"], strict=True):
         assert [expert["pair_share"] for expert in layer["experts"]] == pytest.approx(load, abs=1e-3)
         assert 0.2 < layer["class_nmi"] < 1, "experts and digits have to do with each other"
     shown = capsys.readouterr().out
@@ -41,6 +42,30 @@ def test_the_figures_are_those_of_the_run(
     assert "Layer 1: 8 experts, 3 per row" in shown
     first = figures["layers"][0]["experts"][0]
     assert f"{first['pair_share']:.1%}" in shown
+
+
+def test_of_a_merged_rbm_the_experts_are_shown_and_that_it_is_served_as_an_mlp(
+    copied_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied_run / "student" / "rbm"
+    before = inspect(monkeypatch, str(copied_run)), json.loads((copied_run / "inspect" / "inspect.json").read_text())
+    facts = json.loads((folder / "model.json").read_text())
+    save_merged(str(folder), load_student(str(folder)), {name: facts[name] for name in facts if name != "version"})
+    manifest = json.loads((copied_run / "student" / "manifest.json").read_text())
+    for file in ("model.json", "model.safetensors", "experts/model.json", "experts/model.safetensors"):
+        manifest["files"][f"student/rbm/{file}"] = storage.file_info(str(folder / file))
+    (copied_run / "student" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert (0, inspect(monkeypatch, str(copied_run))) == (before[0], 0)
+    shown = capsys.readouterr().out
+    assert "Layer 1: 8 experts, 3 per row" in shown
+    assert "so that MLP is served" in " ".join(shown.split())
+    figures = json.loads((copied_run / "inspect" / "inspect.json").read_text())
+    assert figures["layers"] == before[1]["layers"]
+    assert figures["mixture"] == before[1]["mixture"] | {"merged": True}
+    assert figures["mixture"]["val"] == pytest.approx(
+        json.loads((copied_run / "results.json").read_text())["students"]["rbm"]["val"]
+    )
 
 
 def test_a_folder_of_any_storage(

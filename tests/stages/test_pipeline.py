@@ -46,7 +46,7 @@ def test_results(finished_run: Path) -> None:
     for figures in (results["teacher"], *results["students"].values()):
         assert 0.3 < figures["val"] <= 1
         assert 0.3 < figures["test"] <= 1
-    for load in results["students"]["rbm"]["expert_load_per_layer"]:
+    for load in results["students"]["rbm"]["mixture"]["expert_load"]:
         assert len(load) == 8
         assert sum(load) == pytest.approx(1)
     for name in ("teacher", "mlp", "rbm"):

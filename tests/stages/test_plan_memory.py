@@ -64,8 +64,8 @@ def untrained(config: Config) -> None:
     save_weights(f"{config.run_dir}/teacher/model.safetensors", build_teacher(config, store))
     facts = {
         "kind": "rbm", "inputs": ["feat"], "num_features": store.num_features, "num_classes": store.num_classes,
-        "hidden": 128, "num_layers": 2, "norm": "layer", "num_experts": 8, "top_k": 3, "routing_temperature": 1.0,
-        "input_attention": False, "ensemble_size": 3,
+        "hidden": 128, "num_layers": 2, "norm": "layer", "num_experts": 8, "top_k": 3, "routing": "layers",
+        "routing_temperature": 1.0, "input_attention": False, "ensemble_size": 3,
     }  # fmt: skip
     save_student(f"{config.run_dir}/student/rbm", empty_student(**facts), facts)
 

@@ -38,7 +38,7 @@ class Recorder:
 def config(url: str, **student: Any) -> Config:
     settings = {
         "models": ["rbm"], "hidden": 16, "epochs": 9, "pretrain_epochs": 3, "batch_size": 40, "num_experts": 5,
-        "top_k": 2, "label_weight": 0.3, "temperature": 2.0, "dropout": 0.0,
+        "top_k": 2, "label_weight": 0.3, "temperature": 2.0, "dropout": 0.0, "merge_tolerance": None,
     }  # fmt: skip
     return Config.model_validate(
         {
@@ -73,10 +73,10 @@ def final_weights(url: str, kind: str = "rbm") -> dict[str, torch.Tensor]:
 KRD = {"objective": "krd", "krd": {"min_update_epoch": 1}}
 # 6 steps an epoch, 9 epochs; the first 3 are the plain network's.
 STUDENTS: dict[str, dict[str, Any]] = {
-    "kd, batch norm": {"norm": "batch"},
+    "kd, batch norm": {"norm": "batch", "routing": "layers"},
     "kd, layer norm": {"norm": "layer", "input_attention": True},
     "krd, batch norm": {"norm": "batch", "reseed_after": 2} | KRD,
-    "krd, layer norm": {"norm": "layer", "routing_temperature": 0.2} | KRD,
+    "krd, layer norm": {"norm": "layer", "routing": "layers", "routing_temperature": 0.2} | KRD,
     "dropout": {"norm": "layer", "dropout": 0.4} | KRD,
     "vanilla moe": {"models": ["moe"], "dropout": 0.2},
     "nosmog": {"norm": "batch", "similarity": 0.5, "adversarial": {"weight": 0.5, "steps": 2}},
@@ -155,7 +155,7 @@ def test_a_resume_of_routed_training_does_no_k_means_again(tmp_path: Path, monke
 
     monkeypatch.setattr("rbm_dist.stages.student.kmeans_centres", counted)
     small_store(str(tmp_path))
-    graph, settings = f"{tmp_path}/graph", {"self_similarity": 0.1, "reseed_after": 2}
+    graph, settings = f"{tmp_path}/graph", {"routing": "layers", "self_similarity": 0.1, "reseed_after": 2}
 
     def train_here(name: str, recorder: Recorder) -> None:
         url = f"{tmp_path}/{name}"
