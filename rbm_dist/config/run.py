@@ -88,6 +88,11 @@ class EncodingsConfig(Section):
 class KrdConfig(Section):
     """Reliable sampling (Wu et al., 2023): a neighbour j teaches with probability `1 − δ_j^q`."""
 
+    neighbours: Literal["agreeing", "all"] = Field(
+        "agreeing",
+        description="who can teach; agreeing: neighbours that have the node's class by the teacher, and nodes weigh "
+        "the same; all: as published, every neighbour, and a node weighs as much as it has teachers",
+    )
     fanout: Annotated[int, Field(ge=-1), NUMBER] = Field(-1, description="in-neighbours that can teach a node; -1: all")
     initial_power: Rate = Field(1.0, description="q before it is fitted")
     momentum: Fraction = Field(0.9, description="what a fit keeps of the power before")

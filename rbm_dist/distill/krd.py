@@ -3,6 +3,10 @@
 A node j is the less reliable the more the entropy of its soft labels changes under feature noise. With that change δ
 scaled to at most 1 over the nodes that training sees, j teaches each neighbour i with probability `1 − δ_j^q`; q is
 fitted to where student and teacher agree. A node always teaches itself.
+
+Published, every neighbour can teach, and the loss is a mean over pairs. Where edges join different classes, nodes are
+taught the classes of others, and hubs outweigh all else. By default only neighbours teach to which the teacher gives
+the same class, and rows weigh the same: the mean of a row's teachers then has the class of the row's own soft labels.
 """
 
 import math
@@ -28,8 +32,10 @@ class Pairs:
     """Teachers j of the batch's rows i."""
 
     nodes: np.ndarray  # [n] ids; the batch's own first
+    soft_nC: np.ndarray  # their soft labels
     teacher_m: Tensor  # int64, position of j in `nodes`
     row_m: Tensor  # int64, the row of i
+    weight_B: Tensor  # float64, what each pair of a row counts
 
 
 class ReliableSampling:
@@ -57,9 +63,15 @@ class ReliableSampling:
         )
         uniform_m = (keys_m.numpy() >> 11 & (2**53 - 1)) / 2**53
         kept_m = uniform_m < keep_probability_n[sample.src]
+        soft_nC = self._store.gather("soft", sample.nodes)
+        agreeing = self.settings.neighbours == "agreeing"
+        if agreeing:
+            class_n = soft_nC.argmax(1)
+            kept_m &= class_n[sample.src] == class_n[sample.dst]
         own = np.arange(len(ids))
-        teacher_m, row_m = (np.concatenate([own, each[kept_m]]) for each in (sample.src, sample.dst))
-        return Pairs(sample.nodes, torch.from_numpy(teacher_m), torch.from_numpy(row_m))
+        teacher_m, row_m = (torch.from_numpy(np.concatenate([own, each[kept_m]])) for each in (sample.src, sample.dst))
+        pairs_B = torch.bincount(row_m, minlength=len(ids)).double()
+        return Pairs(sample.nodes, soft_nC, teacher_m, row_m, 1 / pairs_B if agreeing else torch.ones_like(pairs_B))
 
     def agreement(self, ids: np.ndarray, agrees: np.ndarray) -> np.ndarray:
         """A histogram over δ, `[2, bins]`: how many of some nodes, and how many where student and teacher agree."""
@@ -82,13 +94,17 @@ class ReliableSampling:
 
 
 def krd_loss(
-    logits_BC: Tensor, soft_nC: Tensor, teacher_m: Tensor, row_m: Tensor, global_pairs: int, temperature: float
-) -> Tensor:
-    """This rank's share of the mean over the global batch's pairs of `τ²·KL(teacher_j ‖ student_i)`."""
+    logits_BC: Tensor, soft_nC: Tensor, teacher_m: Tensor, row_m: Tensor, weight_B: Tensor,
+    global_weight: float, temperature: float,
+) -> Tensor:  # fmt: skip
+    """This rank's share of the weighted mean over the global batch's pairs of `τ²·KL(teacher_j ‖ student_i)`.
+
+    weight_B: what each pair of a row counts. global_weight: the sum over all pairs of all ranks.
+    """
     teacher_nC = soften(soft_nC, temperature)
     student_BC = F.log_softmax(logits_BC / temperature, dim=1)
     probability_nC = teacher_nC.exp()
     # Σ over pairs of p_j·log p_j, less Σ p_j·log s_i; the latter by row: no [pairs, C] of the student.
-    information = (probability_nC * teacher_nC).sum(1)[teacher_m].sum()
-    taught_BC = torch.zeros_like(student_BC).index_add_(0, row_m, probability_nC[teacher_m])
-    return (information - (taught_BC * student_BC).sum()) * (temperature**2 / global_pairs)
+    information = ((probability_nC * teacher_nC).sum(1)[teacher_m] * weight_B[row_m]).sum()
+    taught_BC = torch.zeros_like(student_BC).index_add_(0, row_m, probability_nC[teacher_m]) * weight_B[:, None]
+    return (information - (taught_BC * student_BC).sum()) * (temperature**2 / global_weight)

@@ -90,11 +90,11 @@ class Losses:
     def _pairs(self, batch: Batch, draw: int) -> Callable[[Tensor], Tensor]:
         assert self._teaching is not None
         pairs = self._teaching.pairs(batch.ids, draw)
-        (global_pairs,) = sum_figures([float(len(pairs.row_m))], self._mesh)
-        soft_nC = self._array("soft", pairs.nodes)
+        (global_weight,) = sum_figures([pairs.weight_B[pairs.row_m].sum().item()], self._mesh)
+        soft_nC, weight_B = (self._floats(each) for each in (torch.from_numpy(pairs.soft_nC), pairs.weight_B))
         teacher_m, row_m = (each.to(self._mesh.device) for each in (pairs.teacher_m, pairs.row_m))
         return lambda logits_BC: krd_loss(
-            logits_BC, soft_nC, teacher_m, row_m, int(global_pairs), self._settings.temperature
+            logits_BC, soft_nC, teacher_m, row_m, weight_B, global_weight, self._settings.temperature
         )
 
     def _adversarial(self, model: Student, batch: Batch, teach: Callable[[Tensor], Tensor]) -> Tensor:
@@ -109,4 +109,7 @@ class Losses:
             return loss_at(x_BF + noise_BF)
 
     def _array(self, name: str, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._store.gather(name, ids)).to(self._mesh.device, self._dtype)
+        return self._floats(torch.from_numpy(self._store.gather(name, ids)))
+
+    def _floats(self, array: Tensor) -> Tensor:
+        return array.to(self._mesh.device, self._dtype)

@@ -1,4 +1,4 @@
-"""KRD: the loss pair by pair, who teaches whom and how often, and the fit of q."""
+"""KRD: the loss pair by pair, who teaches whom and how often, what each node weighs, and the fit of q."""
 
 import itertools
 from pathlib import Path
@@ -32,35 +32,47 @@ def draw() -> tuple[Tensor, Tensor]:
     return logits, soft
 
 
+def published(logits: Tensor, soft: Tensor, teacher: Tensor, row: Tensor, pairs: int, temperature: float) -> Tensor:
+    """A mean over pairs, without weights."""
+    log_p, log_q = (each.log_softmax(1) for each in (soft.log() / temperature, logits / temperature))
+    p = log_p.exp()
+    information = (p * log_p).sum(1)[teacher].sum()
+    taught = torch.zeros_like(log_q).index_add_(0, row, p[teacher])
+    return (information - (taught * log_q).sum()) * (temperature**2 / pairs)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_loss_pair_by_pair(temperature: float) -> None:
     logits, soft = draw()
+    weight = torch.rand(ROWS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     total = 0.0
     for teacher, row in zip(TEACHER.tolist(), ROW.tolist(), strict=True):
         p = soft[teacher].numpy() ** (1 / temperature)
         p, q = p / p.sum(), np.exp(logits[row].numpy() / temperature)
-        total += temperature**2 * scipy.stats.entropy(p, q / q.sum())  # the divergence KL(p ‖ q)
-    found = krd_loss(logits, soft, TEACHER, ROW, len(ROW), temperature)
-    assert found.item() == pytest.approx(total / len(ROW))
+        # The divergence KL(p ‖ q).
+        total += weight[row].item() * temperature**2 * scipy.stats.entropy(p, q / q.sum())
+    found = krd_loss(logits, soft, TEACHER, ROW, weight, 3.0, temperature)
+    assert found.item() == pytest.approx(total / 3)
     assert torch.autograd.gradcheck(
-        lambda z: krd_loss(z, soft, TEACHER, ROW, len(ROW), temperature), (logits.requires_grad_(),)
+        lambda z: krd_loss(z, soft, TEACHER, ROW, weight, 3.0, temperature), (logits.requires_grad_(),)
     )
 
 
 def test_own_teachers_alone_are_plain_distillation() -> None:
     logits, soft = draw()
     own = torch.arange(ROWS)
-    found = krd_loss(logits, soft, own, own, ROWS, 2.0)
+    found = krd_loss(logits, soft, own, own, torch.ones(ROWS), ROWS, 2.0)
     torch.testing.assert_close(found, kd_loss(logits, soft[:ROWS], ROWS, 2.0))
 
 
 def test_shares_of_ranks_add_up() -> None:
     logits, soft = draw()
-    whole = krd_loss(logits, soft, TEACHER, ROW, len(ROW), 2.0)
+    weight = 1 / torch.bincount(ROW).double()
+    whole = krd_loss(logits, soft, TEACHER, ROW, weight, ROWS, 2.0)
     shares = []
     for rows in (range(2), range(2, 2), range(2, 6)):
         here = torch.isin(ROW, torch.tensor(list(rows)))
-        shares.append(krd_loss(logits[rows], soft, TEACHER[here], ROW[here] - rows.start, len(ROW), 2.0))
+        shares.append(krd_loss(logits[rows], soft, TEACHER[here], ROW[here] - rows.start, weight[rows], ROWS, 2.0))
     assert shares[1] == 0
     torch.testing.assert_close(sum(shares), whole)
 
@@ -74,14 +86,25 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
 def with_change(store: GraphStore, highest: float) -> GraphStore:
     change = np.random.default_rng(7).random(store.num_nodes).astype(np.float32)
     change *= highest / change.max()
-    parts = range(store.num_parts)
-    files = [store.write_part("entropy_change", p, change.dtype, (), [change[store.ids(p)]]) for p in parts]
-    store.publish("entropy_change", files)
+    publish(store, "entropy_change", change)
     return store
 
 
 def neighbours(store: GraphStore, node: int) -> list[int]:
     return store.sample(np.array([node]), (-1,), 0).nodes[1:].tolist()
+
+
+def links(store: GraphStore, ids: list[int], which: str) -> list[tuple[int, int]]:
+    """(i, j) for all j that can teach i, one by one."""
+    kind = store.gather("soft", np.arange(store.num_nodes)).argmax(1)
+    return [(i, j) for i in ids for j in neighbours(store, i) if which == "all" or kind[i] == kind[j]]
+
+
+def publish(store: GraphStore, name: str, rows: np.ndarray) -> None:
+    rows = rows.astype(np.float32)
+    parts = range(store.num_parts)
+    files = [store.write_part(name, p, rows.dtype, rows.shape[1:], [rows[store.ids(p)]]) for p in parts]
+    store.publish(name, files)
 
 
 def drawn(pairs: Pairs, ids: np.ndarray) -> set[tuple[int, int]]:
@@ -105,6 +128,7 @@ def test_how_far_an_unseen_node_changes_changes_nothing(tmp_path: Path, method: 
     seen, unseen = np.flatnonzero(split != UNSEEN), np.flatnonzero(split == UNSEEN)
     assert len(unseen) > 20
     change = np.random.default_rng(2).random(store.num_nodes)
+    publish(store, "soft", np.random.default_rng(3).random((store.num_nodes, 2)))
     found = []
     for highest in (0.1, 5.0):
         change[unseen[3]] = highest
@@ -126,29 +150,35 @@ def test_how_far_an_unseen_node_changes_changes_nothing(tmp_path: Path, method: 
         assert found[0].max() == 1
 
 
-@pytest.mark.parametrize("power", [0.4, 1.0, 3.0])
-def test_a_neighbour_teaches_as_often_as_it_is_reliable(store: GraphStore, power: float) -> None:
-    sampling, ids, draws = ReliableSampling(KrdConfig(), store, power), np.arange(store.num_nodes), 300
+@pytest.mark.parametrize(
+    ("which", "power", "least"), [("all", 0.4, 1000), ("all", 1.0, 1000), ("all", 3.0, 1000), ("agreeing", 1.0, 300)]
+)
+def test_a_neighbour_teaches_as_often_as_it_is_reliable(
+    store: GraphStore, which: str, power: float, least: int
+) -> None:
+    settings = KrdConfig.model_validate({"neighbours": which})
+    sampling, ids, draws = ReliableSampling(settings, store, power), np.arange(store.num_nodes), 300
     counts: dict[tuple[int, int], int] = {}
     for number in range(draws):
         for pair in drawn(sampling.pairs(ids, key(number)), ids):
             counts[pair] = counts.get(pair, 0) + 1
-    links = [(i, j) for i in ids.tolist() for j in neighbours(store, i)]
-    assert set(counts) <= {*links, *((i, i) for i in ids.tolist())}
+    possible = links(store, ids.tolist(), which)
+    assert set(counts) <= {*possible, *((i, i) for i in ids.tolist())}
     assert all(counts[i, i] == draws for i in ids.tolist()), "a node always teaches itself"
-    probability = 1 - sampling.change(np.array([j for _, j in links])) ** power
-    kept = np.array([counts.get(link, 0) for link in links])
+    probability = 1 - sampling.change(np.array([j for _, j in possible])) ** power
+    kept = np.array([counts.get(link, 0) for link in possible])
     sure = (probability > 0.03) & (probability < 0.97)
     deviation = (kept - draws * probability)[sure] / np.sqrt(draws * probability * (1 - probability))[sure]
-    assert sure.sum() > 1000
+    assert sure.sum() > least
     assert np.var(deviation) == pytest.approx(1, abs=5 * (2 / sure.sum()) ** 0.5)
     assert np.mean(deviation) == pytest.approx(0, abs=5 / sure.sum() ** 0.5)
     assert not kept[probability == 0].any()
 
 
+@pytest.mark.parametrize("which", ["agreeing", "all"])
 @pytest.mark.parametrize("fanout", [-1, 3])
-def test_draws_do_not_depend_on_who_shares_the_batch(store: GraphStore, fanout: int) -> None:
-    sampling = ReliableSampling(KrdConfig(fanout=fanout), store)
+def test_draws_do_not_depend_on_who_shares_the_batch(store: GraphStore, fanout: int, which: str) -> None:
+    sampling = ReliableSampling(KrdConfig.model_validate({"fanout": fanout, "neighbours": which}), store)
     batch = np.random.default_rng(0).permutation(store.num_nodes)[:50]
     together = drawn(sampling.pairs(batch, 99), batch)
     apart = [drawn(sampling.pairs(rows, 99), rows) for rows in np.split(batch, [1, 20])]
@@ -160,12 +190,40 @@ def test_draws_do_not_depend_on_who_shares_the_batch(store: GraphStore, fanout: 
     assert len(none.nodes) == len(none.row_m) == len(none.teacher_m) == 0
 
 
-def test_teachers_that_never_change_all_teach(tmp_path: Path) -> None:
-    sampling = ReliableSampling(KrdConfig(), with_change(small_store(str(tmp_path)), 0.0))
-    ids = np.arange(20)
-    assert drawn(sampling.pairs(ids, 1), ids) == {
-        (i, j) for i in range(20) for j in [i, *neighbours(sampling._store, i)]
-    }
+@pytest.mark.parametrize("which", ["agreeing", "all"])
+def test_teachers_that_never_change_all_teach(tmp_path: Path, which: str) -> None:
+    store, ids = with_change(small_store(str(tmp_path)), 0.0), np.arange(20)
+    sampling = ReliableSampling(KrdConfig.model_validate({"neighbours": which}), store)
+    expected = {*links(store, ids.tolist(), which), *((i, i) for i in range(20))}
+    assert drawn(sampling.pairs(ids, 1), ids) == expected
+
+
+def test_every_row_weighs_the_same_and_its_teachers_mean_its_class(store: GraphStore) -> None:
+    sampling, ids = ReliableSampling(KrdConfig(), store), np.random.default_rng(0).permutation(store.num_nodes)[:90]
+    pairs = sampling.pairs(ids, 5)
+    np.testing.assert_array_equal(pairs.soft_nC, store.gather("soft", pairs.nodes))
+    weight = torch.zeros(90, dtype=torch.float64).index_add_(0, pairs.row_m, pairs.weight_B[pairs.row_m])
+    torch.testing.assert_close(weight, torch.ones(90, dtype=torch.float64))
+    soft = torch.from_numpy(pairs.soft_nC).double()
+    target = torch.zeros(90, soft.shape[1], dtype=torch.float64).index_add_(
+        0, pairs.row_m, soft[pairs.teacher_m] * pairs.weight_B[pairs.row_m, None]
+    )
+    assert (torch.bincount(pairs.row_m) > 1).sum() > 50
+    assert torch.equal(target.argmax(1), soft[:90].argmax(1))
+
+
+def test_as_published_every_pair_weighs_the_same_bit_for_bit(store: GraphStore) -> None:
+    sampling, ids = ReliableSampling(KrdConfig(neighbours="all"), store), np.arange(0, store.num_nodes, 3)
+    pairs, logits = sampling.pairs(ids, 5), torch.randn(80, 5, generator=torch.Generator().manual_seed(0))
+    given = (torch.from_numpy(pairs.soft_nC), pairs.teacher_m, pairs.row_m)
+    assert len(pairs.row_m) > 200
+    found, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    weight, total = pairs.weight_B.float(), pairs.weight_B[pairs.row_m].sum().item()
+    loss, reference = krd_loss(found, *given, weight, total, 1.0), published(expected, *given, len(pairs.row_m), 1.0)
+    loss.backward()
+    reference.backward()
+    assert torch.equal(loss, reference)
+    assert torch.equal(found.grad, expected.grad)
 
 
 def test_agreement_is_a_histogram(store: GraphStore) -> None:

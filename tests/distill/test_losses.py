@@ -1,6 +1,7 @@
 """The terms of a student's loss on one batch, against the formulas on its outputs in plain numpy."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,8 +160,10 @@ def test_sparse_rows_have_the_same_terms(store: GraphStore, rbm: Student) -> Non
     assert found == pytest.approx(expected)
 
 
-def test_reliable_neighbours(store: GraphStore, rbm: Student) -> None:
-    settings = config(objective="krd", krd={"min_update_epoch": 2, "bins": 5, "momentum": 0.5}, **ALL)
+@pytest.mark.parametrize("which", ["agreeing", "all"])
+def test_reliable_neighbours(store: GraphStore, rbm: Student, which: str) -> None:
+    krd = {"min_update_epoch": 2, "bins": 5, "momentum": 0.5, "neighbours": which}
+    settings = config(objective="krd", krd=krd, **ALL)
     teaching = ReliableSampling(settings.student.krd, store)
     loss, batch = Losses(settings, store, Mesh.single(), teaching, torch.float64), batch_of(store)
     expected = expected_terms(store, rbm, batch)
@@ -169,7 +172,10 @@ def test_reliable_neighbours(store: GraphStore, rbm: Student) -> None:
     assert len(pairs.row_m) > len(IDS)
     soft = softened(np.log(store.gather("soft", pairs.nodes).astype(np.float64)))
     p, q = soft[pairs.teacher_m], softened(logits)[pairs.row_m]
-    expected["distillation"] = 0.7 * TAU**2 * scipy.stats.entropy(p, q, axis=1).mean()
+    kl, row = scipy.stats.entropy(p, q, axis=1), pairs.row_m.numpy()
+    # As published a mean over pairs; else one over each row's pairs, then over the rows.
+    mean = kl.mean() if which == "all" else np.mean([kl[row == i].mean() for i in range(len(IDS))])
+    expected["distillation"] = 0.7 * TAU**2 * mean
     terms, _ = loss(rbm, batch, draw=77)
     found = values(terms)
     assert found.pop("adversarial") > 0.4 * expected["distillation"] / 0.7
@@ -185,6 +191,25 @@ def test_reliable_neighbours(store: GraphStore, rbm: Student) -> None:
         loss(rbm, batch, draw=77)
     assert loss.after_epoch(2) == {"krd_power": pytest.approx(reference.power)}
     assert teaching.power != 1.0
+
+
+def test_neighbours_that_all_disagree_teach_nothing(tmp_path: Path) -> None:
+    store = small_store(str(tmp_path))
+    soft = (np.random.default_rng(0).random((240, 240)) + 240 * np.eye(240)).astype(np.float32)  # each its own class
+    soft /= soft.sum(1, keepdims=True)
+    parts = range(store.num_parts)
+    store.publish("soft", [store.write_part("soft", p, soft.dtype, (240,), [soft[store.ids(p)]]) for p in parts])
+    mlp = make_mlp(12, 8, 240, num_layers=2, norm="layer", dropout=0.0, seed=1).double()
+    batch, gradients, found = batch_of(store, global_rows=len(IDS)), [], []
+    for objective in ("kd", "krd"):
+        settings = config(objective=objective, temperature=TAU)
+        teaching = ReliableSampling(settings.student.krd, store) if objective == "krd" else None
+        loss = Losses(settings, store, Mesh.single(), teaching, torch.float64)(mlp, batch, draw=1)[0]["distillation"]
+        found.append(loss)
+        gradients.append(torch.autograd.grad(loss, list(mlp.parameters())))
+    assert store.sample(IDS, (-1,), 0).edges_per_hop[0] > 50, "there are neighbours"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-15)
 
 
 def test_a_rank_without_rows(store: GraphStore, rbm: Student) -> None:
