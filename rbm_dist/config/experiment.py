@@ -138,12 +138,11 @@ class Trial:
     @cached_property
     def config_hash(self) -> str:
         """Of all that decides the result."""
-        return _hash({section: self.written.model_dump(mode="json")[section] for section in (*PREPARED, "student")})
+        return _hash(self.written, (*PREPARED, "student"))
 
     @cached_property
     def prepared_hash(self) -> str:
-        """Of all that decides the graph that the student learns from."""
-        return _hash({section: self.written.model_dump(mode="json")[section] for section in PREPARED})
+        return prepared_hash(self.written)
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> tuple[ExperimentConfig, list[Trial]]:
@@ -217,5 +216,12 @@ def _at_data_dir(tree: dict[str, Any], data_dir: str) -> dict[str, Any]:
     return tree
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def prepared_hash(config: Config) -> str:
+    """Of all that decides the graph that the student learns from."""
+    return _hash(config, PREPARED)
+
+
+def _hash(config: Config, sections: tuple[str, ...]) -> str:
+    tree = config.model_dump(mode="json")
+    text = json.dumps({section: tree[section] for section in sections}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

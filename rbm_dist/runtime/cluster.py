@@ -23,6 +23,9 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 _HOST_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/\s]+):(?P<port>\d+)")
 _CONNECT_S = 10.0
 
+# The environment of a process that computes on one core, whatever library it uses.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
 
 @contextmanager
 def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
@@ -56,6 +59,11 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def spare_cpus() -> int:
+    """All but one, which Ray keeps for itself and the driver; asked each time, as a cluster grows."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
 
 
 def _refusal(address: str, error: Exception, said: str) -> str:

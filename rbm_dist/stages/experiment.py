@@ -35,7 +35,7 @@ from rbm_dist.config.source import OgbConfig
 from rbm_dist.errors import InputError, RunError, disk_full
 from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, tidy
 from rbm_dist.report.progress import ProgressBars
-from rbm_dist.runtime.cluster import ray_cluster
+from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.progress import ProgressRelay, start_mailbox, warnings_of
 from rbm_dist.sources.ogb import ogb_folder
@@ -44,8 +44,6 @@ from rbm_dist.stages.run import locked
 
 _RETRIES = 3  # of work lost with its node or process
 _POLL_S = 1.0
-# Whatever library it uses.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 _LIBRARIES = ("torch", "torch-geometric", "ray", "numpy", "scipy", "scikit-learn", "kaminpar")
 
 
@@ -144,14 +142,14 @@ def _work(
         ProgressBars(console) as bars,
         ProgressRelay(start_mailbox(), bars),  # shows warnings of the runs
     ):
-        task = ray.remote(num_cpus=1, max_retries=_RETRIES, runtime_env={"env_vars": _ONE_THREAD})
+        task = ray.remote(num_cpus=1, max_retries=_RETRIES, runtime_env={"env_vars": ONE_THREAD})
         prepare, train = task(_prepare), task(_train)
         waiting: deque[tuple[_Group, Trial | None]] = deque((group, None) for group in groups)  # None: to be prepared
         running: dict[Any, tuple[_Group, Trial | None]] = {}
         total, changed = done + len(todo), time.monotonic()
         bars.update("runs", done, total, "runs")
         while waiting or running:
-            while waiting and len(running) < (jobs or _spare_cpus()):
+            while waiting and len(running) < (jobs or spare_cpus()):
                 group, trial = waiting.popleft()
                 if trial is None:
                     ref = prepare.remote(group.trials[0], group.url)
@@ -184,11 +182,7 @@ def _groups(url: str, todo: list[Trial]) -> list[_Group]:
         group = groups.setdefault(trial.prepared_hash, _Group(storage.join(url, "prepared", trial.prepared_hash)))
         group.trials.append(trial)
         group.left += 1
-    for name in storage.listdir(storage.join(url, "prepared")):
-        folder = storage.join(url, "prepared", name)
-        # Of another configuration, or cut off before it was removed; or the user's.
-        if name not in groups and re.fullmatch(r"[0-9a-f]{16}", name) and local.is_prepared(folder):
-            storage.remove(folder)
+    local.remove_prepared(storage.join(url, "prepared"), set(groups))  # of another configuration, or cut off before
     return list(groups.values())
 
 
@@ -230,11 +224,6 @@ def _result(ref: Any, trial: Trial) -> Any:
     except RAY_FAILURES as error:
         failure = explain(error, trial.id)
         raise InputError(f"{trial.id}: {failure}") if isinstance(failure, InputError) else failure from None
-
-
-def _spare_cpus() -> int:
-    """All but one, which Ray keeps for itself and the driver; asked each time, as a cluster grows."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
 
 
 def _run_url(url: str, trial: Trial) -> str:

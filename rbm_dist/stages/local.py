@@ -5,6 +5,7 @@ share one teacher. Both call the functions that the stages run on the cluster.
 """
 
 import copy
+import re
 import time
 from typing import Any
 
@@ -62,6 +63,15 @@ class MetricsRecorder(Reporter):
 def is_prepared(url: str) -> bool:
     """Whether a folder holds nothing but what `prepare` writes."""
     return {name.split(storage.TEMPORARY)[0] for name in storage.listdir(url)} <= _PREPARED
+
+
+def remove_prepared(url: str, keep: set[str]) -> None:
+    """Remove the graphs in a folder of prepared graphs that are named by their hash, but those of these names."""
+    for name in storage.listdir(url):
+        folder = storage.join(url, name)
+        # What else lies there is the user's.
+        if name not in keep and re.fullmatch(r"[0-9a-f]{16}", name) and is_prepared(folder):
+            storage.remove(folder)
 
 
 def prepare(config: Config, url: str) -> dict[str, Any]:
