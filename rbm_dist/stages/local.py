@@ -7,6 +7,7 @@ share one teacher. Both call the functions that the stages run on the cluster.
 import copy
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig, Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.encodings import encode_in_process
+from rbm_dist.graph.splits import VAL
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.student import Student
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.runtime.progress import Reporter
@@ -39,10 +42,11 @@ _PREPARED = {"source", "graph", "teacher", "teacher.json"}
 
 
 class MetricsRecorder(Reporter):
-    """Keeps the rows of every epoch; shows nothing."""
+    """Keeps the rows of every epoch, and hands each to `on_epoch`; shows nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_epoch: Callable[[Row], None] | None = None) -> None:
         self.loops: dict[str, list[Row]] = {}
+        self._on_epoch = on_epoch
 
     def begin(self, loop: str, history: list[Row]) -> None:
         """Nothing was done before."""
@@ -55,6 +59,8 @@ class MetricsRecorder(Reporter):
 
     def metrics(self, loop: str, row: Row) -> None:
         self.loops.setdefault(loop, []).append(row)
+        if self._on_epoch:
+            self._on_epoch(row)
 
     def end(self, loop: str, history: list[Row]) -> None:
         """Nothing is lost on the way."""
@@ -109,13 +115,8 @@ def train(config: Config, prepared_url: str, url: str) -> dict[str, Any]:
     `effective_experts`, means over the layers. Raises `InputError`.
     """
     (kind,) = config.student.models
-    config = config.model_copy(update={"cluster": _IN_PROCESS})
-    graph_url, recorder = storage.join(prepared_url, "graph"), MetricsRecorder()
-    start = time.monotonic()
-    train_students(Mesh.single(), recorder, config, graph_url, url, track_test=True)
-    seconds = time.monotonic() - start
-    student, store = load_student(storage.join(url, kind)), GraphStore.open(graph_url)
-    facts = storage.read_json(storage.join(url, kind, "model.json"))
+    recorder = MetricsRecorder()
+    student, store, costs = _train(config, prepared_url, url, recorder, track_test=True)
     mixture: dict[str, Any] = dict.fromkeys(("merged", "averaged", "permuted", "distance", "effective_experts"))
     if kind == "rbm":
         whole, mixture["merged"] = load_mixture(storage.join(url, kind))
@@ -126,13 +127,43 @@ def train(config: Config, prepared_url: str, url: str) -> dict[str, Any]:
     return {
         **student_accuracy(student, store),
         "test_peak_over_epochs": max((each for each in by_epoch if each is not None), default=None),
+        **costs,
+        **mixture,
+    }
+
+
+def train_and_validate(
+    config: Config, prepared_url: str, url: str, on_epoch: Callable[[Row], None] | None = None
+) -> dict[str, Any]:
+    """As `train`, for who has yet to choose: it looks at validation nodes alone.
+
+    Gives `val` accuracy, `epochs`, `seconds`, `parameters` and `multiply_adds`. `on_epoch` is called with each epoch's
+    metrics. Raises `InputError`.
+    """
+    student, store, costs = _train(config, prepared_url, url, MetricsRecorder(on_epoch), track_test=False)
+    return {**student_accuracy(student, store, (VAL,)), **costs}
+
+
+def _train(
+    config: Config, prepared_url: str, url: str, recorder: MetricsRecorder, track_test: bool
+) -> tuple[Student, GraphStore, dict[str, Any]]:
+    """The trained student, the graph, and what the training and the student cost."""
+    (kind,) = config.student.models
+    config = config.model_copy(update={"cluster": _IN_PROCESS})
+    graph_url = storage.join(prepared_url, "graph")
+    start = time.monotonic()
+    train_students(Mesh.single(), recorder, config, graph_url, url, track_test)
+    seconds = time.monotonic() - start
+    student = load_student(storage.join(url, kind))
+    facts = storage.read_json(storage.join(url, kind, "model.json"))
+    costs = {
         "epochs": sum(map(len, recorder.loops.values())),
         "seconds": round(seconds, 3),
         # With what is learned but not by gradient: the routing memories.
         "parameters": sum(tensor.numel() for tensor in student.state_dict().values()),
         "multiply_adds": multiply_adds(student, facts["num_features"]),
-        **mixture,
     }
+    return student, GraphStore.open(graph_url), costs
 
 
 def _mixture(figures: dict[str, Any]) -> dict[str, float | None]:

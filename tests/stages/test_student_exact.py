@@ -76,7 +76,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "kd, batch norm": {"norm": "batch", "routing": "layers"},
     "kd, layer norm": {"norm": "layer", "input_attention": True},
     "krd, batch norm": {"norm": "batch", "reseed_after": 2} | KRD,
-"krd, layer norm": {"norm": "layer", "routing": "layers", "routing_temperature": 0.2}
+    "krd, layer norm": {"norm": "layer", "routing": "layers", "routing_temperature": 0.2}
     | {"objective": "krd", "krd": {"min_update_epoch": 1, "neighbours": "all"}},
     "dropout": {"norm": "layer", "dropout": 0.4} | KRD,
     "vanilla moe": {"models": ["moe"], "dropout": 0.2},
