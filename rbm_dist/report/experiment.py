@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 from rich.console import Group
 from rich.table import Table
 
@@ -31,7 +33,7 @@ COLUMNS = pa.schema(
 `merged` to `effective_experts` are of an RbM alone: whether it is served as an MLP, and `stages.local.train`'s figures.
 """
 
-_NOTHING = "–"
+NOTHING = "–"
 _MLP = "†"
 
 
@@ -53,6 +55,14 @@ class Grid:
 def tidy(rows: list[Row]) -> pa.Table:
     """The rows as a table with the columns of `COLUMNS`."""
     return pa.Table.from_pylist([{name: row[name] for name in COLUMNS.names} for row in rows], schema=COLUMNS)
+
+
+def table_files(name: str, table: pa.Table) -> dict[str, bytes]:
+    """A table as the contents of a `.csv` and of a `.parquet` file, by the file's name."""
+    parquet, text = pa.BufferOutputStream(), pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, parquet)
+    pyarrow.csv.write_csv(table, text)
+    return {f"{name}.csv": text.getvalue().to_pybytes(), f"{name}.parquet": parquet.getvalue().to_pybytes()}
 
 
 def results_markdown(rows: list[Row], seeds: int, notes: list[str], facts: dict[str, str]) -> str:
@@ -157,9 +167,9 @@ def _selected_grid(rows: list[Row], seeds: int) -> Grid:
         accuracies: list[list[float]] = []
         for dataset in datasets:
             objectives = _groups([row for row in of_student if row["dataset"] == dataset], "objective")
-            (chosen,) = max(objectives, key=lambda name: _mean(_values(objectives[name], "val")), default=(_NOTHING,))
+            (chosen,) = max(objectives, key=lambda name: _mean(_values(objectives[name], "val")), default=(NOTHING,))
             accuracies.append(_values(objectives.get((chosen,), []), "accuracy"))
-            texts.append(f"{_mean_sd(accuracies[-1], seeds)} {chosen}" if objectives else _NOTHING)
+            texts.append(f"{_mean_sd(accuracies[-1], seeds)} {chosen}" if objectives else NOTHING)
         body.append([f"{student} (best on validation)", *texts, _percent(_mean_of_means(accuracies))])
     return Grid(
         "Accuracy with the objective chosen on validation",
@@ -172,19 +182,19 @@ def _selected_grid(rows: list[Row], seeds: int) -> Grid:
 def _spread(rows: list[Row]) -> str:
     student, teacher = _values(rows, "accuracy"), _teacher_values(rows)
     if len(student) < 2 or len(teacher) < 2 or statistics.stdev(teacher) == 0:
-        return _NOTHING
+        return NOTHING
     return f"{statistics.stdev(student) / statistics.stdev(teacher):.2f}"
 
 
 def _cost(rows: list[Row]) -> str:
     if not rows:
-        return _NOTHING
-    return " / ".join(_short(_mean(_values(rows, column))) for column in ("parameters", "multiply_adds"))
+        return NOTHING
+    return " / ".join(short(_mean(_values(rows, column))) for column in ("parameters", "multiply_adds"))
 
 
 def _experts(rows: list[Row]) -> str:
     if not rows:
-        return _NOTHING
+        return NOTHING
     lost = " / ".join(f"{100 * _mean(_values(rows, column)):.1f}" for column in ("averaged", "permuted"))
     return f"{lost}, {_mean(_values(rows, 'distance')):.2f}, MLP: {sum(row['merged'] for row in rows)} of {len(rows)}"
 
@@ -222,17 +232,17 @@ def _mean_of_means(cells: list[list[float]]) -> float | None:
 
 def _mean_sd(shares: list[float], seeds: int) -> str:
     if not shares:
-        return _NOTHING
+        return NOTHING
     spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
     fewer = f" ({len(shares)})" if len(shares) < seeds else ""
     return f"{100 * _mean(shares):.1f}{spread}{fewer}"
 
 
 def _percent(share: float | None) -> str:
-    return _NOTHING if share is None else f"{100 * share:.1f}"
+    return NOTHING if share is None else f"{100 * share:.1f}"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {letter}"

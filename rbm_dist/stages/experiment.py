@@ -21,9 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import ray
 import torch
 from rich.console import Console
@@ -33,7 +30,7 @@ from rbm_dist.config.experiment import ExperimentConfig, Trial
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.config.source import OgbConfig
 from rbm_dist.errors import InputError, RunError, disk_full
-from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, tidy
+from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, table_files, tidy
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
@@ -96,15 +93,8 @@ def write_tables(experiment: ExperimentConfig, trials: list[Trial]) -> list[Row]
         ),
         "hardware": f"{_processor()}; one thread per run",
     }
-    table = tidy(rows)
-    parquet, text = pa.BufferOutputStream(), pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, parquet)
-    pyarrow.csv.write_csv(table, text)
-    files = {
-        "results.csv": text.getvalue(),  # first: by it the others are known
-        "results.parquet": parquet.getvalue(),
-        "results.md": results_markdown(rows, len(experiment.seeds), notes, facts).encode(),
-    }
+    files = table_files("results", tidy(rows))  # the .csv first: by it the others are known
+    files["results.md"] = results_markdown(rows, len(experiment.seeds), notes, facts).encode()
     for name, content in files.items():
         with storage.atomic_writer(storage.join(url, name)) as stream:
             stream.write(content)
