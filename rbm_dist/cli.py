@@ -238,7 +238,8 @@ def tune(
     count = f"{trials:,} trials of {', '.join(names)}"
     console.print(f"[bold]rbm-dist[/] {config} × {space} → {search.run_dir}: {count}", highlight=False)
     from rbm_dist.report.tune import best, search_table
-    from rbm_dist.stages.tune import differing_keys, run_search
+    from rbm_dist.stages.trials import differing_keys
+    from rbm_dist.stages.tune import run_search
 
     try:
         rows = run_search(search, console, address, jobs, overwrite)

@@ -32,7 +32,7 @@ def best(rows: list[Row]) -> Row | None:
 def tidy(rows: list[Row]) -> pa.Table:
     """The rows as a table: the columns of `COLUMNS`, then one per searched key."""
     table = pa.Table.from_pylist([{**row, "val_by_seed": _text(row["val_by_seed"])} for row in rows], schema=COLUMNS)
-    for key in dict.fromkeys(key for row in rows for key in row["settings"]):
+    for key in sorted({key for row in rows for key in row["settings"]}):
         table = table.append_column(key, _column([row["settings"].get(key) for row in rows]))
     return table
 
@@ -52,7 +52,9 @@ def search_table(rows: list[Row], students: list[str], trials: int, seeds: int) 
         chosen = best(of_student)
         figures = [NOTHING] * 3
         if chosen:
-            settings = [f"{key.removeprefix('student.')} {_text(value)}" for key, value in chosen["settings"].items()]
+            settings = [
+                f"{key.removeprefix('student.')} {_text(value)}" for key, value in sorted(chosen["settings"].items())
+            ]
             figures = [f"{100 * chosen['val']:.1f}", short(chosen["multiply_adds"]), ", ".join(settings)]
         table.add_row(student, ", ".join(counts), *figures)
     return table

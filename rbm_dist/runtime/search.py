@@ -5,6 +5,7 @@ Tune's own files and output are switched off: a search is gone on with by tellin
 
 import importlib.util
 import itertools
+import json
 import os
 import tempfile
 import time
@@ -57,15 +58,14 @@ class Draws(Searcher):
         # Of a list the index, as TPE chooses among plain values only.
         self._space = {name: _domain(domain) for name, domain in candidate.space.items()}
         self._asked: dict[str, str] = {}  # by Tune's name of a trial, that of the draw
-        self._tpe: Any = _tpe(self._space, key(seed, *candidate.name.encode(), len(done)) % 2**32) if tpe else None
-        for row in done if tpe else ():
-            encoded = {
-                name: value if isinstance(domain := candidate.space[name], Range) else _index(domain, value)
-                for name, value in row["settings"].items()
-            }
-            self._tpe.add_evaluated_point(encoded, _score(row["val"], row["curve"]))
+        self._tpe: Any = None
+        if tpe:
+            self._tpe = _tpe(self._space, key(seed, *candidate.name.encode(), len(done)) % 2**32)
+            for row in done:
+                self._tpe.add_evaluated_point(self._drawn(row["settings"]), _score(row["val"], row["curve"]))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
+        """The number and settings of the next trial, which are possible. Raises `InputError` if none is found."""
         number = next(self._numbers, None)
         if number is None:
             return Searcher.FINISHED
@@ -96,6 +96,14 @@ class Draws(Searcher):
         return {
             name: drawn[name] if isinstance(domain, Range) else domain[drawn[name]] for name, domain in domains.items()
         }
+
+    def _drawn(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What `_settings` makes these of."""
+        drawn = {}
+        for name, value in settings.items():
+            domain = self._candidate.space[name]
+            drawn[name] = value if isinstance(domain, Range) else [_plain(each) for each in domain].index(_plain(value))
+        return drawn
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._tpe and trial_id in self._asked:
@@ -215,9 +223,9 @@ def _domain(domain: Range | tuple[Any, ...]) -> Any:
     return tune.loguniform(low, high) if domain.log else tune.uniform(low, high)
 
 
-def _index(domain: tuple[Any, ...], value: Any) -> int:
-    plain = [list(each) if isinstance(each, tuple) else each for each in domain]
-    return plain.index(list(value) if isinstance(value, tuple) else value)
+def _plain(value: Any) -> Any:
+    """A value as it is read back from a file of JSON."""
+    return json.loads(json.dumps(value))
 
 
 def _score(val: float | None, curve: list[float]) -> float:

@@ -1,8 +1,7 @@
 """A search for hyper-parameters at work: Ray Tune draws, runs and stops trials, one CPU each; files say what is done.
 
-`<run_dir>/tune.json` is what is searched, `trials/<student>/trial-N.json` one trial that ended. The same command again
-begins a new Tune search, which is told of these trials and draws those that are missing. Random draws belong to (seed,
-student, trial), so that an interruption changes none of them.
+The same command again begins a new Tune search, which is told of the trials that ended (see `stages.trials`) and draws
+those that are missing. Random draws belong to (seed, student, trial), so that an interruption changes none of them.
 `<run_dir>/prepared/<hash>/` is a graph, its teacher and soft labels, for all trials that agree in what decides these;
 one actor has each made once, whoever asks first. All are removed at the end.
 
@@ -14,33 +13,31 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import ray
 import torch
-import yaml
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rich.console import Console
 from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
-from rbm_dist import __version__, storage
+from rbm_dist import storage
 from rbm_dist.config.experiment import prepared_hash
-from rbm_dist.config.load import flatten
 from rbm_dist.config.run import ClusterConfig, Config
-from rbm_dist.config.tune import Candidate, Search, nested
+from rbm_dist.config.tune import Candidate, Search
 from rbm_dist.errors import InputError, RunError, disk_full
-from rbm_dist.report.experiment import Row, table_files
+from rbm_dist.report.experiment import Row
 from rbm_dist.report.progress import ProgressBars
-from rbm_dist.report.tune import COLUMNS, best, tidy
+from rbm_dist.report.tune import COLUMNS
 from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.progress import ProgressRelay, start_mailbox, warnings_of
 from rbm_dist.runtime.search import Draws, refuse_missing_library, run_trials
 from rbm_dist.stages import local
 from rbm_dist.stages.run import locked
+from rbm_dist.stages.trials import begin, read_rows, refuse_other_files, write_results, write_row
 
 _RETRIES = 3  # of a graph whose process was lost
 _POLL_S = 1.0
@@ -56,108 +53,25 @@ def run_search(
     Raises `InputError` or `RunError`; what was finished before is kept, and in the tables.
     """
     url = search.run_dir
-    _refuse_other_files(url)
+    refuse_other_files(url)
     refuse_missing_library(search.settings.search == "tpe")
     for candidate in search.candidates:
         _look_ahead(search, candidate, console)
     with locked(url):
-        _begin(search, overwrite)
-        rows = {each.name: _rows(url, each.name, search.settings.trials) for each in search.candidates}
+        begin(search, overwrite)
+        rows = {each.name: read_rows(url, each.name, search.settings.trials) for each in search.candidates}
         try:
             if any(len(done) < search.settings.trials for done in rows.values()):
                 _Work(search, rows, console, address, jobs).run()
         except OSError as error:
             raise disk_full(error, str(error.filename or url)) or error from None
         finally:
-            _write_results(search, _in_order(rows))
+            write_results(search, _in_order(rows))
     return _in_order(rows)
-
-
-def differing_keys(search: Search, row: Row) -> dict[str, Any]:
-    """What the configuration of a trial sets otherwise than CONFIG, as a tree of keys."""
-    there, here = (flatten(each.model_dump(mode="json")) for each in (search.config, _config(search, row)))
-    return nested({key: value for key, value in here.items() if key not in there or there[key] != value})
-
-
-def _config(search: Search, row: Row) -> Config:
-    (candidate,) = (each for each in search.candidates if each.name == row["student"])
-    return candidate.config(row["settings"])
 
 
 def _in_order(rows: dict[str, dict[int, Row]]) -> list[Row]:
     return [done[number] for done in rows.values() for number in sorted(done)]
-
-
-def _refuse_other_files(url: str) -> None:
-    """Raise `InputError` if a folder holds files, but is not a search's."""
-    names = [name for name in storage.listdir(url) if name != ".lock" and not storage.is_temporary(name, "tune.json")]
-    if names and not _identities(url):
-        shown = f"{', '.join(names[:3])}{' …' * (len(names) > 3)}"
-        raise InputError(f"{url}: holds {shown}, but no tune.json of a search. Set another run_dir in SPACE")
-
-
-def _identities(url: str) -> dict[str, Any] | None:
-    """What was searched in a folder, by student; None if no search was."""
-    try:
-        found = storage.read_json(storage.join(url, "tune.json"))
-    except (InputError, OSError):
-        return None
-    return found["students"] if isinstance(found, dict) and found.keys() == {"rbm_dist", "students"} else None
-
-
-def _begin(search: Search, overwrite: bool) -> None:
-    """Note what is searched. Raises `InputError` if a student's trials were of another search, unless they may go."""
-    url = search.run_dir
-    before = _identities(url) or {}
-    now = {each.name: search.identity(each) for each in search.candidates}
-    messages = []
-    for name in now.keys() & before.keys():
-        differing = [
-            f"  {name}: {key}: {there} there, {here} now"
-            for key in sorted(now[name].keys() | before[name].keys())
-            if (there := _shown(before[name], key)) != (here := _shown(now[name], key))
-        ]
-        if differing and overwrite:
-            for number in _numbers(url, name):
-                storage.remove(_row_url(url, name, number))
-        elif differing:
-            messages += differing
-    if messages:
-        raise InputError(
-            f"{url}: these trials were made by another search:\n"
-            + "\n".join(messages)
-            + "\nSet another run_dir in SPACE, or give --overwrite to search anew"
-        )
-    storage.write_json(storage.join(url, "tune.json"), {"rbm_dist": __version__, "students": before | now})
-    storage.remove_temporary(url, r"tune\.json|trials(\.(csv|parquet))?|best.*\.yaml")
-
-
-def _shown(identity: dict[str, Any], key: str) -> str:
-    return repr(identity[key]) if key in identity else "not set"
-
-
-def _row_url(url: str, student: str, number: int) -> str:
-    return storage.join(url, "trials", student, f"trial-{number}.json")
-
-
-def _numbers(url: str, student: str) -> list[int]:
-    names = storage.listdir(storage.join(url, "trials", student))
-    return [int(name[6:-5]) for name in names if name == f"trial-{name[6:-5]}.json" and name[6:-5].isdecimal()]
-
-
-def _rows(url: str, student: str, trials: int) -> dict[int, Row]:
-    """The rows of a student's trials that are done, by number."""
-
-    def row(number: int) -> Row:
-        row_url = _row_url(url, student, number)
-        found = storage.read_json(row_url)
-        if not isinstance(found, dict) or not found.keys() >= {*COLUMNS.names, "settings", "curve"}:
-            raise InputError(f"{row_url}: is not a trial's, and would be written over. Move it, or set another run_dir")
-        return found
-
-    numbers = [number for number in _numbers(url, student) if number < trials]
-    with ThreadPoolExecutor(max_workers=16) as pool:  # for object storage
-        return dict(zip(numbers, pool.map(row, numbers), strict=True))
 
 
 def _look_ahead(search: Search, candidate: Candidate, console: Console) -> None:
@@ -199,28 +113,27 @@ class _Work:
 
     def _prepare(self, candidates: list[Candidate]) -> None:
         """Make the graphs that are known to be needed; what is wrong with the input is found here."""
-        configs = [
-            _of_seed(candidate.config(draws.at_random(number)), seed)
-            for candidate in candidates
-            if candidate.shares_prepared
-            for draws in [Draws(candidate, self._search.config.seed, [], [], tpe=False)]
-            for number in [_possible(candidate, draws)]
-            for seed in self._search.seeds
-        ]
-        refs = {ref for config in configs for ref in ray.get(self._preparer.begin.remote(config))}
-        total, changed = len(refs), time.monotonic()
-        while refs:
-            self._bars.update("prepare", total - len(refs), total, "graphs")
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=_POLL_S)
-            if not ready and time.monotonic() - changed > self._settings.timeout_s:
-                raise RunError(f"no graph was prepared in {self._settings.timeout_s:g} s (timeout_s)")
-            for ref in ready:
-                refs.remove(ref)
+        configs = []
+        for candidate in candidates:
+            if candidate.shares_prepared:
+                drawn = Draws(candidate, self._search.config.seed, [0], [], tpe=False).suggest("any")
+                configs += [_of_seed(candidate.config(drawn["settings"]), seed) for seed in self._search.seeds]
+        waiting = list({prepared_hash(config): config for config in configs}.values())
+        running: list[Any] = []
+        total, changed = len(waiting), time.monotonic()
+        while waiting or running:
+            while waiting and len(running) < (self._jobs or spare_cpus()):
+                running += ray.get(self._preparer.begin.remote(waiting.pop()))
+            self._bars.update("prepare", total - len(waiting) - len(running), total, "graphs")
+            ready, running = ray.wait(running, num_returns=1, timeout=_POLL_S)
+            if ready:
                 changed = time.monotonic()
-                try:
-                    ray.get(ref)
-                except RAY_FAILURES as error:
-                    raise explain(error, "preparing the graph") from None
+            elif time.monotonic() - changed > self._settings.timeout_s:
+                raise RunError(f"no graph was prepared in {self._settings.timeout_s:g} s (timeout_s)")
+            try:
+                ray.get(ready)
+            except RAY_FAILURES as error:
+                raise explain(error, "preparing the graph") from None
         self._bars.finish("prepare")
 
     def _of(self, candidate: Candidate) -> None:
@@ -258,7 +171,7 @@ class _Work:
         self._held.append(row)
         if rows or state != "failed":
             for each in self._held:
-                storage.write_json(_row_url(self._url, candidate.name, each["trial"]), each)
+                write_row(self._url, each)
                 rows[each["trial"]] = each
             self._held = []
         elif len(self._held) >= min(_ALL_FAILED, self._settings.trials):
@@ -269,17 +182,6 @@ class _Work:
     def _show(self, note: str = "") -> None:
         done = sum(map(len, self._rows.values()))
         self._bars.update("trials", done, self._settings.trials * len(self._rows), "trials", note)
-
-
-def _possible(candidate: Candidate, draws: Draws) -> int:
-    """The number of a trial whose first draw is possible; there is one, or the search would have been refused."""
-    for number in range(_LOOKED_AT):
-        try:
-            candidate.config(draws.at_random(number))
-        except InputError:
-            continue
-        return number
-    raise AssertionError
 
 
 def _of_seed(config: Config, seed: int) -> Config:
@@ -341,41 +243,12 @@ def _train(
                     found.append(local.train_and_validate(_of_seed(config, seed), prepared_url, scratch, heard))
     except GetTimeoutError:
         raise RunError(f"no graph was prepared in {timeout_s:g} s (timeout_s)") from None
-    except OSError:
-        raise
     except Exception as error:  # such as a loss that is not finite: these settings will not do
-        if isinstance(error, RAY_FAILURES) and not isinstance(error, RayTaskError):
-            raise  # a process or node that was lost
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError | RayError):  # a full disk, say; a process or node that was lost
             raise
         text = str(cause) if isinstance(cause, InputError) else f"{type(cause).__name__}: {cause}"
         return {"val": None, "reason": " ".join(text.split())}
     vals = [figures["val"] for figures in found]
-    if None in vals:
-        raise InputError("the validation split is empty: there is nothing to choose by")
     costs = {name: found[0][name] for name in ("epochs", "parameters", "multiply_adds")}
     return {"val": statistics.fmean(vals), "val_by_seed": vals, **costs}
-
-
-def _write_results(search: Search, rows: list[Row]) -> None:
-    """Write `trials.csv`, `trials.parquet`, `best-<student>.yaml` and `best.yaml` of the trials that are done."""
-    url, files = search.run_dir, table_files("trials", tidy(rows))
-    chosen = [best([row for row in rows if row["student"] == each.name]) for each in search.candidates]
-    for row in filter(None, chosen):
-        files[f"best-{row['student']}.yaml"] = _yaml(search, row)
-    winner = best(rows)
-    if winner:
-        files["best.yaml"] = _yaml(search, winner)
-    for name, content in files.items():
-        with storage.atomic_writer(storage.join(url, name)) as stream:
-            stream.write(content)
-
-
-def _yaml(search: Search, row: Row) -> bytes:
-    """The whole configuration of a trial, for `rbm-dist run`."""
-    run_dir = storage.join(search.run_dir, "runs", row["student"])
-    tree = _config(search, row).model_copy(update={"run_dir": run_dir}).model_dump(mode="json")
-    found = f"{row['val']:.2%} on validation, the highest of {search.settings.trials} trials"
-    note = f"# {row['student']}, trial {row['trial']}: {found}"
-    return f"{note}\n{yaml.safe_dump(tree, sort_keys=False)}".encode()
