@@ -59,7 +59,7 @@ def _list_or_range(value: Any) -> str | None:
 Domain = Annotated[
     Annotated[Range, Tag("range")] | Annotated[tuple[Any, ...], Tag("list")],
     Discriminator(
-        _list_or_range, "domain", "Either a list of values, or {{uniform: [low, high]}}, {{log: …}} or {{integer: …}}"
+        _list_or_range, "domain", "Either a list of values, or {uniform: [low, high]}, {log: …} or {integer: …}"
     ),
 ]
 """The values of a key: a range, or those of a list, equally likely."""
