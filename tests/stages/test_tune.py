@@ -103,7 +103,7 @@ def test_a_search_tries_counts_chooses_and_is_done(
     assert done.stderr == ""
     output = " ".join(done.stdout.split())
     assert "of the draws are impossible and will be drawn again, such as: student.top_k: 3 > num_experts: 2" in output
-    assert "MLP, trial 2 failed: mlp: not finite in epoch 1" in output
+    assert "MLP, trial 2 failed: student mlp: not finite in epoch 0" in output
     assert "test" not in output.lower().replace(str(tmp_path).lower(), "")
     assert "Configuration for experiment" not in output, "Tune's own output"
 
@@ -224,7 +224,7 @@ def test_where_all_trials_fail_the_search_ends(tmp_path: Path) -> None:
     files = write(tmp_path, "trials: 9\nspace: {student.lr: [1.0e+30, 2.0e+30]}")
     done = rbm_dist("tune", *files)
     assert done.returncode == 2
-    assert "mlp: the first trials all failed; the last: mlp: not finite in epoch 1" in done.stderr
+    assert "mlp: the first trials all failed; the last: student mlp: not finite in epoch 0" in done.stderr
     assert not (tmp_path / "run-tune" / "trials").exists(), "they would be tried again"
 
 
