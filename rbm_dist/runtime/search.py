@@ -62,7 +62,7 @@ class Draws(Searcher):
         if tpe:
             self._tpe = _tpe(self._space, key(seed, *candidate.name.encode(), len(done)) % 2**32)
             for row in done:
-                self._tpe.add_evaluated_point(self._drawn(row["settings"]), _score(row["val"], row["curve"]))
+                self._tpe.add_evaluated_point(self._drawn(row["settings"]), _score(row))
 
     def suggest(self, trial_id: str) -> Any:
         """The number and settings of the next trial, which are possible. Raises `InputError` if none is found."""
@@ -136,7 +136,7 @@ def run_trials(
     def trial(sampled: dict[str, Any]) -> None:
         epochs = itertools.count(1)
         figures = work(sampled["settings"], lambda best: tune.report({_VAL: best, "epoch": next(epochs)}))
-        tune.report({_VAL: _score(figures["val"], []), "figures": figures})
+        tune.report({_VAL: figures["val"] or 0.0, "figures": figures})
 
     follower = _Follower(ended, timeout_s)
     with tempfile.TemporaryDirectory() as scratch:
@@ -228,6 +228,6 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _score(val: float | None, curve: list[float]) -> float:
-    """What a search is told: of a trial that was stopped, where it was; a failed one is as bad as can be."""
-    return val if val is not None else max(curve, default=0.0)
+def _score(row: Row) -> float:
+    """What a search is told: of a trial that was stopped, where it was; one that failed is as bad as can be."""
+    return max(row["curve"]) if row["state"] == "stopped" else row["val"] or 0.0

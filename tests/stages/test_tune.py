@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from ray.exceptions import ActorDiedError
 
 from rbm_dist import cli
 from rbm_dist.config.load import load
 from rbm_dist.config.run import Config
 from rbm_dist.config.tune import Search, load_search
-from rbm_dist.errors import InputError
+from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph.splits import TEST, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.report.tune import best, search_table
@@ -273,7 +274,7 @@ def test_tpe_is_told_what_was_done(tmp_path: Path) -> None:
     )
     (mlp,) = search.candidates
     done = [
-        {"settings": {"student.lr": lr, "student.inputs": inputs}, "val": val, "curve": []}
+        {"settings": {"student.lr": lr, "student.inputs": inputs}, "val": val, "state": "done"}
         for lr, val in zip(np.geomspace(0.0001, 0.1, 20), [0.1] * 15 + [0.9] * 5, strict=True)
         for inputs in (["feat"], ["feat", "prop"])
     ]
@@ -299,6 +300,22 @@ def test_asha_remembers_the_trials_before() -> None:
             for epoch, value in enumerate(curve, start=1)
         ]
         assert said == ["CONTINUE", "CONTINUE", expected]
+
+
+def test_a_trial_that_is_lost_or_stuck_ends_the_search() -> None:
+    class Stuck:
+        config: ClassVar = {"trial": 7}
+        status = "RUNNING"
+
+        def get_pickled_error(self) -> Exception:
+            return ActorDiedError()
+
+    follower = search_._Follower(lambda *_: None, timeout_s=1e-9)
+    with pytest.raises(RunError, match=r"no trial came to an end for 1e-09 s \(timeout_s\); at work: 7"):
+        follower.on_step_end(0, [Stuck()])
+    follower.on_trial_error(0, [], Stuck())
+    with pytest.raises(RunError, match=r"^trial 7: ActorDiedError"):
+        follower.on_step_end(0, [])
 
 
 def test_a_graph_is_made_once_and_forgotten_where_no_other_trial_needs_it(tmp_path: Path) -> None:
