@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed or does not fit, 2 the input cannot be used
 import json
 import signal
 import sys
+import threading
 from contextlib import suppress
 from fnmatch import fnmatch
 from typing import Annotated
@@ -284,8 +285,17 @@ def main() -> None:
     except (InputError, RunError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except SystemExit:
+        if _terminated.is_set():
+            sys.exit(_TERMINATED)
+        raise
+
+
+_TERMINATED = 128 + signal.SIGTERM
+_terminated = threading.Event()
 
 
 def _terminate(*_: object) -> None:
-    # An exception, so that a local Ray is stopped on the way out.
-    raise SystemExit(128 + signal.SIGTERM)
+    # An exception, so that a local Ray is stopped on the way out; where it waits, Ray makes the exit code a 1.
+    _terminated.set()
+    raise SystemExit(_TERMINATED)

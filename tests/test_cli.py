@@ -1,6 +1,8 @@
 """The command line without a cluster: exit codes, one message and no traceback, and what is printed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +42,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
     stages = ["source", "partition", "teacher", "soft-labels", "encodings", "student", "evaluate"]
-    for command in ["run", "plan", "predict", "inspect", "experiment", "config", *stages]:
+    for command in ["run", "plan", "predict", "inspect", "experiment", "tune", "config", *stages]:
         assert f" {command} " in shown
         assert run(monkeypatch, command, "--help") == 0
         assert command in capsys.readouterr().out
@@ -177,3 +179,20 @@ def test_exit_codes(
     monkeypatch.setattr(cli, "load", fail)
     assert run(monkeypatch, "config", "a.yaml") == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_who_is_terminated_while_ray_waits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except SystemExit:
+            raise SystemExit(1) from None  # as Ray does
+
+    monkeypatch.setattr(cli, "load", wait)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(monkeypatch, "config", "a.yaml") == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        cli._terminated.clear()
