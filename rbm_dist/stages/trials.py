@@ -32,14 +32,17 @@ def begin(search: Search, overwrite: bool) -> None:
     before = _identities(url) or {}
     now = {each.name: search.identity(each) for each in search.candidates}
     messages = []
-    for name in now.keys() & before.keys():
+    for name in now:
+        numbers = _numbers(url, name)
+        if name not in before or not numbers:
+            continue
         differing = [
             f"  {name}: {key}: {there} there, {here} now"
             for key in sorted(now[name].keys() | before[name].keys())
             if (there := _shown(before[name], key)) != (here := _shown(now[name], key))
         ]
         if differing and overwrite:
-            for number in _numbers(url, name):
+            for number in numbers:
                 storage.remove(_row_url(url, name, number))
         elif differing:
             messages += differing

@@ -1,7 +1,6 @@
 """Searches on a real Ray cluster: what is tried, what is chosen and by what, and what goes on after a kill."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -361,6 +360,8 @@ def test_what_was_searched_otherwise_goes_if_it_may(files: tuple[str, str], tmp_
     def begin(space: str, overwrite: bool) -> None:
         tune_.begin(one(tmp_path, space), overwrite)
 
+    begin(SPACE.replace("RbM", "MoE"), False)
+    begin(SPACE.replace("[1, 3]", "[1, 2]"), False)  # while there are no trials, nothing is lost
     begin(SPACE, False)
     trials = tmp_path / "run-tune" / "trials"
     for name in ("MLP/trial-0.json", "RbM/trial-1.json", "MLP/notes.txt"):
@@ -372,7 +373,7 @@ def test_what_was_searched_otherwise_goes_if_it_may(files: tuple[str, str], tmp_
     begin(changed, True)
     assert sorted(path.name for path in trials.rglob("*.*")) == ["notes.txt", "trial-1.json"]
     begin(changed, False)
-    shutil.rmtree(trials / "RbM")
+    assert json.loads((trials.parent / "tune.json").read_text())["students"].keys() == {"MoE", "MLP", "RbM"}
 
 
 def test_the_best_is_the_highest_of_those_that_were_done(files: tuple[str, str]) -> None:
