@@ -189,7 +189,7 @@ def inspect(
         with storage.atomic_writer(storage.join(folder, f"layer-{index}.png")) as stream:
             stream.write(picture)
     Console().print(expert_tables(figures))
-    Console().print(f"inspect.json and {len(pictures)} pictures → {folder}", highlight=False)
+    Console().print(f"inspect.json and layer-*.png, {len(pictures)} in all → {folder}", highlight=False)
 
 
 @app.command()
@@ -250,7 +250,7 @@ def tune(
     console.print(search_table(rows, names, trials, len(search.seeds)))
     winner = best(rows)
     if winner:
-        console.print(f"the best, {winner['student']}, differs from {config} in:", highlight=False)
+        console.print(f"the best, {winner['student']}, differs from {config} in:", highlight=False, soft_wrap=True)
         print(yaml.safe_dump(differing_keys(search, winner), sort_keys=False), end="")
     console.print(f"best.yaml, best-<student>.yaml, trials.csv and .parquet → {search.run_dir}", highlight=False)
 

@@ -156,7 +156,7 @@ class StudentConfig(Section):
     reseed_after: Positive | None = Field(None, description="steps without a row after which an expert starts anew")
     pretrain_epochs: Positive = Field(30, description="epochs in which the RbM is still one plain network")
     kmeans_rows: Positive = Field(100_000, description="rows that the memories are initialised from, at most")
-    ema_decay: Fraction = 0.9
+    ema_decay: Share = Field(0.9, description="of the routing memory; 1: it stays where k-means put it")
     commitment: Weight = 0.05
     self_similarity: Weight = 0.01
     load_balance: Weight = 0.01

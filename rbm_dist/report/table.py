@@ -40,8 +40,9 @@ def results_table(results: dict[str, Any]) -> Group:
         table.add_column(column, justify="right")
     for name, figures in models.items():
         latency = results["latency_us"].get(name)
+        merged = figures.get("mixture", {}).get("merged")
         table.add_row(
-            NAMES.get(name, name),
+            NAMES.get(name, name) + (", as an MLP" if merged else ""),
             *(_percent(figures[split]) for split in splits),
             *(f"{latency[batch]:,.1f}" if latency else "–" for batch in ("1", "1024")),
             "no" if name == "teacher" else "yes",

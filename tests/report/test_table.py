@@ -69,6 +69,8 @@ def test_an_rbm_that_is_an_mlp_says_so() -> None:
     assert "The RbM is in effect an MLP: its experts averaged into one do as well on validation" in below(merged=True)
     assert "On validation the RbM is not ahead of the MLP (50.0 %, 50.0 %)" in below(val=0.5)
     assert "not ahead" not in below(val=0.5, merged=True), "it is an MLP itself"
+    merged = {"rbm": {"val": 0.5, "test": 0.5, "mixture": mixture_figures() | {"merged": True}}}
+    assert any("RbM, as an MLP" in line for line in lines(RESULTS | {"students": merged}))
 
 
 def test_one_memory_has_no_layer() -> None:
