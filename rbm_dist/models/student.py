@@ -174,12 +174,13 @@ class Student(nn.Module):
     @torch.no_grad()
     def layer_inputs(self, x_BD: Rows) -> list[Rows]:
         """The input of each layer, in evaluation."""
-        inputs = []
+        inputs, routing = [], None
         for index, layer in enumerate(self.layers):
             if index:
                 x_BD = F.relu(self.norms[index - 1](x_BD))
             inputs.append(x_BD)
-            x_BD, _ = layer(x_BD, None)
+            x_BD, trace = layer(x_BD, None, routing)
+            routing = trace.routing if trace else routing
         return inputs
 
     def set_memories(self, memories: list[Tensor]) -> None:

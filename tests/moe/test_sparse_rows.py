@@ -153,12 +153,20 @@ def test_modules_give_the_same_on_both(name: str, rows: int) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("num_experts", [4, 12])
-def test_frozen(num_experts: int) -> None:
-    student = mlp_to_rbm(MLP, [draw(num_experts, width, seed=6) for width in (20, 8)], 2).eval()
-    sparse, x = (each[1:] for each in pair(13, 20))
-    for rows in (slice(None), slice(0)):
-        torch.testing.assert_close(freeze(student)(sparse[rows])[0], student(x[rows])[0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("num_experts", "top_k", "memories"), [(4, 2, 2), (12, 2, 2), (12, 2, 1), (12, 1, 1)])
+def test_frozen(num_experts: int, top_k: int, memories: int, dtype: torch.dtype) -> None:
+    widths = (21, 9)  # in float32 matrices of experts are padded to multiples of four
+    mlp = make_mlp(*widths, 5, num_layers=2, norm="layer", dropout=0.0, seed=1).double()
+    student = mlp_to_rbm(mlp, [draw(num_experts, width, seed=6) for width in widths[:memories]], top_k)
+    for seed, parameter in enumerate(student.parameters()):
+        parameter.data += 0.2 * draw(*parameter.shape, seed=seed)
+    student = student.to(dtype).eval()
+    sparse, x = (each[1:] for each in pair(13, 21))
+    sparse, x = sparse.with_values(sparse.value_n.to(dtype)), x.to(dtype)
+    for rows in (slice(None), slice(1), slice(0)):
+        torch.testing.assert_close(freeze(student)(sparse[rows])[0], student(x[rows])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(freeze(student)(x[rows])[0], student(x[rows])[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(student.layer_inputs(sparse)[1], student.layer_inputs(x)[1])
 
 
