@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from threadpoolctl import threadpool_limits
 
 from tests.patience import patient
 
@@ -27,6 +29,16 @@ def command(*arguments: str) -> list[str]:
 
 def rbm_dist(*arguments: str, timeout: float = patient(240)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """In every library, as runs of experiments and searches: sums over other numbers of threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

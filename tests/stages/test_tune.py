@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from ray.exceptions import ActorDiedError
 
@@ -81,14 +80,6 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return 0, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
