@@ -223,7 +223,10 @@ class Costs:
         timed = 0.5 * 2 * (1 + len(settings.models))  # latencies
         for kind in settings.models:
             products = sum(d * o for d, o in memory.layer_widths(config, facts, kind))
-            often = settings.num_experts if kind == "rbm" else 1  # all experts in one product
+            often = 1
+            if kind == "rbm":  # as it is served, with all experts, and with permuted memories; averaged
+                in_one = settings.top_k > 1 and settings.num_experts <= 4 * settings.top_k
+                often = 1 + 3 * (settings.num_experts if in_one else settings.top_k)
             timed += 2 * products * often * facts.num_evaluated / _FLOPS
             if kind == "rbm":
                 timed += 2 * products * settings.top_k * min(facts.num_nodes, LOADED_NODES) / _FLOPS

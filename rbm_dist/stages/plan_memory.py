@@ -204,24 +204,31 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
         inputs = [d for d, _ in layer_widths(config, facts, "rbm")]
         kept = min(settings.kmeans_rows, facts.num_nodes)
         steps.append(4 * kept * (sum(inputs) + 3 * max(inputs)))  # all layers' inputs; one scaled, and k-means
+        if settings.merge_tolerance is not None:  # its experts and their average, on validation
+            steps.append(4 * min(_PREDICTED_ROWS, facts.num_val) * _predicted_floats(config, facts, "rbm"))
     return ids + max(steps)
 
 
 def evaluate_task(config: Config, facts: SourceFacts) -> float:
     """`_evaluate`: predictions of so many rows, by dispatch and with all experts in one product; or the regression."""
-    settings, rows = config.student, min(_PREDICTED_ROWS, facts.num_nodes)
-    floats = []
-    for kind in settings.models:
-        for d, o in layer_widths(config, facts, kind):
-            floats.append(d + 3 * o)
-            if kind == "rbm":
-                floats.append(2 * d + settings.top_k * (d + 4 * o))
-                if settings.num_experts <= 4 * settings.top_k:
-                    floats.append(d + (settings.num_experts + 3) * o)
+    rows = min(_PREDICTED_ROWS, facts.num_nodes)
+    floats = [_predicted_floats(config, facts, kind) for kind in config.student.models]
     fitted = min(SAMPLED_ROWS, facts.num_train)
     values = fitted * feature_bytes(facts) / 4 if facts.nonzeros else min(fitted * facts.num_features, SAMPLED_VALUES)
     regression = 20 * values + 40 * fitted * facts.num_classes  # as stored, in float64, scaled; of a row, by class
     return 4 * facts.num_nodes + max(4 * rows * max(floats), regression)
+
+
+def _predicted_floats(config: Config, facts: SourceFacts, kind: str) -> int:
+    """Numbers that one row takes while it is predicted."""
+    settings, floats = config.student, []
+    for d, o in layer_widths(config, facts, kind):
+        floats.append(d + 3 * o)
+        if kind == "rbm":
+            floats.append(2 * d + settings.top_k * (d + 4 * o))
+            if settings.top_k > 1 and settings.num_experts <= 4 * settings.top_k:
+                floats.append(d + (settings.num_experts + 3) * o)
+    return max(floats)
 
 
 def routed_widths(config: Config, facts: SourceFacts) -> list[int]:
