@@ -62,9 +62,11 @@ def untrained(config: Config) -> None:
     """A teacher and an RbM that have learned nothing."""
     store = GraphStore.open(f"{config.run_dir}/graph")
     save_weights(f"{config.run_dir}/teacher/model.safetensors", build_teacher(config, store))
+    settings = config.student
     facts = {
         "kind": "rbm", "inputs": ["feat"], "num_features": store.num_features, "num_classes": store.num_classes,
-        "hidden": 128, "num_layers": 2, "norm": "layer", "num_experts": 8, "top_k": 3, "routing": "layers",
+        "hidden": settings.hidden, "num_layers": settings.num_layers, "norm": settings.norm,
+        "num_experts": settings.num_experts, "top_k": settings.top_k, "routing": settings.routing,
         "routing_temperature": 1.0, "input_attention": False, "ensemble_size": 3,
     }  # fmt: skip
     save_student(f"{config.run_dir}/student/rbm", empty_student(**facts), facts)
