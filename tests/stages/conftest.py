@@ -1,10 +1,13 @@
 """A short real run on a local Ray cluster, shared by the tests that look at a finished run directory."""
 
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
@@ -29,6 +32,25 @@ def command(*arguments: str) -> list[str]:
 
 def rbm_dist(*arguments: str, timeout: float = patient(240)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def kill_once(reached: Callable[[], bool], *arguments: str) -> None:
+    """Start `rbm-dist` and kill it with all of its processes once it got so far."""
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + patient(120)
+    while not reached():
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for each in below:  # at once, where Ray itself would take seconds to notice
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(below, timeout=patient(30))
 
 
 @pytest.fixture

@@ -1,15 +1,11 @@
 """Experiments on a real Ray cluster: what is done, what is done again after a kill, and what a person is told."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,9 +20,8 @@ from rbm_dist.serve.accuracy import student_accuracy
 from rbm_dist.serve.artifact import empty_student, load_mixture
 from rbm_dist.stages import experiment as experiment_
 from rbm_dist.stages import local
-from tests.patience import patient
 from tests.small_graph import small_store
-from tests.stages.conftest import ROOT, command, rbm_dist
+from tests.stages.conftest import kill_once, rbm_dist
 
 DIGITS = "digits/transductive"
 SMALL = """
@@ -63,22 +58,7 @@ def written_at(experiment: Path) -> dict[str, int]:
 
 
 def kill_after_one_run(experiment: Path) -> None:
-    arguments = command("experiment", str(experiment), "--jobs", "1")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + patient(120)
-    while not done_runs(experiment):
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for each in below:  # at once, where Ray itself would take seconds to notice
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(below, timeout=patient(30))
+    kill_once(lambda: bool(done_runs(experiment)), "experiment", str(experiment), "--jobs", "1")
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 """Searches on a real Ray cluster: what is tried, what is chosen and by what, and what goes on after a kill."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -30,7 +26,7 @@ from rbm_dist.stages import local
 from rbm_dist.stages import tune as tune_
 from rbm_dist.stages.trials import differing_keys
 from tests.patience import patient
-from tests.stages.conftest import ROOT, command, rbm_dist
+from tests.stages.conftest import kill_once, rbm_dist
 
 CONFIG = """
 run_dir: {folder}/run
@@ -150,23 +146,7 @@ def test_a_search_tries_counts_chooses_and_is_done(
 @pytest.mark.slow
 def test_a_search_goes_on_after_a_kill(tmp_path: Path) -> None:
     files = write(tmp_path, SPACE.replace("trials: 3", "trials: 6"))
-    process = subprocess.Popen(
-        command("tune", *files, "--jobs", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + patient(120)
-    while len(rows_of(tmp_path) if (tmp_path / "run-tune" / "trials").exists() else []) < 3:
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for each in below:  # at once, where Ray itself would take seconds to notice
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(below, timeout=patient(30))
+    kill_once(lambda: len(rows_of(tmp_path)) >= 3, "tune", *files, "--jobs", "1")
     trials = tmp_path / "run-tune" / "trials"
     first = {path: path.stat().st_mtime_ns for path in trials.rglob("*.json")}
     assert 3 <= len(first) < 12
