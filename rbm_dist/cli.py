@@ -142,6 +142,22 @@ def _refuse_other_file(url: str, known_by: str, key: str, option: str) -> None:
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The folder to write; any fsspec URL.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Which of the run's students.")] = "rbm",
+) -> None:
+    """Write a student as a folder that needs neither graph nor Ray nor torch: weights, ONNX, how rows are read."""
+    from rbm_dist import storage
+    from rbm_dist.serve.export import export as export_student
+    from rbm_dist.serve.from_run import read_run
+
+    made = export_student(storage.absolute(out), *read_run(run, model))
+    size = sum(info["bytes"] for info in made.files.values())
+    Console().print(f"{model} of {run} → {out}: {', '.join(made.files)}, {size:,} bytes", highlight=False)
+
+
+@app.command()
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
     out: Annotated[str, typer.Option(help="The Parquet file to write.", show_default=False)],

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class About:
     notes: dict[str, str] = field(default_factory=dict)  # by what they are about: nodes, ids, label, split, edges
     left_out: list[tuple[str, str]] = field(default_factory=list)  # parts of the input that are not used, and why
     warnings: list[str] = field(default_factory=list)
+    table: dict[str, Any] | None = None  # how columns become features, for tables of new nodes; None: there are none
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from rbm_dist.sources.table_files import Listing
 _EDGES = 1 << 18  # edges in a chunk
 _VALUES = 1 << 21  # features in a chunk
 _WIDE_ROWS = 512  # but so many rows: with few of very many columns, the work per column outweighs that per value
+_READ_AGAIN = {"id", "id_type", "na_values", "thousands", "decimal"}
+"""The keys by which a table of new nodes is read as this one."""
 _NODES = 1 << 18  # ids, labels and splits that are converted at once
 
 
@@ -83,7 +85,8 @@ class _Tables:
 
     def about(self) -> About:
         names = [(name, each.type) for each in self.features for name in each.names]
-        return About(**self.facts["about"] | {"id_type": self.id_type, "features": names})
+        table = self.config.model_dump(mode="json", include=_READ_AGAIN) | {"columns": self.facts["features"]}
+        return About(**self.facts["about"] | {"id_type": self.id_type, "features": names, "table": table})
 
     def nodes(self) -> Nodes:
         split = self._array("split") if "split" in self.facts["files"] else None

@@ -19,6 +19,9 @@ from rbm_dist.sources.staged import StagedSource
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.source import Over, below, over_tasks
 
+_ABOUT = ("num_classes", "class_names", "id_type", "feature_names", "missing", "table")
+"""What of `source.json` goes on with the graph: it is asked for when predictions are."""
+
 
 def run_partition(run: Run) -> Files:
     """Write the parts below `<run>/graph/`, `graph.json` last. In Ray tasks."""
@@ -55,7 +58,7 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     for part_files in over("parts", shuffle.write_part, parts):
         written |= part_files
     facts = storage.read_json(storage.join(source_url, "source.json"))
-    about = {name: facts[name] for name in ("num_classes", "class_names", "id_type", "feature_names") if name in facts}
+    about = {name: facts[name] for name in _ABOUT if name in facts}
     written = shuffle.write_index(graph_url, assigned["offsets"], source, about, written, assigned["report"], layout)
     storage.remove_work(spill_url)
     return written

@@ -120,8 +120,10 @@ def _write_facts(
         "num_classes": num_classes, "dropped_self_loops": edge_counts["self_loops"],
         "dropped_duplicates": edge_counts["duplicates"], "dropped_unknown": edge_counts.get("unknown", 0),
         "split": {name: int(np.sum(split_N == code)) for code, name in SPLIT_NAMES.items()},
-        "class_names": about.class_names, "id_type": asdict(about.id_type),
+        "class_names": about.class_names, "id_type": asdict(about.id_type), "missing": config.source.missing,
     }  # fmt: skip
+    if about.table is not None:
+        facts["table"] = about.table
     if about.features is not None:
         names = [name for name, _ in about.features]
         facts["feature_names"] = names + [f"{names[k]} is missing" for k in scaling.indicators]

@@ -1,0 +1,263 @@
+"""Compiled loops of the student at work: a row through the whole network in one call, and all between the products.
+
+A network is one flat array of weights and a table that says where each layer's are (`network.py`), because a call
+costs by the number of arrays it is given. A single row reads its experts' weights once, and of these only the rows
+that belong to inputs other than zero: after a ReLU that is half of them, of a bag of words a hundredth.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+import numpy as np
+from numba import njit
+
+# Columns of a network's table, one row per layer. Offsets are into the flat weights; −1: there is none.
+WIDTH, OUTPUTS, EXPERTS, TOP_K, WEIGHT, BIAS, KEYS, PROJECTION, PROJECTED, OVER_ALL, NORM, GAIN = range(12)
+TABLE_COLUMNS = 12
+NO_NORM, AFFINE, LAYER_NORM = range(3)
+NO_ROWS, SUM, LENGTH = range(3)
+_EPS = 1e-5  # of torch.nn.LayerNorm
+_FLOOR = 1e-12  # of torch.nn.functional.normalize
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def _add_product(x_D, weight_DO, factor, place_D, y_O):
+    """`y += factor · x @ weight`, four rows of weights at a time, without those of zeros."""
+    found = 0
+    for d in range(len(x_D)):
+        place_D[found] = d
+        found += x_D[d] != 0
+    outputs = weight_DO.shape[1]
+    i = 0
+    while i + 4 <= found:
+        p, q, r, s = place_D[i], place_D[i + 1], place_D[i + 2], place_D[i + 3]
+        a, b, c, d = factor * x_D[p], factor * x_D[q], factor * x_D[r], factor * x_D[s]
+        row_p, row_q, row_r, row_s = weight_DO[p], weight_DO[q], weight_DO[r], weight_DO[s]
+        for o in range(outputs):
+            y_O[o] += a * row_p[o] + b * row_q[o] + c * row_r[o] + d * row_s[o]
+        i += 4
+    while i < found:
+        a, row_p = factor * x_D[place_D[i]], weight_DO[place_D[i]]
+        for o in range(outputs):
+            y_O[o] += a * row_p[o]
+        i += 1
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def _norm_and_relu(y_O, kind, gain_2O, relu):
+    """In place: layer norm or an affine map, then ReLU; `gain_2O` holds gain and offset."""
+    outputs = len(y_O)
+    if kind == LAYER_NORM:
+        total = y_O.dtype.type(0)
+        for o in range(outputs):
+            total += y_O[o]
+        mean, squares = y_O.dtype.type(total / outputs), y_O.dtype.type(0)
+        for o in range(outputs):
+            squares += (y_O[o] - mean) * (y_O[o] - mean)
+        scale = y_O.dtype.type(1 / np.sqrt(squares / outputs + _EPS))
+        for o in range(outputs):
+            y_O[o] = (y_O[o] - mean) * scale * gain_2O[o] + gain_2O[outputs + o]
+    elif kind == AFFINE:
+        for o in range(outputs):
+            y_O[o] = y_O[o] * gain_2O[o] + gain_2O[outputs + o]
+    if relu:
+        zero = y_O.dtype.type(0)
+        for o in range(outputs):
+            y_O[o] = max(y_O[o], zero)
+
+
+@njit(cache=True, nogil=True)
+def _choose(score_E, top_k, over_all, expert_k, weight_k):
+    """The `top_k` highest scores, best first, as `torch.topk`, and their softmax over these or over all."""
+    for k in range(top_k):
+        best = -1
+        for e in range(len(score_E)):
+            taken = False
+            for j in range(k):
+                taken = taken or expert_k[j] == e
+            if not taken and (best < 0 or score_E[e] > score_E[best]):
+                best = e
+        expert_k[k] = best
+    highest, total = score_E[expert_k[0]], score_E.dtype.type(0)
+    for k in range(top_k):
+        weight_k[k] = np.exp(score_E[expert_k[k]] - highest)
+        total += weight_k[k]
+    if over_all:
+        total = np.exp(score_E - highest).sum()
+    for k in range(top_k):
+        weight_k[k] /= total
+
+
+@njit(cache=True, nogil=True)
+def choose(score_BE, row_BP, top_k, over_all, expert_Bk, weight_Bk, score_Bk):
+    """`_choose` for many rows, whose scores are still to be divided by the rows' lengths; `score_Bk`: of the chosen."""
+    for b in range(len(score_BE)):
+        score_E = score_BE[b]
+        length = max(np.sqrt(np.dot(row_BP[b], row_BP[b])), score_E.dtype.type(_FLOOR))
+        if top_k == 1 and not over_all:  # then the softmax does not matter
+            best = 0
+            for e in range(1, len(score_E)):
+                if score_E[e] > score_E[best]:
+                    best = e
+            expert_Bk[b, 0], weight_Bk[b, 0], score_Bk[b, 0] = best, 1, score_E[best] / length
+            continue
+        for e in range(len(score_E)):
+            score_E[e] /= length
+        _choose(score_E, top_k, over_all, expert_Bk[b], weight_Bk[b])
+        for k in range(top_k):
+            score_Bk[b, k] = score_E[expert_Bk[b, k]]
+
+
+@njit(cache=True, nogil=True)
+def sort_by_expert(expert_Bk, start_E, row_R, expert_R, place_Bk):
+    """Pairs of a row and one of its experts in the order of the experts: a counting sort.
+
+    start_E: `[E + 1]`, filled; `place_Bk`: which of the sorted pairs each is.
+    """
+    start_E[:] = 0
+    for expert in expert_Bk.flat:
+        start_E[expert + 1] += 1
+    for e in range(1, len(start_E)):
+        start_E[e] += start_E[e - 1]
+    next_E = start_E[:-1].copy()
+    for b in range(len(expert_Bk)):
+        for k in range(expert_Bk.shape[1]):
+            expert = expert_Bk[b, k]
+            place = next_E[expert]
+            next_E[expert] += 1
+            row_R[place], expert_R[place], place_Bk[b, k] = b, expert, place
+
+
+@njit(cache=True, nogil=True)
+def one_by_one(x_BD, flat, table_LT, logits_BC):
+    """Rows through the network one after another: for few rows, for which sorting by expert would cost more."""
+    widest, most = 0, 1
+    for layer in range(len(table_LT)):
+        at = table_LT[layer]
+        widest = max(widest, at[WIDTH], at[OUTPUTS], at[EXPERTS], at[PROJECTED])
+        most = max(most, at[TOP_K])
+    place, score_E = np.empty(widest, np.int64), np.empty(widest, flat.dtype)
+    projected, rows_2 = np.empty(widest, flat.dtype), np.empty((2, widest), flat.dtype)
+    expert_k, weight_k = np.zeros(most, np.int64), np.ones(most, flat.dtype)
+    for b in range(len(x_BD)):
+        x_D = x_BD[b]
+        for layer in range(len(table_LT)):
+            at = table_LT[layer]
+            width, outputs, experts, top_k = at[WIDTH], at[OUTPUTS], at[EXPERTS], at[TOP_K]
+            if at[KEYS] >= 0:
+                row_D, wide = x_D, width
+                if at[PROJECTION] >= 0:
+                    wide = at[PROJECTED]
+                    row_D = projected[:wide]
+                    row_D[:] = 0
+                    start = at[PROJECTION]
+                    weight = flat[start : start + width * wide].reshape(width, wide)
+                    _add_product(x_D, weight, flat.dtype.type(1), place, row_D)
+                length = np.sqrt(np.dot(row_D, row_D))
+                keys_DE = flat[at[KEYS] : at[KEYS] + wide * experts].reshape(wide, experts)
+                score = score_E[:experts]
+                score[:] = 0
+                _add_product(row_D, keys_DE, flat.dtype.type(1 / max(length, _FLOOR)), place, score)
+                _choose(score, top_k, at[OVER_ALL] == 1, expert_k, weight_k)
+            last = layer == len(table_LT) - 1
+            y_O = logits_BC[b] if last else rows_2[layer % 2, :outputs]
+            y_O[:] = 0
+            for k in range(top_k):
+                expert = expert_k[k] if experts > 1 else 0
+                weight = weight_k[k] if experts > 1 else flat.dtype.type(1)
+                start = at[BIAS] + expert * outputs
+                for o in range(outputs):
+                    y_O[o] += weight * flat[start + o]
+                start = at[WEIGHT] + expert * width * outputs
+                _add_product(x_D, flat[start : start + width * outputs].reshape(width, outputs), weight, place, y_O)
+            if not last:
+                _norm_and_relu(y_O, at[NORM], flat[at[GAIN] : at[GAIN] + 2 * outputs], True)
+            x_D = y_O
+
+
+@njit(cache=True, nogil=True)
+def add_bias(y_RO, bias_EO, expert_R, kind, gain_2O, relu):
+    """In place, for rows that have one expert each: its bias, norm and ReLU."""
+    for r in range(len(y_RO)):
+        y_O, bias_O = y_RO[r], bias_EO[expert_R[r]]
+        for o in range(len(y_O)):
+            y_O[o] += bias_O[o]
+        _norm_and_relu(y_O, kind, gain_2O, relu)
+
+
+@njit(cache=True, nogil=True)
+def combine(out_RO, bias_EO, place_Bk, expert_Bk, weight_Bk, kind, gain_2O, relu, y_BO):
+    """`y_b = Σ_k weight · (out + bias)`, then norm and ReLU. `place_Bk`: the row of `out` of each row and expert."""
+    for b in range(len(y_BO)):
+        y_O = y_BO[b]
+        y_O[:] = 0
+        for k in range(place_Bk.shape[1]):
+            out_O, bias_O, weight = out_RO[place_Bk[b, k]], bias_EO[expert_Bk[b, k]], weight_Bk[b, k]
+            for o in range(len(y_O)):
+                y_O[o] += weight * (out_O[o] + bias_O[o])
+        _norm_and_relu(y_O, kind, gain_2O, relu)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def sparse_product(indptr, column, value, row_R, expert_R, weight_EDO, out_RO):
+    """`out_r = x[row_r] @ weight[expert_r]` of sparse rows in CSR."""
+    outputs = out_RO.shape[1]
+    for r in range(len(row_R)):
+        y_O, weight_DO = out_RO[r], weight_EDO[expert_R[r]]
+        y_O[:] = 0
+        i, stop = indptr[row_R[r]], indptr[row_R[r] + 1]
+        while i + 4 <= stop:
+            a, b, c, d = value[i], value[i + 1], value[i + 2], value[i + 3]
+            row_a, row_b = weight_DO[column[i]], weight_DO[column[i + 1]]
+            row_c, row_d = weight_DO[column[i + 2]], weight_DO[column[i + 3]]
+            for o in range(outputs):
+                y_O[o] += a * row_a[o] + b * row_b[o] + c * row_c[o] + d * row_d[o]
+            i += 4
+        while i < stop:
+            a, row_a = value[i], weight_DO[column[i]]
+            for o in range(outputs):
+                y_O[o] += a * row_a[o]
+            i += 1
+
+
+@njit(cache=True, nogil=True)
+def softmax(logits_BC):
+    """In place, by row."""
+    for b in range(len(logits_BC)):
+        row_C = logits_BC[b]
+        highest = row_C.max()
+        total = row_C.dtype.type(0)
+        for c in range(len(row_C)):
+            row_C[c] = np.exp(row_C[c] - highest)
+            total += row_C[c]
+        for c in range(len(row_C)):
+            row_C[c] /= total
+
+
+@njit(cache=True, nogil=True)
+def scale(x_BF, fill_F, shift_F, factor_F, rows, indicators, missing, scaled_BG):
+    """Features as they are learned from (`sources/scaling.py`), `[B, G]`; gives the first place that is not finite.
+
+    That place is `b · F + f`, −1 if there is none; with `missing`, NaN is a missing value.
+    """
+    width = x_BF.shape[1]
+    row_F = np.empty(width, np.float64)
+    for b in range(len(x_BF)):
+        norm = 0.0
+        for f in range(width):
+            value = np.float64(x_BF[b, f])
+            if not np.isfinite(value):
+                if not (missing and np.isnan(value)):
+                    return b * width + f
+                value = fill_F[f]
+            row_F[f] = (value - shift_F[f]) * factor_F[f]
+            if rows == SUM:
+                norm += abs(row_F[f])
+            elif rows == LENGTH:
+                norm += row_F[f] * row_F[f]
+        norm = np.sqrt(norm) if rows == LENGTH else norm
+        if norm == 0:
+            norm = 1.0
+        for f in range(width):
+            scaled_BG[b, f] = row_F[f] / norm
+        for i in range(len(indicators)):
+            scaled_BG[b, width + i] = 1.0 if np.isnan(x_BF[b, indicators[i]]) else 0.0
+    return -1
