@@ -62,10 +62,12 @@ class Network:
 
     def logits(self, x_BD: Rows) -> np.ndarray:
         """Logits `[B, C]` of rows `[B, D]` as they were learned from, dense or sparse."""
-        if len_of(x_BD) <= self.few and isinstance(x_BD, np.ndarray):
-            logits_BC = np.empty((len(x_BD), self.num_classes), self.dtype)
-            kernels.one_by_one(np.ascontiguousarray(x_BD, self.dtype), self._flat, self._table_LT, logits_BC)
-            return logits_BC
+        if isinstance(x_BD, np.ndarray):
+            x_BD = np.ascontiguousarray(x_BD, self.dtype)
+            if len(x_BD) <= self.few:
+                logits_BC = np.empty((len(x_BD), self.num_classes), self.dtype)
+                kernels.one_by_one(x_BD, self._flat, self._table_LT, logits_BC)
+                return logits_BC
         return self._sorted(x_BD)[0]
 
     def routings(self, x_BD: Rows) -> list[Routing]:

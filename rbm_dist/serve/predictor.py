@@ -6,22 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph.shards import ORIG_NAME, ROW_NUMBERS, IdType
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
-from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve.frozen import freeze
+from rbm_dist.serve.kernels import softmax
 from rbm_dist.sources import node_ids
 
 ID_ARRAYS = ("orig_id", ORIG_NAME)
 """The arrays of a graph that predictions need besides a student's inputs."""
 _ROWS = 65_536
 _ALWAYS = ["node_id", "class", "probability"]  # columns of predictions
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,13 @@ class Predictions:
 
 def predict(student: Student, store: GraphStore) -> Iterator[Predictions]:
     """Predictions for all nodes, in chunks, part by part."""
-    student = freeze(student)
+    network = freeze(student, few=1)
     for part in range(store.num_parts):
         ids, orig_id = store.ids(part), store.array(ORIG_NAME if store.named else "orig_id", part)
         for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
-            with torch.inference_mode():
-                logits, _ = student(to_rows(store.inputs(ids[rows], student.inputs), _CPU, torch.float32))
-            probability = logits.softmax(1).numpy()
+            probability = network.logits(store.inputs(ids[rows], student.inputs))
+            softmax(probability)
             yield Predictions(np.array(orig_id[rows]), probability.argmax(1), probability)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
@@ -16,6 +17,7 @@ from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.accuracy import Accuracy, accuracy, student_accuracy
 from rbm_dist.serve.artifact import load_mixture, load_student, load_weights
 from rbm_dist.serve.frozen import freeze
+from rbm_dist.serve.kernels import softmax
 from rbm_dist.serve.specialisation import mixture_figures
 from rbm_dist.stages.baselines import FeatureRegression, majority_class
 from rbm_dist.stages.run import Files, Run
@@ -79,13 +81,13 @@ def _teacher_call(config: Config, store: GraphStore, url: str) -> Call:
 
 
 def _student_call(student: Student, store: GraphStore) -> Call:
-    student = freeze(student)
+    network = freeze(student)
 
     def prepare(ids: np.ndarray) -> Callable[[], object]:
         # Dense, as a caller of the served model has it.
         rows = store.inputs(ids, student.inputs)
-        rows_BF = torch.from_numpy(rows if isinstance(rows, np.ndarray) else rows.toarray())
-        return lambda: student(rows_BF)[0].softmax(1)
+        rows_BF = rows if isinstance(rows, np.ndarray) else rows.toarray()
+        return lambda: softmax(network.logits(rows_BF))
 
     return prepare
 
@@ -99,7 +101,7 @@ def _latency(call: Call, store: GraphStore) -> dict[str, float]:
         ids = [rng.choice(store.num_nodes, size, replace=False) for _ in range(8)]
         calls = [call(each) for each in ids]
         times: list[float] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), threadpool_limits(1):
             for each in calls:
                 each()
             end = time.perf_counter() + _TIMED_S

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from rbm_dist.models.student import Ensemble, RoutedLayer, Student, make_mlp, mlp_to_rbm, rbm_to_mlp
 from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.moe.keyed_dropout import derive_keys
-from rbm_dist.serve.frozen import freeze
 
 
 def mlp(norm: str = "layer", dropout: float = 0.0) -> Student:
@@ -77,10 +76,9 @@ def test_weights_of_experts_carry_no_gradient_to_the_input_of_a_lone_layer() -> 
     torch.testing.assert_close(x.grad, expected)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_one_memory_routes_all_layers(frozen: bool) -> None:
+def test_one_memory_routes_all_layers() -> None:
     student, x = rbm(5, 2, memories=1).eval(), torch.randn(9, 7)
-    found, traces = (freeze(student) if frozen else student)(x)
+    found, traces = student(x)
     [trace] = traces
     cosines_BE = F.normalize(x) @ F.normalize(student.memories[0]).T
     top = cosines_BE.topk(2)
@@ -122,14 +120,6 @@ def test_dropout_belongs_to_rows_and_experts() -> None:
     assert not torch.allclose(student(x, None)[0], whole)
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(6, 2), (4, 4), (1, 1), (24, 2), (5, 1)])
-@pytest.mark.parametrize("rows", [0, 1, 33])
-@pytest.mark.parametrize("options", [{}, {"input_attention": True, "temperature": 0.2}, {"memories": 1}])
-def test_frozen_students_answer_the_same(num_experts: int, top_k: int, rows: int, options: dict[str, Any]) -> None:
-    student, x = rbm(num_experts, top_k, **options).eval(), torch.randn(rows, 7)
-    torch.testing.assert_close(freeze(student)(x)[0], student(x)[0], rtol=1e-4, atol=1e-5)
-
-
 def test_layer_inputs() -> None:
     student, x = mlp().eval(), torch.randn(8, 7)
     inputs = student.layer_inputs(x)
@@ -156,4 +146,3 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities() -> None:
     torch.testing.assert_close(logits.softmax(1), expected)
     torch.testing.assert_close(logits.exp(), expected, msg="its logits are log-probabilities")
     assert traces == []
-    torch.testing.assert_close(freeze(Ensemble(members))(x)[0], logits)

@@ -17,7 +17,6 @@ from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
 from rbm_dist.moe.routing import memory_statistics, route
 from rbm_dist.moe.sparse_rows import Rows, SparseRows, dense, to_rows, to_scipy, unit
-from rbm_dist.serve.frozen import freeze
 
 DTYPE = torch.float64
 
@@ -153,21 +152,13 @@ def test_modules_give_the_same_on_both(name: str, rows: int) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("num_experts", "top_k", "memories"), [(4, 2, 2), (12, 2, 2), (12, 2, 1), (12, 1, 1)])
-def test_frozen(num_experts: int, top_k: int, memories: int, dtype: torch.dtype) -> None:
-    widths = (21, 9)  # in float32 matrices of experts are padded to multiples of four
+@pytest.mark.parametrize("memories", [1, 2])
+def test_layer_inputs(memories: int) -> None:
+    widths = (21, 9)
     mlp = make_mlp(*widths, 5, num_layers=2, norm="layer", dropout=0.0, seed=1).double()
-    student = mlp_to_rbm(mlp, [draw(num_experts, width, seed=6) for width in widths[:memories]], top_k)
-    for seed, parameter in enumerate(student.parameters()):
-        parameter.data += 0.2 * draw(*parameter.shape, seed=seed)
-    student = student.to(dtype).eval()
+    student = mlp_to_rbm(mlp, [draw(4, width, seed=6) for width in widths[:memories]], top_k=2).eval()
     sparse, x = (each[1:] for each in pair(13, 21))
-    sparse, x = sparse.with_values(sparse.value_n.to(dtype)), x.to(dtype)
-    for rows in (slice(None), slice(1), slice(0)):
-        torch.testing.assert_close(freeze(student)(sparse[rows])[0], student(x[rows])[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(freeze(student)(x[rows])[0], student(x[rows])[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(student.layer_inputs(sparse)[1], student.layer_inputs(x)[1])
+    torch.testing.assert_close(student.layer_inputs(sparse)[1], student.layer_inputs(x)[1])
 
 
 @pytest.mark.parametrize("hidden", [6, 32], ids=["narrows", "widens"])
