@@ -107,11 +107,8 @@ def choose(score_BE, row_BP, top_k, over_all, expert_Bk, weight_Bk, score_Bk):
 
 
 @njit(cache=True, nogil=True)
-def sort_by_expert(expert_Bk, start_E, row_R, expert_R, place_Bk):
-    """Pairs of a row and one of its experts in the order of the experts: a counting sort.
-
-    start_E: `[E + 1]`, filled; `place_Bk`: which of the sorted pairs each is.
-    """
+def sort_by_expert(expert_Bk, weight_Bk, start_E, row_R, weight_R):
+    """Rows and weights in the order of their experts: a counting sort. start_E: `[E + 1]`, filled."""
     start_E[:] = 0
     for expert in expert_Bk.flat:
         start_E[expert + 1] += 1
@@ -120,10 +117,9 @@ def sort_by_expert(expert_Bk, start_E, row_R, expert_R, place_Bk):
     next_E = start_E[:-1].copy()
     for b in range(len(expert_Bk)):
         for k in range(expert_Bk.shape[1]):
-            expert = expert_Bk[b, k]
-            place = next_E[expert]
-            next_E[expert] += 1
-            row_R[place], expert_R[place], place_Bk[b, k] = b, expert, place
+            place = next_E[expert_Bk[b, k]]
+            next_E[expert_Bk[b, k]] += 1
+            row_R[place], weight_R[place] = b, weight_Bk[b, k]
 
 
 @njit(cache=True, nogil=True)
@@ -174,47 +170,50 @@ def one_by_one(x_BD, flat, table_LT, logits_BC):
 
 
 @njit(cache=True, nogil=True)
-def add_bias(y_RO, bias_EO, expert_R, kind, gain_2O, relu):
-    """In place, for rows that have one expert each: its bias, norm and ReLU."""
-    for r in range(len(y_RO)):
-        y_O, bias_O = y_RO[r], bias_EO[expert_R[r]]
+def add_bias(y_BO, bias_O, kind, gain_2O, relu):
+    """In place: bias, norm and ReLU of one expert's rows."""
+    for b in range(len(y_BO)):
+        y_O = y_BO[b]
         for o in range(len(y_O)):
             y_O[o] += bias_O[o]
         _norm_and_relu(y_O, kind, gain_2O, relu)
 
 
 @njit(cache=True, nogil=True)
-def combine(out_RO, bias_EO, place_Bk, expert_Bk, weight_Bk, kind, gain_2O, relu, y_BO):
-    """`y_b = Σ_k weight · (out + bias)`, then norm and ReLU. `place_Bk`: the row of `out` of each row and expert."""
+def add_weighed(out_nO, bias_O, row_n, weight_n, y_BO):
+    """`y[row] += weight · (out + bias)` for one expert's rows."""
+    for n in range(len(row_n)):
+        y_O, out_O, weight = y_BO[row_n[n]], out_nO[n], weight_n[n]
+        for o in range(len(y_O)):
+            y_O[o] += weight * (out_O[o] + bias_O[o])
+
+
+@njit(cache=True, nogil=True)
+def norm_and_relu(y_BO, kind, gain_2O):
+    """In place, by row."""
     for b in range(len(y_BO)):
-        y_O = y_BO[b]
-        y_O[:] = 0
-        for k in range(place_Bk.shape[1]):
-            out_O, bias_O, weight = out_RO[place_Bk[b, k]], bias_EO[expert_Bk[b, k]], weight_Bk[b, k]
-            for o in range(len(y_O)):
-                y_O[o] += weight * (out_O[o] + bias_O[o])
-        _norm_and_relu(y_O, kind, gain_2O, relu)
+        _norm_and_relu(y_BO[b], kind, gain_2O, True)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
-def sparse_product(indptr, column, value, row_R, expert_R, weight_EDO, out_RO):
-    """`out_r = x[row_r] @ weight[expert_r]` of sparse rows in CSR."""
-    outputs = out_RO.shape[1]
-    for r in range(len(row_R)):
-        y_O, weight_DO = out_RO[r], weight_EDO[expert_R[r]]
+def sparse_product(indptr, column, value, row_n, weight_DO, out_nO):
+    """`out = x[rows] @ weight` of sparse rows in CSR."""
+    outputs = out_nO.shape[1]
+    for n in range(len(out_nO)):
+        y_O = out_nO[n]
         y_O[:] = 0
-        i, stop = indptr[row_R[r]], indptr[row_R[r] + 1]
+        i, stop = indptr[row_n[n]], indptr[row_n[n] + 1]
         while i + 4 <= stop:
-            a, b, c, d = value[i], value[i + 1], value[i + 2], value[i + 3]
-            row_a, row_b = weight_DO[column[i]], weight_DO[column[i + 1]]
-            row_c, row_d = weight_DO[column[i + 2]], weight_DO[column[i + 3]]
+            v, w, x, y = value[i], value[i + 1], value[i + 2], value[i + 3]
+            row_v, row_w = weight_DO[column[i]], weight_DO[column[i + 1]]
+            row_x, row_y = weight_DO[column[i + 2]], weight_DO[column[i + 3]]
             for o in range(outputs):
-                y_O[o] += a * row_a[o] + b * row_b[o] + c * row_c[o] + d * row_d[o]
+                y_O[o] += v * row_v[o] + w * row_w[o] + x * row_x[o] + y * row_y[o]
             i += 4
         while i < stop:
-            a, row_a = value[i], weight_DO[column[i]]
+            v, row_v = value[i], weight_DO[column[i]]
             for o in range(outputs):
-                y_O[o] += a * row_a[o]
+                y_O[o] += v * row_v[o]
             i += 1
 
 

@@ -21,6 +21,7 @@ Facts = Mapping[str, Any]
 Tensors = Mapping[str, np.ndarray]
 _MAX_SCALE = math.log(100)  # of exp(t), exp(c) and the vanilla mixture's temperature
 _MOST_ONE_BY_ONE = 64
+_ROWS, _ROWS_PER_EXPERT = 4096, 128  # that are sorted at once
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Network:
         self._few = few
         self._flat, self._table_LT, self._layers = _packed(layers)
         routers = [layer for layer in layers if layer.keys_PE is not None]
-        # Then a row is its expert's alone, from its features to its logits.
-        self._one_expert_each = len(routers) == 1 and routers[0].top_k == 1 and not routers[0].over_all
+        # Then a row is its expert's alone, from its features to its logits; a plain network is one expert.
+        once = len(routers) == 1 and routers[0].top_k == 1 and not routers[0].over_all
+        self._is_one_expert_each = once or not routers
 
     def logits(self, x_BD: Rows) -> np.ndarray:
         """Logits `[B, C]` of rows `[B, D]` as they were learned from, dense or sparse."""
@@ -93,34 +95,57 @@ class Network:
         return few
 
     def _sorted(self, x_BD: Rows) -> tuple[np.ndarray, list[Routing]]:
-        """Rows through the layers, sorted by expert in each; logits, and where they went."""
+        """Logits and routings of rows sorted by expert, some at a time: what is in between stays in a cache."""
+        logits_BC = np.empty((len_of(x_BD), self.num_classes), self.dtype)
+        found: list[list[Routing]] = []
+        at_once = max(_ROWS, _ROWS_PER_EXPERT * len(self._layers[0].weight_EDO))
+        for start in range(0, max(len_of(x_BD), 1), at_once):
+            own = slice(start, start + at_once)
+            rows = x_BD if len_of(x_BD) <= at_once else x_BD[own]
+            some = self._one_expert_each if self._is_one_expert_each else self._layer_by_layer
+            found.append(some(rows, logits_BC[own]))
+        return logits_BC, [_joined(parts) for parts in zip(*found, strict=True)]
+
+    def _one_expert_each(self, x_BD: Rows, logits_BC: np.ndarray) -> list[Routing]:
+        """An expert's rows go through all layers at once."""
+        first = self._layers[0]
+        if first.keys_PE is None:
+            self._through(0, x_BD, None, logits_BC)
+            return []
+        routing = _route(first, first.keys_PE, x_BD)
+        for expert, row_n, _ in _by_expert(routing, len(first.weight_EDO)):
+            out_nC = np.empty((len(row_n), self.num_classes), self.dtype)
+            self._through(expert, x_BD, row_n, out_nC)
+            logits_BC[row_n] = out_nC
+        return [routing]
+
+    def _through(self, expert: int, x_nD: Rows, row_n: np.ndarray | None, out_nC: np.ndarray) -> None:
+        for index, layer in enumerate(self._layers):
+            last = index == len(self._layers) - 1
+            y_nO = out_nC if last else np.empty((len(out_nC), layer.weight_EDO.shape[2]), self.dtype)
+            _product(x_nD, row_n if index == 0 else None, layer.weight_EDO[expert], y_nO)
+            norm = kernels.NO_NORM if last else layer.norm
+            kernels.add_bias(y_nO, layer.bias_EO[expert], norm, layer.gain_2O, not last)
+            x_nD = y_nO
+
+    def _layer_by_layer(self, x_BD: Rows, logits_BC: np.ndarray) -> list[Routing]:
+        """In each layer, every expert's output is added to its rows."""
         routings: list[Routing] = []
-        order: _Order | None = None
-        unsort = None
         for index, layer in enumerate(self._layers):
             if layer.keys_PE is not None:
                 routings.append(_route(layer, layer.keys_PE, x_BD))
-                order = _Order.of(routings[-1], len(layer.weight_EDO))
-                if self._one_expert_each:
-                    unsort, x_BD = order.row_R, _take(x_BD, order.row_R)
-            out_RO = _products(layer, x_BD, order, gather=unsort is None)
-            relu = index < len(self._layers) - 1
-            norm, gain_2O = (layer.norm, layer.gain_2O) if relu else (kernels.NO_NORM, layer.gain_2O)
-            if order is None or unsort is not None:
-                expert_R = np.zeros(len(out_RO), np.int64) if order is None else order.expert_R
-                kernels.add_bias(out_RO, layer.bias_EO, expert_R, norm, gain_2O, relu)
-                x_BD = out_RO
-            else:
-                x_BD = np.empty((len_of(x_BD), out_RO.shape[1]), self.dtype)
-                went = routings[-1]
-                kernels.combine(
-                    out_RO, layer.bias_EO, order.place_Bk, went.expert_Bk, went.weight_Bk, norm, gain_2O, relu, x_BD
-                )
-        if unsort is not None:
-            logits_BC = np.empty_like(x_BD)
-            logits_BC[unsort] = x_BD
-            x_BD = logits_BC
-        return x_BD, routings
+                groups = _by_expert(routings[-1], len(layer.weight_EDO))
+            last = index == len(self._layers) - 1
+            y_BO = logits_BC if last else np.empty((len_of(x_BD), layer.weight_EDO.shape[2]), self.dtype)
+            y_BO[:] = 0
+            for expert, row_n, weight_n in groups:
+                out_nO = np.empty((len(row_n), y_BO.shape[1]), self.dtype)
+                _product(x_BD, row_n, layer.weight_EDO[expert], out_nO)
+                kernels.add_weighed(out_nO, layer.bias_EO[expert], row_n, weight_n, y_BO)
+            if not last:
+                kernels.norm_and_relu(y_BO, layer.norm, layer.gain_2O)
+            x_BD = y_BO
+        return routings
 
 
 class Networks:
@@ -163,29 +188,31 @@ def members_of(network: Facts, tensors: Tensors) -> list[list[Layer]]:
     return found
 
 
-@dataclass(frozen=True)
-class _Order:
-    """Pairs of a row and one of its experts, sorted by expert."""
+def _by_expert(routing: Routing, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each expert that has any: its number, its rows, and their weights."""
+    pairs = routing.expert_Bk.size
+    start_E, row_R = np.empty(num_experts + 1, np.int64), np.empty(pairs, np.int64)
+    weight_R = np.empty(pairs, routing.weight_Bk.dtype)
+    kernels.sort_by_expert(routing.expert_Bk, routing.weight_Bk, start_E, row_R, weight_R)
+    spans = (
+        (expert, slice(start_E[expert], start_E[expert + 1])) for expert in np.flatnonzero(np.diff(start_E)).tolist()
+    )
+    return [(expert, row_R[own], weight_R[own]) for expert, own in spans]
 
-    row_R: np.ndarray
-    expert_R: np.ndarray
-    start_E: np.ndarray  # [E + 1]: the pairs of each expert
-    place_Bk: np.ndarray  # which of the sorted pairs each row and choice is
 
-    @classmethod
-    def of(cls, routing: Routing, num_experts: int) -> "_Order":
-        pairs = routing.expert_Bk.size
-        found = cls(
-            np.empty(pairs, np.int64), np.empty(pairs, np.int64), np.empty(num_experts + 1, np.int64),
-            np.empty(routing.expert_Bk.shape, np.int64),
-        )  # fmt: skip
-        kernels.sort_by_expert(routing.expert_Bk, found.start_E, found.row_R, found.expert_R, found.place_Bk)
-        return found
+def _joined(parts: tuple[Routing, ...]) -> Routing:
+    """Routings of some rows after those of others."""
+    if len(parts) == 1:
+        return parts[0]
+    names = ("expert_Bk", "weight_Bk", "cosine_Bk")
+    return Routing(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def _route(layer: Layer, keys_PE: np.ndarray, x_BD: Rows) -> Routing:
-    row_BP = x_BD if layer.projection_DP is None else _product(x_BD, layer.projection_DP)
-    score_BE = _product(row_BP, keys_PE)
+    row_BP, rows = x_BD, len_of(x_BD)
+    if layer.projection_DP is not None:
+        row_BP = _product(x_BD, None, layer.projection_DP, np.empty((rows, len(keys_PE)), keys_PE.dtype))
+    score_BE = _product(row_BP, None, keys_PE, np.empty((rows, keys_PE.shape[1]), keys_PE.dtype))
     if not isinstance(row_BP, np.ndarray):  # its length is all that is asked of it
         row_BP = np.sqrt(row_BP.power(2).sum(1)).astype(keys_PE.dtype)[:, None]
     expert_Bk = np.empty((len(score_BE), layer.top_k), np.int64)
@@ -194,37 +221,14 @@ def _route(layer: Layer, keys_PE: np.ndarray, x_BD: Rows) -> Routing:
     return Routing(expert_Bk, weight_Bk, score_Bk * keys_PE.dtype.type(layer.temperature))
 
 
-def _product(x_BD: Rows, weight_DO: np.ndarray) -> np.ndarray:
+def _product(x_BD: Rows, row_n: np.ndarray | None, weight_DO: np.ndarray, out_nO: np.ndarray) -> np.ndarray:
+    """`x[rows] @ weight`, written to `out`; rows None: all."""
     if isinstance(x_BD, np.ndarray):
-        return x_BD @ weight_DO
-    none_R = np.arange(x_BD.shape[0])
-    return _sparse(x_BD, none_R, np.zeros_like(none_R), weight_DO[None])
-
-
-def _products(layer: Layer, x_BD: Rows, order: _Order | None, gather: bool) -> np.ndarray:
-    """What each pair's expert makes of its row, sorted by expert, without bias."""
-    if order is None:
-        return _product(x_BD, layer.weight_EDO[0])
-    row_R = order.row_R if gather else np.arange(len(order.row_R))
-    if not isinstance(x_BD, np.ndarray):
-        return _sparse(x_BD, row_R, order.expert_R, layer.weight_EDO)
-    rows_RD = _take(x_BD, row_R) if gather else x_BD
-    out_RO = np.empty((len(rows_RD), layer.weight_EDO.shape[2]), rows_RD.dtype)
-    for expert in np.flatnonzero(np.diff(order.start_E)):
-        own = slice(order.start_E[expert], order.start_E[expert + 1])
-        np.dot(rows_RD[own], layer.weight_EDO[expert], out=out_RO[own])
-    return out_RO
-
-
-def _sparse(x_BD: sp.csr_array, row_R: np.ndarray, expert_R: np.ndarray, weight_EDO: np.ndarray) -> np.ndarray:
-    out_RO = np.empty((len(row_R), weight_EDO.shape[2]), weight_EDO.dtype)
-    value = x_BD.data.astype(weight_EDO.dtype, copy=False)
-    kernels.sparse_product(x_BD.indptr, x_BD.indices, value, row_R, expert_R, weight_EDO, out_RO)
-    return out_RO
-
-
-def _take(rows: Rows, index: np.ndarray) -> Rows:
-    return rows.take(index, axis=0) if isinstance(rows, np.ndarray) else rows[index]
+        return np.dot(x_BD if row_n is None else x_BD.take(row_n, axis=0), weight_DO, out=out_nO)
+    value = x_BD.data.astype(weight_DO.dtype, copy=False)
+    row_n = np.arange(len(out_nO)) if row_n is None else row_n
+    kernels.sparse_product(x_BD.indptr, x_BD.indices, value, row_n, weight_DO, out_nO)
+    return out_nO
 
 
 def len_of(rows: Rows) -> int:
