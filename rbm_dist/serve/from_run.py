@@ -12,6 +12,7 @@ from safetensors.numpy import load as load_tensors
 
 from rbm_dist import __version__, storage
 from rbm_dist.errors import InputError
+from rbm_dist.serve import format as format_
 from rbm_dist.serve.format import Column, Features, ModelFile, NetworkFacts, NodeId
 from rbm_dist.sources.scaling import SCALING as SCALING_FILES
 from rbm_dist.sources.scaling import Scaling
@@ -62,7 +63,7 @@ def _files(url: str, folder: str) -> dict[str, storage.FileInfo]:
     if not storage.exists(path):
         if storage.exists(storage.join(url, folder)):
             raise InputError(f"{url}: the run has not finished ({folder}/); run the same `rbm-dist run` again first")
-        raise InputError(f"{url}: neither an exported student (no model.json) nor a run (no {folder}/manifest.json)")
+        raise InputError(f"{url}: neither an exported student nor a run (no {format_.JSON} and no {folder}/)")
     return storage.read_json(path)["files"]
 
 

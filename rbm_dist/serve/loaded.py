@@ -223,7 +223,7 @@ def load(url: str, model: str = "rbm", engine: EngineName = "auto") -> LoadedStu
     can. Raises `InputError` for what is not there, damaged or of another version.
     """
     url = storage.absolute(url)
-    if not storage.exists(storage.join(url, format_.JSON)) and storage.exists(storage.join(url, "student")):
+    if not storage.exists(storage.join(url, format_.JSON)):
         from rbm_dist.serve.from_run import read_run
 
         facts, tensors = read_run(url, model)
