@@ -27,46 +27,102 @@ _NO_BETTER = (
 )
 
 _EXPERTS = 16  # whose shares are shown
+_WORST = 3  # classes that are named
+_NAME = 20  # characters of a class that are shown
+_SHORT = 10  # where three of them share a line
 
 
 def results_table(results: dict[str, Any]) -> Group:
     """Accuracy and latency of every model, expert load, and the time each stage took."""
     table = Table(title="Accuracy (epoch chosen on val) and µs per node by batch size (one thread)")
-    table.add_column("model")
-    baselines = results.get("baselines", {})  # a run of an earlier version has none
-    models = {**baselines, "teacher": results["teacher"], **results["students"]}
+    header, *rows = accuracy_rows(results)
+    for column in header:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in zip(models(results), rows, strict=True):
+        table.add_row(*row, style="bold" if name == "rbm" else None)
+    return Group(table, *(Text(line) for line in [*notes(results), _seconds(results["seconds"])]))
+
+
+def models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of baselines, teacher and students, in the order in which they are shown."""
+    # A run of an earlier version has no baselines.
+    return {**results.get("baselines", {}), "teacher": results["teacher"], **results["students"]}
+
+
+def shown_name(model: str, results: dict[str, Any]) -> str:
+    """A model's name for people."""
+    merged = models(results)[model].get("mixture", {}).get("merged")
+    return NAMES.get(model, model) + (", as an MLP" if merged else "")
+
+
+def served(results: dict[str, Any]) -> str:
+    """The student that a run is asked for unless another is named: the RbM, or the best one on validation."""
+    students = results["students"]
+    return "rbm" if "rbm" in students else max(students, key=lambda name: students[name]["val"] or 0.0)
+
+
+def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
+    """A header, and a row of text per model."""
     splits = [split for split in ("val", "test", "unseen") if split != "unseen" or results["teacher"].get(split)]
-    for column in (*splits, "µs @ 1", "µs @ 1,024", "graph-free"):
-        table.add_column(column, justify="right")
-    for name, figures in models.items():
+    rows = [["model", *splits, "µs @ 1", "µs @ 1,024", "graph-free"]]
+    for name, figures in models(results).items():
         latency = results["latency_us"].get(name)
-        merged = figures.get("mixture", {}).get("merged")
-        table.add_row(
-            NAMES.get(name, name) + (", as an MLP" if merged else ""),
-            *(_percent(figures[split]) for split in splits),
-            *(f"{latency[batch]:,.1f}" if latency else "–" for batch in ("1", "1024")),
-            "no" if name == "teacher" else "yes",
-            style="bold" if name == "rbm" else None,
+        rows.append(
+            [
+                shown_name(name, results),
+                *(percent(figures[split]) for split in splits),
+                *(f"{latency[batch]:,.1f}" if latency else "–" for batch in ("1", "1024")),
+                "no" if name == "teacher" else "yes",
+            ]
         )
-    lines: list[Any] = [table]
+    return rows
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know, a line each: a weak teacher, weak classes, what the experts are worth."""
+    lines = []
+    baselines = results.get("baselines", {})
     best = max(baselines, key=lambda name: baselines[name]["val"], default=None)
     if best and results["teacher"]["val"] <= baselines[best]["val"]:
-        lines.append(Text(_NO_BETTER.format(NAMES[best])))
+        lines.append(_NO_BETTER.format(NAMES[best]))
+    lines += _worst_classes(results)
     mixture = results["students"].get("rbm", {}).get("mixture")  # a run of an earlier version has none
     if mixture:
-        lines += [Text(line) for line in mixture_lines(mixture)]
+        lines += mixture_lines(mixture)
         mlp, rbm = results["students"].get("mlp"), results["students"]["rbm"]
         if mlp and not mixture["merged"] and rbm["val"] <= mlp["val"]:
             lines.append(
-                Text(
-                    f"On validation the RbM is not ahead of the MLP ({_percent(rbm['val'])}, {_percent(mlp['val'])}): "
-                    "its experts do not earn their place here; serve the MLP."
-                )
+                f"On validation the RbM is not ahead of the MLP ({percent(rbm['val'])}, {percent(mlp['val'])}): "
+                "its experts do not earn their place here; serve the MLP."
             )
-    seconds = results["seconds"]
+    return lines
+
+
+def _worst_classes(results: dict[str, Any]) -> list[str]:
+    """A line with the classes whose test nodes the served student gets wrong most often, where that tells something."""
+    student = served(results)
+    classes = results.get("classes", [])  # a run of an earlier version has none
+    below = [
+        (each["accuracy"][student], each)
+        for each in classes
+        if each["nodes"] and each["accuracy"][student] < results["students"][student]["test"]
+    ]
+    if not below or (len(classes) <= 2 and not results["class_names"]):
+        return []
+    worst = sorted(below, key=lambda entry: entry[0])[:_WORST]
+    shown = [f"{short_name(each['name'], _SHORT)} ({percent(share)})" for share, each in worst]
+    return [f"{NAMES[student]} is weakest on: {', '.join(shown)}"]
+
+
+def short_name(name: str, most: int = _NAME) -> str:
+    """A class's name in at most so many characters, on one line."""
+    name = "".join(mark if mark.isprintable() else " " for mark in name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _seconds(seconds: dict[str, float]) -> str:
     spent = "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    lines.append(Text(f"seconds per stage: {spent}  (total {sum(seconds.values()):.1f})"))
-    return Group(*lines)
+    return f"seconds per stage: {spent}  (total {sum(seconds.values()):.1f})"
 
 
 def mixture_lines(mixture: dict[str, Any]) -> list[str]:
@@ -83,8 +139,8 @@ def mixture_lines(mixture: dict[str, Any]) -> list[str]:
     apart = ", ".join(f"{distance:.2f}" for distance in mixture["distance_per_layer"])
     averaged, permuted = mixture["averaged"], mixture["permuted"]
     lines.append(
-        f"RbM with all its experts: {_percent(mixture['val'])} on validation; averaged into one: "
-        f"{_percent(averaged['val'])}; memories permuted: {_percent(permuted['val'])}; experts are {apart} of their "
+        f"RbM with all its experts: {percent(mixture['val'])} on validation; averaged into one: "
+        f"{percent(averaged['val'])}; memories permuted: {percent(permuted['val'])}; experts are {apart} of their "
         "length from their mean, by layer"
     )
     if mixture["merged"]:
@@ -100,5 +156,6 @@ def _shares(load: list[float]) -> str:
     return shown + (f"  and {len(load) - _EXPERTS:,} more" if len(load) > _EXPERTS else "")
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share for people; a dash for None."""
     return "–" if share is None else f"{100 * share:.1f} %"

@@ -1,6 +1,7 @@
 """How often a student, a teacher or anything else that names classes is right, in bounded memory."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,28 +15,53 @@ EVALUATED = (VAL, TEST, UNSEEN)
 _ROWS = 65_536
 
 
+@dataclass(frozen=True)
+class Hits:
+    """How many nodes of some splits are classified right, by split and true class."""
+
+    splits: tuple[int, ...]
+    rows_SC: np.ndarray
+    right_SC: np.ndarray
+
+    def accuracy(self) -> Accuracy:
+        """Share of right classes by the split's name; None for a split without nodes."""
+        rows_S, right_S = self.rows_SC.sum(1).tolist(), self.right_SC.sum(1).tolist()
+        counts = zip(self.splits, right_S, rows_S, strict=True)
+        return {SPLIT_NAMES[code]: right / rows if rows else None for code, right, rows in counts}
+
+    def by_class(self, split: int) -> list[float | None]:
+        """Share of right classes on the split's nodes of each class; None for a class without any there."""
+        at = self.splits.index(split)
+        counts = zip(self.right_SC[at].tolist(), self.rows_SC[at].tolist(), strict=True)
+        return [right / rows if rows else None for right, rows in counts]
+
+
 def student_accuracy(student: Student, store: GraphStore, splits: tuple[int, ...] = EVALUATED) -> Accuracy:
-    """`accuracy` of a student's own predictions."""
+    """Accuracy of a student's own predictions."""
+    return student_hits(student, store, splits).accuracy()
+
+
+def student_hits(student: Student, store: GraphStore, splits: tuple[int, ...] = EVALUATED) -> Hits:
+    """`hits` of a student's own predictions."""
     network = freeze(student, few=1)  # the same figures on every machine
-    return accuracy(store, lambda ids: network.logits(store.inputs(ids, student.inputs)).argmax(1), splits)
+    return hits(store, lambda ids: network.logits(store.inputs(ids, student.inputs)).argmax(1), splits)
 
 
-def accuracy(
-    store: GraphStore, classes: Callable[[np.ndarray], np.ndarray], splits: tuple[int, ...] = EVALUATED
-) -> Accuracy:
-    """Share of right classes on the nodes of some splits, by name; None for a split without nodes.
+def hits(store: GraphStore, classes: Callable[[np.ndarray], np.ndarray], splits: tuple[int, ...] = EVALUATED) -> Hits:
+    """Count the right classes on the nodes of some splits; all of those have a label.
 
     classes: the predicted classes `[n]` of nodes `[n]`; asked for nodes of these splits only.
     """
-    right, rows = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
+    rows_SC, right_SC = np.zeros((2, len(splits), store.num_classes), np.int64)
     for part in range(store.num_parts):
         split_n = store.array("split", part)
         for ids in chunks(store.ids(part)[np.isin(split_n, splits)]):
-            hit, split = classes(ids) == store.gather("label", ids), store.gather("split", ids)
-            for code in right:
-                right[code] += int(np.sum(hit & (split == code)))
-                rows[code] += int(np.sum(split == code))
-    return {SPLIT_NAMES[code]: right[code] / rows[code] if rows[code] else None for code in right}
+            label, split = store.gather("label", ids), store.gather("split", ids)
+            hit = classes(ids) == label
+            for at, code in enumerate(splits):
+                rows_SC[at] += np.bincount(label[split == code], minlength=store.num_classes)
+                right_SC[at] += np.bincount(label[hit & (split == code)], minlength=store.num_classes)
+    return Hits(splits, rows_SC, right_SC)
 
 
 def chunks(ids: np.ndarray) -> Iterator[np.ndarray]:

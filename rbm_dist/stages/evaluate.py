@@ -11,10 +11,11 @@ from threadpoolctl import threadpool_limits
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.random_bits import generator, key
+from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.runtime.tasks import run_tasks
-from rbm_dist.serve.accuracy import Accuracy, accuracy, student_accuracy
+from rbm_dist.serve.accuracy import Hits, hits, student_hits
 from rbm_dist.serve.artifact import load_mixture, load_student, load_weights
 from rbm_dist.serve.frozen import freeze
 from rbm_dist.serve.kernels import softmax
@@ -38,14 +39,34 @@ def _evaluate(config: Config, url: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     store = GraphStore.open(storage.join(url, "graph"), config.teacher.sampler)
     students = {kind: load_student(storage.join(url, "student", kind)) for kind in config.student.models}
-    figures: dict[str, Any] = {"class_names": store.class_names, "baselines": baseline_accuracy(store, config.seed)}
-    figures["teacher"] = teacher_accuracy(store)
-    figures["students"] = {kind: student_accuracy(student, store) for kind, student in students.items()}
+    baselines, teacher = baseline_hits(store, config.seed), teacher_hits(store)
+    by_student: dict[str, Hits] = {kind: student_hits(student, store) for kind, student in students.items()}
+    figures: dict[str, Any] = {
+        "class_names": store.class_names,
+        "classes": _classes(store.class_names, {**baselines, "teacher": teacher, **by_student}),
+        "baselines": {name: each.accuracy() for name, each in baselines.items()},
+        "teacher": teacher.accuracy(),
+        "students": {kind: each.accuracy() for kind, each in by_student.items()},
+    }
     if "rbm" in students:
         figures["students"]["rbm"]["mixture"] = _mixture(storage.join(url, "student", "rbm"), store)
     figures["latency_us"] = {"teacher": _latency(_teacher_call(config, store, url), store)}
     figures["latency_us"] |= {kind: _latency(_student_call(each, store), store) for kind, each in students.items()}
     return figures
+
+
+def _classes(names: list[str] | None, models: dict[str, Hits]) -> list[dict[str, Any]]:
+    """Of each class its name, its number of test nodes and every model's accuracy on them."""
+    nodes_SC, splits = models["teacher"].rows_SC, models["teacher"].splits
+    right = {model: each.by_class(TEST) for model, each in models.items()}
+    return [
+        {
+            "name": names[cls] if names else str(cls),
+            "nodes": nodes,
+            "accuracy": {model: shares[cls] for model, shares in right.items()},
+        }
+        for cls, nodes in enumerate(nodes_SC[splits.index(TEST)].tolist())
+    ]
 
 
 def _mixture(url: str, store: GraphStore) -> dict[str, Any]:
@@ -54,17 +75,17 @@ def _mixture(url: str, store: GraphStore) -> dict[str, Any]:
     return {"merged": merged, **mixture_figures(mixture, store)}
 
 
-def teacher_accuracy(store: GraphStore) -> Accuracy:
-    """`accuracy` of the soft labels."""
-    return accuracy(store, lambda ids: store.gather("soft", ids).argmax(1))
+def teacher_hits(store: GraphStore) -> Hits:
+    """`hits` of the soft labels."""
+    return hits(store, lambda ids: store.gather("soft", ids).argmax(1))
 
 
-def baseline_accuracy(store: GraphStore, seed: int) -> dict[str, Accuracy]:
-    """`accuracy` of each baseline."""
+def baseline_hits(store: GraphStore, seed: int) -> dict[str, Hits]:
+    """`hits` of each baseline."""
     most = majority_class(store)
     return {
-        "majority": accuracy(store, lambda ids: np.full(len(ids), most)),
-        "regression": accuracy(store, FeatureRegression(store, seed)),
+        "majority": hits(store, lambda ids: np.full(len(ids), most)),
+        "regression": hits(store, FeatureRegression(store, seed)),
     }
 
 

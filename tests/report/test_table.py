@@ -103,3 +103,33 @@ def test_a_run_without_baselines_is_shown_as_it_is() -> None:
     shown = lines(older)
     assert not any("majority" in line or "no better" in line for line in shown)
     assert any(line.startswith("│ teacher") for line in shown)
+
+
+def by_class(*shares: float | None, names: list[str] | None = None) -> dict[str, Any]:
+    """The figures of classes on which the RbM has these accuracies; None: no test nodes."""
+    classes = [
+        {
+            "name": names[cls] if names else str(cls),
+            "nodes": 0 if share is None else 40,
+            "accuracy": {"mlp": 0.3, "rbm": share},
+        }
+        for cls, share in enumerate(shares)
+    ]
+    return {"classes": classes, "class_names": names}
+
+
+def test_the_weakest_classes_of_the_served_student_are_a_line() -> None:
+    def line(**figures: Any) -> str:
+        shown = "\n".join(lines(RESULTS | figures))
+        return next((each for each in shown.splitlines() if "weakest" in each), "")
+
+    unnamed = by_class(0.9, None, 0.5, 0.6, 0.2, 0.3)
+    assert line(**unnamed) == "RbM is weakest on: 4 (20.0 %), 5 (30.0 %), 2 (50.0 %)"
+    named = by_class(0.9, 0.5, names=["owls", "cats of\nall \x1b[31mcolours"])
+    assert line(**named) == "RbM is weakest on: cats of a… (50.0 %)"
+    assert len(line(**by_class(0.1, 0.2, 0.3, names=["a very long name"] * 3))) <= 80
+    assert line(**by_class(0.9, 0.5)) == "", "two classes without names"
+    assert line(**by_class(0.9, 0.9, 0.9)) == "", "none below the whole"
+    assert line() == "", "a run of an earlier version"
+    mlp = {"students": {"mlp": RESULTS["students"]["mlp"]}}
+    assert line(**by_class(0.9, 0.9, 0.9), **mlp).startswith("MLP (GLNN) is weakest on: 0 (30.0 %)")

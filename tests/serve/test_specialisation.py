@@ -11,7 +11,7 @@ from rbm_dist.graph.splits import TEST, VAL
 from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
 from rbm_dist.serve import accuracy as accuracy_
 from rbm_dist.serve import specialisation
-from rbm_dist.serve.accuracy import accuracy, student_accuracy
+from rbm_dist.serve.accuracy import hits, student_accuracy
 from rbm_dist.serve.artifact import load_mixture, load_student, save_merged, save_student
 from rbm_dist.serve.specialisation import distances, expert_load, mixture_figures
 from tests.serve.reference import class_probabilities, random_student
@@ -30,10 +30,14 @@ def test_accuracy_asks_only_for_nodes_that_are_evaluated(tmp_path: Path, monkeyp
         asked.append(nodes)
         return predicted[nodes]
 
-    found = accuracy(store, classes)
+    counted = hits(store, classes)
+    found = counted.accuracy()
     assert sorted(np.concatenate(asked)) == np.flatnonzero((split == VAL) | (split == TEST)).tolist()
     for name, code in (("val", VAL), ("test", TEST)):
         assert found[name] == np.mean(predicted[split == code] == label[split == code])
+        for cls, share in enumerate(counted.by_class(code)):
+            nodes = (split == code) & (label == cls)
+            assert share == (np.mean(predicted[nodes] == cls) if nodes.any() else None)
     assert found["unseen"] is None
 
 
@@ -66,7 +70,7 @@ def test_splits_that_are_not_asked_for_are_not_looked_at(tmp_path: Path) -> None
         asked.append(nodes)
         return np.zeros(len(nodes), np.int64)
 
-    assert accuracy(store, classes, (VAL,)).keys() == {"val"}
+    assert hits(store, classes, (VAL,)).accuracy().keys() == {"val"}
     assert set(store.gather("split", np.concatenate(asked)).tolist()) == {VAL}
 
 

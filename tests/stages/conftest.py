@@ -1,5 +1,6 @@
 """A short real run on a local Ray cluster, shared by the tests that look at a finished run directory."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,3 +72,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (url.parent / "stdout").write_text(done.stdout)
     return url
+
+
+@pytest.fixture
+def copied_run(finished_run: Path, tmp_path: Path) -> Path:
+    """The finished run, free to be damaged. Its manifests hold no absolute paths."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))

@@ -12,7 +12,7 @@ from rbm_dist.graph.splits import SPLIT_NAMES, TEST, TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.sources.source import SourceGraph
 from rbm_dist.stages import baselines
-from rbm_dist.stages.evaluate import baseline_accuracy
+from rbm_dist.stages.evaluate import baseline_hits
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 
@@ -32,7 +32,7 @@ def test_majority_class_is_the_most_frequent_of_training(tmp_path: Path) -> None
     label[np.flatnonzero(graph.split == TRAIN)[:30]] = 3
     store = write(tmp_path, replace(graph, label=label))
     assert baselines.majority_class(store) == 3
-    assert baseline_accuracy(store, seed=0)["majority"] == {"val": 0.0, "test": 0.0, "unseen": None}
+    assert baseline_hits(store, seed=0)["majority"].accuracy() == {"val": 0.0, "test": 0.0, "unseen": None}
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -59,7 +59,7 @@ def test_the_regression_minimises_the_penalised_likelihood(tmp_path: Path, spars
     expected = (x @ best[:-5].reshape(-1, 5) + best[-5:]).argmax(axis=1)
     found = baselines.FeatureRegression(store, seed=0)(ids)
     assert np.mean(found == expected) > 0.97
-    accuracy = baseline_accuracy(store, seed=0)["regression"]
+    accuracy = baseline_hits(store, seed=0)["regression"].accuracy()
     for code in (VAL, TEST):
         assert accuracy[SPLIT_NAMES[code]] == np.mean((found == label)[split == code])
     if not sparse:

@@ -48,10 +48,11 @@ def test_a_run_and_its_export_answer_alike(finished_run: Path, tmp_path: Path) -
     store = GraphStore.open(str(finished_run / "graph"))
     first = 0
     for chunk in predict(load_student(str(finished_run / "student" / "rbm")), store):
-        pos = store.gather("pos", np.arange(first, first := first + len(chunk.orig_id)))
+        ids = np.arange(first, first := first + len(chunk.orig_id))
+        encodings = {name: store.gather(name, ids) for name in of_run.inputs if name != "feat"}
         # The graph's rows were scaled by the source stage; these are as scikit-learn gives them.
         for student in (of_run, rbm_dist.load(str(tmp_path / "student"), engine="onnx")):
-            classes, probabilities = student.predict(rows[chunk.orig_id], pos=pos)
+            classes, probabilities = student.predict(rows[chunk.orig_id], **encodings)
             np.testing.assert_allclose(probabilities, chunk.probability, rtol=1e-3, atol=1e-5)
             assert classes.dtype == np.int64
     assert first == len(rows)

@@ -1,7 +1,6 @@
 """`rbm-dist inspect` on a finished run: what it writes and says, and what it refuses."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,11 +17,6 @@ def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return int(end.value.code or 0)
-
-
-@pytest.fixture
-def copied_run(finished_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 def test_the_figures_are_those_of_the_run(

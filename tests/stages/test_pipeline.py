@@ -32,15 +32,17 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return capsys.readouterr().err
 
 
-@pytest.fixture
-def copied_run(finished_run: Path, tmp_path: Path) -> Path:
-    """The finished run, free to be damaged. Its manifests hold no absolute paths."""
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
-
-
 def test_results(finished_run: Path) -> None:
     results = json.loads((finished_run / "results.json").read_text())
-    assert set(results) == {"class_names", "baselines", "teacher", "students", "latency_us", "seconds"}
+    assert set(results) == {
+        "class_names", "classes", "baselines", "teacher", "students", "latency_us", "seconds",
+    }  # fmt: skip
+    classes = results["classes"]
+    assert [each["name"] for each in classes] == [str(digit) for digit in range(10)]
+    nodes = [each["nodes"] for each in classes]
+    for model, figures in {**results["baselines"], "teacher": results["teacher"], **results["students"]}.items():
+        right = sum(each["nodes"] * each["accuracy"][model] for each in classes)
+        assert right / sum(nodes) == pytest.approx(figures["test"])
     assert results["baselines"]["majority"]["test"] < 0.2 < 0.8 < results["baselines"]["regression"]["test"]
     assert set(results["students"]) == {"mlp", "rbm"}
     for figures in (results["teacher"], *results["students"].values()):
