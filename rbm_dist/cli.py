@@ -197,7 +197,7 @@ def inspect(
     }
     maps = input_maps(mixture, store, mixture.inputs, seed)
     pictures = [
-        png(layer_picture(index, layer, figures["class_share"], points))
+        png(layer_picture(index, layer, figures["class_share"], points, figures["class_names"]))
         for index, (layer, points) in enumerate(zip(figures["layers"], maps, strict=True))
     ]
     storage.write_json(storage.join(folder, "inspect.json"), figures)  # first: by it the pictures are known

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rbm_dist.report.table import short_name
+
 if TYPE_CHECKING:  # matplotlib is imported when something is drawn: that takes a second
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,6 +20,7 @@ _MARKERS = "o^sD"
 _OTHER = "#c8c8c8"
 _CELLS = 400  # more cells than this are too small to write a figure into
 _TICKS = 32
+_NAME = 16  # characters of a class that are shown
 _CROWD = 16  # more memories than this are drawn small
 
 
@@ -31,10 +34,14 @@ class InputMap:
     variance_2: np.ndarray  # share of the variance that each axis shows
 
 
-def layer_picture(index: int, layer: dict[str, Any], class_share: list[float] | None, points: InputMap) -> "Figure":
+def layer_picture(
+    index: int, layer: dict[str, Any], class_share: list[float] | None, points: InputMap,
+    class_names: list[str] | None = None,
+) -> "Figure":  # fmt: skip
     """One layer of `inspect.json` (the index-th), and the map of its inputs.
 
-    `class_share` is that of the whole graph: it decides which classes get a colour where there are many.
+    `class_share` is that of the whole graph: it decides which classes get a colour where there are many. Without names
+    the classes are numbers.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -42,12 +49,16 @@ def layer_picture(index: int, layer: dict[str, Any], class_share: list[float] | 
     experts, classes = len(layer["experts"]), len(class_share or [])
     height = min(max(5.6, 1.6 + 0.28 * experts), 9.0)
     left = min(max(5.6, 1.8 + 0.42 * classes), 11.0)
-    with rc_context({"font.size": 9, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
+    style: Any = {
+        "font.size": 9, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "text.parse_math": False,
+    }  # fmt: skip
+    with rc_context(style):
         figure = Figure(figsize=(left + 7.6, height), dpi=150, layout="constrained")
         heat, plane = figure.subplots(1, 2, width_ratios=[left, 7.6])
         figure.suptitle(_title(index, layer), fontsize=13, fontweight="bold", x=0.008, ha="left")
-        _draw_heat_map(figure, heat, layer, classes)
-        _draw_map(plane, class_share or [], points)
+        draw_heat_map(figure, heat, layer, classes, class_names)
+        _draw_map(plane, class_share or [], points, class_names)
     return figure
 
 
@@ -64,7 +75,10 @@ def _title(index: int, layer: dict[str, Any]) -> str:
     return f"Layer {index}: {layer['num_experts']} experts, {layer['top_k']} per row  ·  {entropy}{nmi}"
 
 
-def _draw_heat_map(figure: "Figure", axes: "Axes", layer: dict[str, Any], classes: int) -> None:
+def draw_heat_map(
+    figure: "Figure", axes: "Axes", layer: dict[str, Any], classes: int, class_names: list[str] | None
+) -> None:
+    """The share of each class among an expert's rows: a row per expert, a column for each of so many classes."""
     experts = layer["experts"]
     axes.set_title(f"Classes that each expert gets{' (grey: no rows)' if layer['dead_experts'] else ''}")
     axes.set_xlabel("class")
@@ -75,7 +89,10 @@ def _draw_heat_map(figure: "Figure", axes: "Axes", layer: dict[str, Any], classe
         [f"{each['expert']}  (dead)" if each["dead"] else f"{each['expert']}  ({each['pair_share']:.1%})"
          for each in experts[::every]],
     )  # fmt: skip
-    axes.set_xticks(range(0, classes, -(-classes // _TICKS) or 1))
+    ticks = range(0, classes, -(-classes // _TICKS) or 1)
+    axes.set_xticks(ticks, [short_name(class_names[cls], _NAME) for cls in ticks] if class_names else None)
+    if class_names:
+        axes.tick_params(axis="x", rotation=90)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if not classes:
@@ -98,7 +115,7 @@ def _draw_heat_map(figure: "Figure", axes: "Axes", layer: dict[str, Any], classe
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
 
 
-def _draw_map(axes: "Axes", class_share: list[float], points: InputMap) -> None:
+def _draw_map(axes: "Axes", class_share: list[float], points: InputMap, class_names: list[str] | None) -> None:
     from matplotlib.patheffects import withStroke
 
     styles = [(colour, marker) for marker in _MARKERS for colour in _COLOURS]
@@ -110,7 +127,7 @@ def _draw_map(axes: "Axes", class_share: list[float], points: InputMap) -> None:
     for (colour, marker), each in zip(styles, shown, strict=False):
         x, y = points.points_S2[points.class_S == each].T
         axes.scatter(x, y, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.3, alpha=0.85,
-                     label=str(each))  # fmt: skip
+                     label=f"{each}: {short_name(class_names[each], _NAME)}" if class_names else str(each))  # fmt: skip
     if others.any():
         label = "none" if (points.class_S[others] < 0).all() else "others"
         x, y = points.points_S2[others].T

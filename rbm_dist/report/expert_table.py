@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rbm_dist.report.table import mixture_lines
+from rbm_dist.report.table import mixture_lines, short_name
 
 # More classes than this do not fit into 80 columns as one character each.
 _CLASSES = 16
@@ -23,6 +23,10 @@ def expert_tables(figures: dict[str, Any]) -> Group:
     for index, layer in enumerate(figures["layers"]):
         name = "All layers" if whole else f"Layer {index}"
         parts += [_table(name, layer, figures), _summary(layer), Text()]
+    names = figures.get("class_names") or []
+    if 0 < len(names) <= _CLASSES:  # what the columns of blocks stand for
+        shown = ", ".join(f"{cls} {short_name(each)}" for cls, each in enumerate(names))
+        parts.append(Text(f"classes: {shown}"))
     return Group(*parts, Text("\n".join(mixture_lines(figures["mixture"]))))
 
 
@@ -61,8 +65,7 @@ def _table(name: str, layer: dict[str, Any], figures: dict[str, Any]) -> Table:
 def _class(expert: dict[str, Any]) -> str:
     if expert["class"] is None:
         return "–"
-    name = expert["class_name"] or str(expert["class"])
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    return short_name(expert["class_name"] or str(expert["class"]), _NAME)
 
 
 def _summary(layer: dict[str, Any]) -> Text:

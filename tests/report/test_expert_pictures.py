@@ -60,6 +60,17 @@ def test_memories_that_coincide_share_a_label() -> None:
     assert {text.get_text() for text in plane.texts} == {"0, 2", "1"}
 
 
+def test_classes_have_their_names() -> None:
+    names = ["_under", "$x_{", "a name of more than sixteen letters"]
+    picture = layer_picture(0, layer_figures(4, 3), [1 / 3] * 3, sample(4, 3), names)
+    heat, plane = picture.axes[:2]
+    shown = ["_under", "$x_{", "a name of more …"]
+    assert [label.get_text() for label in heat.get_xticklabels()] == shown
+    legend = [text.get_text() for text in plane.get_legend().get_texts()]
+    assert legend == [*(f"{cls}: {name}" for cls, name in enumerate(shown)), "none", "memory"]
+    assert len(png(picture)) > 10_000, "no name is taken for a formula"
+
+
 @pytest.mark.parametrize(("experts", "classes", "labelled"), [(1, 2, False), (8, 10, True), (64, 172, True)])
 def test_a_png_is_whole_and_reproducible(experts: int, classes: int, labelled: bool) -> None:
     layer, points = layer_figures(experts, classes, dead=0), sample(experts, classes)

@@ -60,6 +60,17 @@ def test_the_classes_are_a_row_of_blocks() -> None:
     assert "  ▁█" in next(line for line in lines if line.startswith("     2"))
 
 
+def test_blocks_of_named_classes_are_explained() -> None:
+    figures = {
+        "mixture": mixture_figures(), "layers": [layer_figures(3, 3)] * 2, "class_share": [1 / 3] * 3,
+        "class_names": ["[b]owl", "cat", "a name of more than twenty letters"],
+        "degree_buckets": [{"from": 0, "to": 3, "share": 0.6}, {"from": 4, "to": 90, "share": 0.4}],
+    }  # fmt: skip
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(expert_tables(figures))
+    assert "classes: 0 [b]owl, 1 cat, 2 a name of more than…\n" in console.export_text()
+
+
 def test_what_has_no_value_is_a_dash() -> None:
     layer = layer_figures(1, 3, dead=0) | {"class_nmi": None, "closest_memories": None, "dead_experts": []}
     text = "\n".join(printed(layer, num_classes=3))
