@@ -138,7 +138,11 @@ def _refuse_other_file(url: str, known_by: str, key: str, option: str) -> None:
         found = storage.read_json(known_by)
         if isinstance(found, dict) and key in found:
             return
-    raise InputError(f"{url}: would be written over and is not rbm-dist's; name another place ({option})")
+    raise _would_be_written_over(url, option)
+
+
+def _would_be_written_over(url: str, option: str) -> InputError:
+    return InputError(f"{url}: would be written over and is not rbm-dist's; name another place ({option})")
 
 
 @app.command()
@@ -206,6 +210,26 @@ def inspect(
             stream.write(picture)
     Console().print(expert_tables(figures))
     Console().print(f"inspect.json and layer-*.png, {len(pictures)} in all → {folder}", highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
+    out: Annotated[str | None, typer.Option(help="The HTML file to write; default: RUN/report.html.")] = None,
+) -> None:
+    """Show a finished run as one HTML page: accuracies, curves, experts, latencies, times, graph, configuration."""
+    from rbm_dist import storage
+    from rbm_dist.report.html import is_report, report_page
+    from rbm_dist.report.plan_table import size
+    from rbm_dist.stages.report import run_facts
+
+    page = out or storage.join(storage.absolute(run), "report.html")
+    if storage.exists(page) and not is_report(page):
+        raise _would_be_written_over(page, "--out")
+    content = report_page(run_facts(run)).encode()
+    with storage.atomic_writer(page) as stream:
+        stream.write(content)
+    Console().print(f"{size(len(content))} → {page}", highlight=False)
 
 
 @app.command()

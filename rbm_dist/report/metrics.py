@@ -8,9 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from rbm_dist import storage
+from rbm_dist.errors import InputError
 
 Row = dict[str, Any]
 _EVENTS = "events.out.tfevents."  # what TensorBoard's files begin with
+
+
+def read_metrics(run_url: str) -> dict[str, list[Row]]:
+    """The rows of every loop of a finished run, by the loop's name; empty if there is no `metrics.jsonl`.
+
+    Raises `InputError` for a line that is no row.
+    """
+    url = storage.join(run_url, "metrics.jsonl")
+    if not storage.exists(url):
+        return {}
+    fs, path = storage.filesystem(url)
+    loops: dict[str, list[Row]] = {}
+    for number, line in enumerate(fs.cat_file(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            figures = {name: float(value) for name, value in row.items() if name != "loop" and value is not None}
+            loops.setdefault(row["loop"], []).append({**figures, "epoch": int(figures["epoch"])})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{url}: line {number} is not an epoch's row; the file was changed or cut off") from None
+    return loops
 
 
 class MetricsWriter:

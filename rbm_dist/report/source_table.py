@@ -20,14 +20,17 @@ def source_table(summary: dict[str, Any]) -> Padding:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    edges = summary["edges"]
-    table.add_row("nodes", _joined([f"{summary['nodes']['rows']:,}", summary["nodes"]["from"]], "; "))
-    table.add_row("ids", summary["ids"])
-    table.add_row("label", _label(summary["label"]))
-    split = summary["split"]
+    for name, text in source_rows(summary):
+        table.add_row(name, text)
+    lines: list[Any] = [table]
+    lines += [Text(f"! {warning}", style="yellow") for warning in summary["warnings"]]
+    return Padding(Group(*lines), (0, 0, 0, 4))
+
+
+def source_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is said of nodes, ids, label, split, features, edges and of what was left out; some of it in lines."""
+    edges, split = summary["edges"], summary["split"]
     sizes = ", ".join(f"{name} {split[name]:,}" for name in SPLIT_NAMES.values() if split.get(name))
-    table.add_row("split", _joined([split["from"], sizes], ": "))
-    table.add_row("features", "\n".join(_features(summary)))
     counts = {
         "self_loops": "self-loops dropped", "duplicates": "duplicates dropped", "unknown": "to unknown nodes dropped",
         "hidden": "from unseen nodes left out",
@@ -35,13 +38,17 @@ def source_table(summary: dict[str, Any]) -> Padding:
     dropped = [f"{edges[name]:,} {what}" for name, what in counts.items() if edges.get(name)]
     read = [f"{edges['read']:,} read" if edges.get("read") is not None else "", *dropped]
     kept = f"{edges['kept']:,} kept, reverses included" if edges.get("kept") is not None else ""
-    table.add_row("edges", _joined([edges["from"], ", ".join(filter(None, [*read, kept]))], ": "))
     left_out = [f"{each['what']} ({each['why']})" for each in summary["left_out"]]
-    if left_out:
-        table.add_row("left out", "\n".join(_first(left_out)))
-    lines: list[Any] = [table]
-    lines += [Text(f"! {warning}", style="yellow") for warning in summary["warnings"]]
-    return Padding(Group(*lines), (0, 0, 0, 4))
+    rows = [
+        ("nodes", _joined([f"{summary['nodes']['rows']:,}", summary["nodes"]["from"]], "; ")),
+        ("ids", summary["ids"]),
+        ("label", _label(summary["label"])),
+        ("split", _joined([split["from"], sizes], ": ")),
+        ("features", "\n".join(_features(summary))),
+        ("edges", _joined([edges["from"], ", ".join(filter(None, [*read, kept]))], ": ")),
+        ("left out", "\n".join(_first(left_out))),
+    ]
+    return [row for row in rows if row != ("left out", "")]
 
 
 def _label(label: dict[str, Any]) -> str:

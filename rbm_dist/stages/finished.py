@@ -1,7 +1,11 @@
-"""What a finished run serves: a student and the graph whose nodes it knows. The folders of the two are enough."""
+"""What a finished run serves: a student and the graph whose nodes it knows, for which their two folders are enough.
+
+And what it found: the results of its evaluation.
+"""
 
 from itertools import pairwise
 from pathlib import PurePosixPath
+from typing import Any
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config, StudentConfig
@@ -30,6 +34,22 @@ def open_mixture(url: str, arrays: tuple[str, ...]) -> tuple[Student, bool, Grap
     """As `open_student`: the RbM with all its experts, whether it is served as an MLP, the graph, the run's seed."""
     store, seed = _open_graph(url, "rbm", arrays)
     return *load_mixture(storage.join(storage.absolute(url), "student", "rbm")), store, seed
+
+
+def open_results(url: str) -> dict[str, Any]:
+    """`results.json` of a finished run, from the files of its stages, where it is verified.
+
+    Raises `InputError` if that is no run, one that has not finished, or damaged.
+    """
+    url = storage.absolute(url)
+    _students(url)
+    before, evaluate = STAGES[-2:]
+    made_from, done = run_.started(evaluate, url), run_.manifest(evaluate, url)
+    if done is None or made_from is None or made_from["upstream"] != run_.digest(before, url):
+        raise InputError(f"{url}: the run has not finished; run the same `rbm-dist run` again first")
+    storage.verify(url, done["files"])
+    figures = storage.read_json(storage.join(url, evaluate.folder, "figures.json"))
+    return {**figures, "seconds": run_.seconds(STAGES, url)}
 
 
 def _open_graph(url: str, kind: str, arrays: tuple[str, ...]) -> tuple[GraphStore, int]:
