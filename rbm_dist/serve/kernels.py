@@ -169,6 +169,26 @@ def one_by_one(x_BD, flat, table_LT, logits_BC):
             x_D = y_O
 
 
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def thin_product(x_nD, weight_DO, out_nO):
+    """`out = x @ weight` of so few rows that reading the weights is most of it: they are read once, and not copied."""
+    width, outputs = weight_DO.shape
+    out_nO[:] = 0
+    d = 0
+    while d + 4 <= width:
+        row_p, row_q, row_r, row_s = weight_DO[d], weight_DO[d + 1], weight_DO[d + 2], weight_DO[d + 3]
+        for n in range(len(x_nD)):
+            y_O, p, q, r, s = out_nO[n], x_nD[n, d], x_nD[n, d + 1], x_nD[n, d + 2], x_nD[n, d + 3]
+            for o in range(outputs):
+                y_O[o] += p * row_p[o] + q * row_q[o] + r * row_r[o] + s * row_s[o]
+        d += 4
+    while d < width:
+        for n in range(len(x_nD)):
+            for o in range(outputs):
+                out_nO[n, o] += x_nD[n, d] * weight_DO[d, o]
+        d += 1
+
+
 @njit(cache=True, nogil=True)
 def add_bias(y_BO, bias_O, kind, gain_2O, relu):
     """In place: bias, norm and ReLU of one expert's rows."""

@@ -21,6 +21,8 @@ Facts = Mapping[str, Any]
 Tensors = Mapping[str, np.ndarray]
 _MAX_SCALE = math.log(100)  # of exp(t), exp(c) and the vanilla mixture's temperature
 _MOST_ONE_BY_ONE = 64
+# OpenBLAS copies large matrices before it multiplies: for a few rows that takes two to three times as long as they do.
+_LARGE, _WEIGHTS_PER_ROW = 1 << 18, 1 << 16
 _ROWS, _ROWS_PER_EXPERT = 4096, 128  # that are sorted at once
 
 
@@ -224,7 +226,11 @@ def _route(layer: Layer, keys_PE: np.ndarray, x_BD: Rows) -> Routing:
 def _product(x_BD: Rows, row_n: np.ndarray | None, weight_DO: np.ndarray, out_nO: np.ndarray) -> np.ndarray:
     """`x[rows] @ weight`, written to `out`; rows None: all."""
     if isinstance(x_BD, np.ndarray):
-        return np.dot(x_BD if row_n is None else x_BD.take(row_n, axis=0), weight_DO, out=out_nO)
+        x_nD = x_BD if row_n is None else x_BD.take(row_n, axis=0)
+        if weight_DO.size >= max(_LARGE, len(x_nD) * _WEIGHTS_PER_ROW):
+            kernels.thin_product(x_nD, weight_DO, out_nO)
+            return out_nO
+        return np.dot(x_nD, weight_DO, out=out_nO)
     value = x_BD.data.astype(weight_DO.dtype, copy=False)
     row_n = np.arange(len(out_nO)) if row_n is None else row_n
     kernels.sparse_product(x_BD.indptr, x_BD.indices, value, row_n, weight_DO, out_nO)

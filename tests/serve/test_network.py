@@ -130,3 +130,13 @@ def test_what_is_not_finite_is_found(value: float) -> None:
     assert kernels.scale(x_BF, ones, ones, ones, kernels.NO_ROWS, none, False, found) == 3 * 4 + 2
     place = kernels.scale(x_BF, ones, ones, ones, kernels.NO_ROWS, none, True, found)
     assert place == (-1 if np.isnan(value) else 3 * 4 + 2)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 8])
+@pytest.mark.parametrize("width", [510, 513])
+def test_few_rows_of_large_experts(width: int, rows: int) -> None:
+    student, _ = random_student("rbm", num_features=width, hidden=520, num_experts=3, routing="input", top_k=1)
+    x_BD = rows_of(rows, width) / width**0.5
+    with torch.no_grad():
+        expected = student(torch.from_numpy(x_BD))[0].numpy()
+    np.testing.assert_allclose(freeze(student, NEVER).logits(x_BD), expected, rtol=1e-3, atol=1e-3)
