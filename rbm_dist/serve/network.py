@@ -5,6 +5,7 @@ and each expert multiplies its own at once. From how many on is measured when it
 once, to one expert, sorts its rows once for all layers.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
+from threadpoolctl import ThreadpoolController
 
 from rbm_dist.serve import kernels
 
@@ -105,7 +107,8 @@ class Network:
             own = slice(start, start + at_once)
             rows = x_BD if len_of(x_BD) <= at_once else x_BD[own]
             some = self._one_expert_each if self._is_one_expert_each else self._layer_by_layer
-            found.append(some(rows, logits_BC[own]))
+            with _blas().limit(limits=1):
+                found.append(some(rows, logits_BC[own]))
         return logits_BC, [_joined(parts) for parts in zip(*found, strict=True)]
 
     def _one_expert_each(self, x_BD: Rows, logits_BC: np.ndarray) -> list[Routing]:
@@ -188,6 +191,12 @@ def members_of(network: Facts, tensors: Tensors) -> list[list[Layer]]:
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         found += members_of({**network, "kind": "mlp"}, own)
     return found
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """The threads of numpy's products: more than one wait longer for each other than such small products take."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _by_expert(routing: Routing, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
