@@ -153,6 +153,24 @@ def test_which_columns_are_features(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_all(source)[1][1], row)
 
 
+def test_what_a_table_of_new_nodes_is_read_by(tmp_path: Path) -> None:
+    table = nodes() | {"colour": ["red", "blue", "red", None], "emb": [[1.0, 2.0]] * 4}
+    save(str(tmp_path / "nodes.parquet"), table)
+    save(str(tmp_path / "edges.parquet"), edges())
+    config = TablesConfig(
+        nodes=str(tmp_path / "nodes.parquet"), edges=str(tmp_path / "edges.parquet"), one_hot=("colour",),
+        na_values=("?",), decimal=",",
+    )  # fmt: skip
+    said = open_tables(config, str(tmp_path / "scratch")).about.table
+    assert said is not None
+    columns = said.pop("columns")
+    assert said == {"id": "id", "id_type": "auto", "na_values": ["?"], "thousands": None, "decimal": ","}
+    assert [(each["name"], each["how"], each["width"]) for each in columns] == [
+        ("x", "number", 1), ("y", "number", 1), ("colour", "one_hot", 2), ("emb", "list", 2),
+    ]  # fmt: skip
+    assert list(columns[2]["values"]) == ["blue", "red"]
+
+
 @pytest.mark.parametrize(
     ("column", "expected"),
     [
