@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 from fnmatch import fnmatch
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -163,18 +163,66 @@ def export(
 
 @app.command()
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
-    out: Annotated[str, typer.Option(help="The Parquet file to write.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="A finished run, or an exported student.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option(help="The .parquet or .csv file, or the folder, to write.", show_default=False)],
     model: Annotated[str, typer.Option(help="Which of the run's students.")] = "rbm",
+    nodes: Annotated[
+        str | None, typer.Option(help="New nodes: file, folder or pattern; default: those of the run's graph.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Only so many classes of each node; default: all.")] = None,
+    format_: Annotated[
+        Literal["parquet", "csv"] | None, typer.Option("--format", help="Of the files in a folder; default: parquet.")
+    ] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="Column of node ids; default: as in training.")] = None,
+    row_numbers: Annotated[bool, typer.Option("--row-numbers", help="Node ids are row numbers.")] = False,
+    id_type: Annotated[
+        Literal["auto", "integer", "text"], typer.Option(help="What ids of text files are; auto: as in training.")
+    ] = "auto",
+    delimiter: Annotated[str | None, typer.Option(help="Of text files; default: looked for.")] = None,
+    header: Annotated[
+        bool | None, typer.Option("--header/--no-header", help="Whether text files have one; default: they do.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf8",
+    edges: Annotated[
+        str | None, typer.Option(help="Edges between new nodes and the graph's: file, folder or pattern.")
+    ] = None,
+    graph: Annotated[
+        str | None, typer.Option(help="The run whose graph edges lead to; default: RUN.", metavar="RUN")
+    ] = None,
+    src: Annotated[str, typer.Option(help="Column of the edges' sources.")] = "src",
+    dst: Annotated[str, typer.Option(help="Column of the edges' destinations.")] = "dst",
+    unknown_nodes: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="Edges to ids that are neither new nor the graph's.")
+    ] = "refuse",
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, or `local`; a file is a task. Default: in this process.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Make a folder's other predictions again.")] = False,
 ) -> None:
-    """Write class and probabilities of every node, with the original node ids."""
-    from rbm_dist.serve.predictor import ID_ARRAYS, write_parquet
-    from rbm_dist.serve.predictor import predict as predict_nodes
-    from rbm_dist.stages.finished import open_student
+    """Write class and probabilities of new nodes, or of every node of the run's graph, with their own ids."""
+    from rbm_dist.serve.tables import ReadOptions
+    from rbm_dist.serve.unseen import EdgeOptions
+    from rbm_dist.stages.predict import predict_graph, predict_tables
 
-    student, store = open_student(run, model, ID_ARRAYS)
-    rows = write_parquet(out, predict_nodes(student, store), store.num_classes, store.id_type, store.class_names)
-    Console().print(f"{rows:,} predictions of {model} → {out}", highlight=False)
+    console = Console()
+    try:
+        if nodes is None:
+            rows = predict_graph(
+                run, model, out, console, top_k=top_k, format_=format_, address=address, overwrite=overwrite
+            )
+        else:
+            reading = ReadOptions(id_, row_numbers, id_type, delimiter, header, encoding)
+            ends = EdgeOptions(edges, graph or run, src, dst, unknown_nodes) if edges else None
+            rows = predict_tables(
+                run, model, nodes, out, reading, ends, console, top_k=top_k, format_=format_, address=address,
+                overwrite=overwrite,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+    console.print(f"{rows:,} predictions of {model} → {out}", highlight=False)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from numba import uint64, vectorize
 from rbm_dist import storage
 from rbm_dist.config.run import EncodingsConfig
 from rbm_dist.graph.deepwalk import deepwalk
-from rbm_dist.graph.propagate import batches, mean_of_neighbours
+from rbm_dist.graph.propagate import SCALES, batches, mean_of_neighbours, unit_length, unit_sum
 from rbm_dist.graph.random_bits import key, mix
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TRAIN, UNSEEN
@@ -113,9 +113,8 @@ def _steps(config: EncodingsConfig, seed: int, num_classes: int) -> list[Step]:
     if config.label_propagation:
         steps += _label_steps(config, num_classes, seed)
     widths = {POS: config.positional_dim, PROP: num_classes}
-    scales = {POS: _unit_length, PROP: _unit_sum}
     for name in arrays(config):
-        steps.append(_step(name, widths[name], (f"{name}_observed",), partial(_with_unseen, scale=scales[name])))
+        steps.append(_step(name, widths[name], (f"{name}_observed",), partial(_with_unseen, scale=SCALES[name])))
     return steps
 
 
@@ -165,11 +164,11 @@ def _random_projection(store: GraphStore, ids: np.ndarray, dim: int, seed: int) 
 
 
 def _hop(store: GraphStore, ids: np.ndarray, before: str) -> np.ndarray:
-    return _unit_length(mean_of_neighbours(store, before, ids))
+    return unit_length(mean_of_neighbours(store, before, ids))
 
 
 def _sum_of_hops(store: GraphStore, ids: np.ndarray, *hops: str) -> np.ndarray:
-    return _unit_length(reduce(np.add, (store.gather(name, ids) for name in hops)))
+    return unit_length(reduce(np.add, (store.gather(name, ids) for name in hops)))
 
 
 # Label propagation: F ← damping · P · F + (1 − damping) · Y. It is linear in the labels, so each group of training
@@ -212,20 +211,7 @@ def _other_folds(store: GraphStore, ids: np.ndarray, last: str, folds: int, seed
     fold = _fold(store, ids, folds, seed)
     train = np.flatnonzero(fold >= 0)
     f_nGC[train, fold[train]] = 0
-    return _unit_sum(f_nGC.sum(1))
-
-
-def _unit_length(x_nD: np.ndarray) -> np.ndarray:
-    return _divide(x_nD, np.linalg.norm(x_nD, axis=1, keepdims=True))
-
-
-def _unit_sum(x_nC: np.ndarray) -> np.ndarray:
-    return _divide(x_nC, x_nC.sum(1, keepdims=True))
-
-
-def _divide(x_nD: np.ndarray, size_n1: np.ndarray) -> np.ndarray:
-    """Rows of zeros stay as they are."""
-    return x_nD / np.where(size_n1 > 0, size_n1, 1)
+    return unit_sum(f_nGC.sum(1))
 
 
 @vectorize([uint64(uint64, uint64)], cache=True)

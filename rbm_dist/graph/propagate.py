@@ -1,14 +1,14 @@
 """Propagation: for some nodes, the mean of their in-neighbours' rows of any array of the store.
 
 Memory is bounded whatever the degrees: rows are gathered for so many edges at a time, and a node with more in-edges
-than that is summed in several slices. Label propagation and positional encodings are made of this one step.
+than that is summed in several slices. Label propagation and positional encodings are made of this one step, and so are
+those of nodes that arrive later, whose edges are not the store's.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import scipy.sparse as sp
 
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
@@ -21,23 +21,49 @@ def mean_of_neighbours(store: GraphStore, name: str, ids: np.ndarray, observed_o
 
     Zeros for a node without in-neighbours. observed_only: in-neighbours of the split UNSEEN do not count.
     """
-    width = store.array(name, 0).shape[1]
-    sum_nD, count_n = torch.zeros(len(ids), width), torch.zeros(len(ids))
-    owner = np.searchsorted(store.offsets, ids, side="right") - 1
+    mean_nD = np.empty((len(ids), store.width((name,))), np.float32)
+    owner = store.owner(ids)
     for part in np.unique(owner):
         at = np.flatnonzero(owner == part)
-        for nodes, sources, ends in _edge_slices(store, part, ids[at], _rows_at_a_time(width)):
-            if observed_only:
-                seen = store.gather("split", sources) != UNSEEN
-                sources, ends = sources[seen], np.concatenate([[0], np.cumsum(seen)])[ends]
-            distinct, position = np.unique(sources, return_inverse=True)
-            rows = torch.from_numpy(store.gather(name, distinct))
-            into = torch.from_numpy(at[nodes])
-            sum_nD[into] += F.embedding_bag(
-                torch.from_numpy(position), rows, torch.from_numpy(ends), mode="sum", include_last_offset=True
-            )
-            count_n[into] += torch.from_numpy(np.diff(ends))
-    return (sum_nD / count_n.clamp(min=1)[:, None]).numpy()
+        indptr, indices = store.array("indptr", part), store.array("indices", part)
+        mean_nD[at] = mean_of_sources(store, name, indptr, indices, ids[at] - store.offsets[part], observed_only)
+    return mean_nD
+
+
+def mean_of_sources(
+    store: GraphStore, name: str, indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray, observed_only: bool
+) -> np.ndarray:
+    """As `mean_of_neighbours`, of some rows of a CSC whose sources (`indices`) are nodes of the store."""
+    width = store.width((name,))
+    sum_nD, count_n = np.zeros((len(rows), width), np.float32), np.zeros(len(rows), np.float32)
+    for nodes, sources, ends in _edge_slices(indptr, indices, rows, _rows_at_a_time(width)):
+        if observed_only:
+            seen = store.gather("split", sources) != UNSEEN
+            sources, ends = sources[seen], np.concatenate([[0], np.cumsum(seen)])[ends]
+        distinct, position = np.unique(sources, return_inverse=True)
+        ones = np.ones(len(sources), np.float32)
+        edges = sp.csr_array((ones, position, ends), shape=(len(ends) - 1, len(distinct)))
+        sum_nD[nodes] += edges @ store.gather(name, distinct)
+        count_n[nodes] += np.diff(ends)
+    return sum_nD / np.maximum(count_n, 1)[:, None]
+
+
+def unit_length(x_nD: np.ndarray) -> np.ndarray:
+    """Rows of length one; those of zeros stay as they are."""
+    return _divide(x_nD, np.linalg.norm(x_nD, axis=1, keepdims=True))
+
+
+def unit_sum(x_nC: np.ndarray) -> np.ndarray:
+    """Rows that sum to one; those of zeros stay as they are."""
+    return _divide(x_nC, x_nC.sum(1, keepdims=True))
+
+
+SCALES = {"pos": unit_length, "prop": unit_sum}
+"""How the rows of each encoding are scaled."""
+
+
+def _divide(x_nD: np.ndarray, size_n1: np.ndarray) -> np.ndarray:
+    return x_nD / np.where(size_n1 > 0, size_n1, 1)
 
 
 def batches(ids: np.ndarray, width: int) -> Iterator[np.ndarray]:
@@ -51,17 +77,15 @@ def _rows_at_a_time(width: int) -> int:
 
 
 def _edge_slices(
-    store: GraphStore, part: int, ids: np.ndarray, size: int
+    indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray, size: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """The in-edges of nodes of one part, `size` at a time.
+    """The in-edges of some rows of a CSC, `size` at a time.
 
-    Gives the nodes that the slice touches, as positions in `ids`; the edges' sources; and where each node's begin
+    Gives the nodes that the slice touches, as positions in `rows`; the edges' sources; and where each node's begin
     and end, one entry more than nodes.
     """
-    indptr, indices = store.array("indptr", part), store.array("indices", part)
-    rows = ids - store.offsets[part]
     starts = indptr[rows]
-    bounds = np.concatenate([[0], np.cumsum(indptr[rows + 1] - starts)])  # if the edges of `ids` were laid end to end
+    bounds = np.concatenate([[0], np.cumsum(indptr[rows + 1] - starts)])  # if the edges of `rows` were laid end to end
     for low in range(0, int(bounds[-1]), size):
         high = min(low + size, int(bounds[-1]))
         first, last = np.searchsorted(bounds, low, side="right") - 1, np.searchsorted(bounds, high)

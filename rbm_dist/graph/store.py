@@ -23,7 +23,6 @@ from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.hot_rows import HotRows
 from rbm_dist.graph.quantised import decode
 from rbm_dist.graph.sampler import NumbaSampler, RemoteEdges, Sample, Sampler
-from rbm_dist.graph.sampler_backends import make_sampler
 from rbm_dist.graph.shards import (
     FEAT_SCALE,
     ORIG_NAME,
@@ -217,6 +216,8 @@ class GraphStore:
 
     def _opened_sampler(self) -> Sampler:
         if self._sampler is None:
+            from rbm_dist.graph.sampler_backends import make_sampler  # needs torch, which rows alone do not
+
             parts = {part: self._csc(part) for part in self.held_parts}
             self._sampler = make_sampler(self._sampler_name, parts, self.offsets, self._remote)
         return self._sampler

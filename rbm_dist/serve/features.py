@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _NAMES_IN_MESSAGES = 10
+_ADVICE = (", and the student was trained without missing values (source.missing)", "; correct it")
 
 
 class FeatureReader:
@@ -119,7 +120,7 @@ class FeatureReader:
             wanted.append(Feature(column.name, how, column.type, column.width, column.values))
         features = self.features
         words = Words((*NO_NUMBER, *features.na_values), features.thousands, features.decimal)
-        return node_columns.features(batch, wanted, words, at, features.missing)
+        return node_columns.features(batch, wanted, words, at, features.missing, _ADVICE)
 
     def _numbers(self, records: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Of records whose columns are all numbers: without Arrow, which a single row would wait for."""

@@ -14,6 +14,10 @@ from rbm_dist.sources import table_files, text_columns
 from rbm_dist.sources.pieces import At
 from rbm_dist.sources.text_columns import NO_NUMBER, Words
 
+_ADVICE = (
+    "; say what it becomes (source.missing: mean or zero)",
+    "; correct it, or leave the column out (source.ignore)",
+)
 _SPLITS = {
     "train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "dev": VAL, "test": TEST,
     "testing": TEST, "0": TRAIN, "1": VAL, "2": TEST, "-1": NO_SPLIT, "none": NO_SPLIT,
@@ -164,11 +168,14 @@ def widths(found: list[Feature]) -> int:
     return sum(each.width for each in found)
 
 
-def features(batch: pa.RecordBatch, wanted: list[Feature], words: Words, at: At, missing: bool = False) -> np.ndarray:
+def features(
+    batch: pa.RecordBatch, wanted: list[Feature], words: Words, at: At, missing: bool = False,
+    advice: tuple[str, str] = _ADVICE,
+) -> np.ndarray:  # fmt: skip
     """Some columns side by side, `[n, F]` float32, NaN where one is missing.
 
     Raises `InputError` for a value that is no number, infinite or beyond float32, and unless `missing` for a missing
-    one.
+    one. advice: what the message then says to do about one that is missing, and about one too large.
     """
     if all(each.how == "number" for each in wanted) and len(wanted) > 1:
         found_nF = _numbers_at_once(batch, [each.name for each in wanted])
@@ -183,10 +190,9 @@ def features(batch: pa.RecordBatch, wanted: list[Feature], words: Words, at: At,
         name = [name for each in wanted for name in each.names][column]
         value = found_nF[row, column]
         what = (
-            "the feature is missing or NaN; say what it becomes (source.missing: mean or zero)"
+            f"the feature is missing or NaN{advice[0]}"
             if np.isnan(value)
-            else f"the feature is infinite or beyond float32: {value:g}; correct it, or leave the column out "
-            "(source.ignore)"
+            else f"the feature is infinite or beyond float32: {value:g}{advice[1]}"
         )
         raise InputError(f"{at(int(row))}, column {name}: {what}")
     return feat_nF

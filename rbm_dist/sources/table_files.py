@@ -159,6 +159,14 @@ def batches(piece: Piece, types: Columns, rows: int) -> Iterator[pa.RecordBatch]
             yield _typed(batch, types, piece)
 
 
+def placed_batches(piece: Piece, types: Columns, rows: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The batches of a piece, and how many rows of it were before."""
+    start = 0
+    for batch in batches(piece, types, rows):
+        yield batch, start
+        start += batch.num_rows
+
+
 def _typed(batch: pa.RecordBatch, types: Columns, piece: Piece) -> pa.RecordBatch:
     """The batch with these columns, in these types."""
     if not piece.constants and batch.schema.names == list(types) and batch.schema.types == list(types.values()):

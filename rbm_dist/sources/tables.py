@@ -109,7 +109,7 @@ class _Tables:
         types, text = _unpacked(self.facts["feature_types"]), words(self.config)
         missing = self.config.missing != "refuse"
         for where in map(Piece.of, self.facts["pieces"][slice(*self.facts["groups"][piece])]):
-            for batch, start in _batches(where, types, max(_WIDE_ROWS, _VALUES // width)):
+            for batch, start in table_files.placed_batches(where, types, max(_WIDE_ROWS, _VALUES // width)):
                 yield node_columns.features(batch, features, text, partial(where.at, start), missing)
 
     def _array(self, name: str) -> np.ndarray:
@@ -279,25 +279,17 @@ def _edge_batches(piece: Piece, types: Columns, ids: IdType) -> Iterator[tuple[p
     done = 0
     if piece.dialect is not None and not ids.is_named:
         with suppress(InputError):  # what is wrong is found again, and said better
-            for batch, start in _batches(piece, dict.fromkeys(types, pa.int64()), _EDGES):
+            for batch, start in table_files.placed_batches(piece, dict.fromkeys(types, pa.int64()), _EDGES):
                 yield batch, start
                 done = start + batch.num_rows
             return
-    for batch, start in _batches(piece, types, _EDGES):
+    for batch, start in table_files.placed_batches(piece, types, _EDGES):
         if start + batch.num_rows > done:
             yield batch.slice(max(done - start, 0)), max(done, start)
 
 
 def _ends_of(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.Array]]:
     return zip(batch.schema.names, batch.columns, strict=True)
-
-
-def _batches(piece: Piece, types: Columns, rows: int) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """The batches of a piece, and how many rows of it were before."""
-    start = 0
-    for batch in table_files.batches(piece, types, rows):
-        yield batch, start
-        start += batch.num_rows
 
 
 def _packed(types: Columns) -> str:

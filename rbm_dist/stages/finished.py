@@ -14,24 +14,23 @@ from rbm_dist.graph.encodings import POS, PROP
 from rbm_dist.graph.shards import FEAT_SCALE, SPARSE_FEAT
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
-from rbm_dist.serve.artifact import load_mixture, load_student
+from rbm_dist.serve.artifact import load_mixture
 from rbm_dist.stages import run as run_
 from rbm_dist.stages.pipeline import STAGES, stages_of
 from rbm_dist.stages.run import Files
 
 
-def open_student(url: str, kind: str, arrays: tuple[str, ...]) -> tuple[Student, GraphStore]:
-    """A student of a finished run and the run's graph; of the run, `graph/` and `student/` must be there.
+def verify_student(url: str, kind: str, arrays: tuple[str, ...]) -> None:
+    """Verify a student of a finished run and the run's graph; of the run, `graph/` and `student/` must be there.
 
-    arrays: those of the graph that the caller reads besides the student's inputs; what is read is verified.
+    arrays: those of the graph that the caller reads besides the student's inputs.
     Raises `InputError` if that is no run, one that has not finished, or damaged.
     """
-    store, _ = _open_graph(url, kind, arrays)
-    return load_student(storage.join(storage.absolute(url), "student", kind)), store
+    _open_graph(url, kind, arrays)
 
 
 def open_mixture(url: str, arrays: tuple[str, ...]) -> tuple[Student, bool, GraphStore, int]:
-    """As `open_student`: the RbM with all its experts, whether it is served as an MLP, the graph, the run's seed."""
+    """The RbM with all its experts, whether it is served as an MLP, the graph, the run's seed; as `verify_student`."""
     store, seed = _open_graph(url, "rbm", arrays)
     return *load_mixture(storage.join(storage.absolute(url), "student", "rbm")), store, seed
 
