@@ -118,7 +118,9 @@ def _as_text(table: pa.Table) -> pa.Table:
             columns |= {f"{name}[{k}]": values.take(pa.array(np.arange(k, len(values), size))) for k in range(size)}
         elif column.type == pa.uuid():
             columns[name] = pa.array([str(each) for each in column.to_pylist()], pa.string())
-        elif any(test(column.type) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)):
+        elif any(
+            test(column.type) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+        ):
             columns[name] = pa.array([each.hex() for each in column.to_pylist()], pa.string())
         else:
             columns[name] = column

@@ -5,7 +5,7 @@ is imported. While one batch is computed, a thread reads the next.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from rbm_dist import storage
 from rbm_dist.config.source import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.loader import Prefetch
@@ -48,7 +47,7 @@ class ReadOptions:
         """As the configuration of a source."""
         return TablesConfig(
             nodes=nodes, delimiter=self.delimiter, header=self.header, encoding=self.encoding, **{"edges": "", **more}
-        )  # type: ignore[arg-type]
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,9 @@ Encode = Callable[[int, int], dict[str, np.ndarray]]
 """The encodings of the rows of a file from one row to another, by name: `[n, width]`."""
 
 
-def open_tables(url: str, model: ModelFile, reader_types: Callable[..., Columns], options: ReadOptions) -> list[NodeTable]:
+def open_tables(
+    url: str, model: ModelFile, reader_types: Callable[..., Columns], options: ReadOptions
+) -> list[NodeTable]:
     """The files of a table, in order, with what is read of each: headers and footers are read, no row.
 
     url: file, folder or pattern. Raises `InputError` for what is not there, and for columns that are missing or of
@@ -120,10 +121,14 @@ def predictions(
 def all_ids(table: NodeTable, of: IdType) -> np.ndarray:
     """The ids of all rows of a file, as a graph with ids of this type has them. Raises `InputError`."""
     if table.id is None:
-        raise InputError(f"{table.file.url}: edges need the ids of new nodes, and there is no column of ids; name it (--id)")
+        raise InputError(
+            f"{table.file.url}: edges need the ids of new nodes, and there is no column of ids; name it (--id)"
+        )
     name, found = table.id, [np.empty(0, "S1" if of.is_named else np.int64)]
     for piece in table.file.pieces:
-        for batch, start in table_files.placed_batches(piece, {name: table_files.plain(table.file.columns[name])}, _ROWS):
+        for batch, start in table_files.placed_batches(
+            piece, {name: table_files.plain(table.file.columns[name])}, _ROWS
+        ):
             found.append(_ids(batch.column(0), of, name, partial(piece.at, start)))
     return np.concatenate(found)
 
@@ -151,7 +156,7 @@ def _node_table(
     if wanted is not None:
         if wanted not in table.columns:
             raise InputError(
-                f"{table.url}: no column '{wanted}' of node ids; name another (--id), or number the rows (--row-numbers)"
+                f"{table.url}: no column '{wanted}' of node ids; name another (--id), or number rows (--row-numbers)"
             )
         kind = table.columns[wanted]
         if node_ids.id_type(kind, "auto") is None:
@@ -161,7 +166,10 @@ def _node_table(
                 options.id_type == "auto" and wanted == model.id.column and model.id.kind in ("integer", "unsigned")
             )
             id_type = (
-                IdType(model.id.kind if model.id.kind == "unsigned" else "integer", "uint64" if model.id.kind == "unsigned" else "int64")
+                IdType(
+                    model.id.kind if model.id.kind == "unsigned" else "integer",
+                    "uint64" if model.id.kind == "unsigned" else "int64",
+                )
                 if as_integers
                 else IdType("text", "string")
             )

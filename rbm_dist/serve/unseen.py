@@ -7,6 +7,7 @@ As a run does it for its own unseen nodes: the mean of the observed in-neighbour
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -127,7 +128,7 @@ def new_edges(
     bounds = np.searchsorted(row_E, np.arange(offsets[-1] + 1))
     return [
         NewEdges(bounds[low : high + 1] - bounds[low], source_E[bounds[low] : bounds[high]])
-        for low, high in zip(offsets[:-1], offsets[1:], strict=True)
+        for low, high in pairwise(offsets)
     ]
 
 
@@ -167,8 +168,8 @@ def _rows(index: node_ids.NodeIds | None, id_M: np.ndarray, wrong_M: np.ndarray 
 
 def _unknown(column: pa.Array, neither_M: np.ndarray, where: str, name: str) -> str:
     return (
-        f"{where}, column {name}: {column[int(neither_M.argmax())].as_py()!r} is neither one of the new nodes nor one "
-        f"of the graph's, nor are {int(neither_M.sum()):,} of these {len(neither_M):,} ids. --unknown-nodes drop leaves "
+        f"{where}, column {name}: {column[int(neither_M.argmax())].as_py()!r} is neither a new node nor one of the "
+        f"graph's, and so are {int(neither_M.sum()):,} of these {len(neither_M):,} ids. --unknown-nodes drop leaves "
         "such edges out"
     )
 
@@ -185,5 +186,7 @@ def _is_undirected(run: str) -> bool:
     """Whether a run counts edges in both directions, as its configuration says."""
     url = storage.join(storage.absolute(run), "config.json")
     if not storage.exists(url):
-        raise InputError(f"{url}: not there, and it says whether edges count in both directions; copy it with the graph")
+        raise InputError(
+            f"{url}: not there, and it says whether edges count in both directions; copy it with the graph"
+        )
     return bool(storage.read_json(url).get("source", {}).get("undirected", True))

@@ -1,6 +1,6 @@
 """Tables as files on any fsspec URL: which there are, and their rows in record batches of bounded size.
 
-Besides a batch, a reader holds one row group of Parquet as it is stored, or a few megabytes of text.
+Besides a batch, a reader holds one row group of Parquet as it is stored, if that is not large, or some megabytes.
 """
 
 import re
@@ -33,6 +33,8 @@ _FORMATS = {".parquet": "Parquet", ".pq": "Parquet", ".npy": "npy"} | dict.fromk
 )
 _NUMBER = re.compile(r"(\d+)")
 _PARTITION = re.compile(r"([^=/]+)=([^/]*)")
+_LARGE_GROUP = 1 << 26  # bytes of a row group of Parquet, beyond which its columns are read some at a time
+_LEAST_BUFFER = 1 << 16
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -250,9 +252,14 @@ def _parquet_batches(piece: Piece, names: list[str], rows: int) -> Iterator[pa.R
     fs, path = storage.filesystem(piece.file)
     assert piece.groups is not None
     with fs.open(path, "rb", cache_type="none") as stream:
-        file = pq.ParquetFile(stream, pre_buffer=True)
+        whole = pq.ParquetFile(stream, pre_buffer=True)
+        metadata = whole.metadata
         # One group at a time: a reader of several would fetch and keep them all.
         for group in range(*piece.groups):
+            file = whole
+            if metadata.row_group(group).total_byte_size > _LARGE_GROUP:  # it would be held whole, too
+                some = max(_LEAST_BUFFER, _LARGE_GROUP // metadata.num_columns)
+                file = pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, buffer_size=some)
             yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
 
 

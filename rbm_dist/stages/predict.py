@@ -6,6 +6,7 @@ a cluster, and torch only for the nodes of a graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -79,7 +80,9 @@ class TableJob:
         student = _student(self.model, self.kind, self.digest)
         encode = None
         if self.run is not None and self.edges is not None:
-            encode = Encoder(_known(self.run, self.model, self.kind, self.digest), self.edges, encodings_of(student.model))
+            encode = Encoder(
+                _known(self.run, self.model, self.kind, self.digest), self.edges, encodings_of(student.model)
+            )
         return predictions(student, self.table, encode, first_row)
 
 
@@ -159,7 +162,8 @@ def predict_tables(
         store = _known(edges.run, model, kind, student.digest)
         found = new_edges(tables, store, edges, reading)
         jobs = [
-            TableJob(model, kind, student.digest, table, edges.run, own) for table, own in zip(tables, found, strict=True)
+            TableJob(model, kind, student.digest, table, edges.run, own)
+            for table, own in zip(tables, found, strict=True)
         ]
         identity["options"]["edges"] = asdict(edges) | {"files": stamps, "graph": graph}
     names = {_output_name(job.table.file.url, nodes, output.format): job for job in jobs}
@@ -218,7 +222,7 @@ def _predict(
     overwrite: bool,
 ) -> int:  # fmt: skip
     if output.is_file:
-        with ProgressBars(console) as bars:
+        with _here(console) as bars:
             return _joined(output, list(jobs.values()), _Progress(bars, sum(job.rows for job in jobs.values())))
     planned = _Folder(output, identity).plan(jobs, overwrite)
     todo = [(output, name, jobs[name]) for name, entry in planned.items() if name in jobs and entry["rows"] is None]
@@ -228,13 +232,20 @@ def _predict(
     if todo and address:
         rows = _on_cluster(todo, total, console, address)
     else:
-        with ProgressBars(console) as bars:
+        with _here(console) as bars:
             progress = _Progress(bars, total)
             rows = [_once(*each, progress) for each in todo]
     for (_, name, _), found in zip(todo, rows, strict=True):
         planned[name]["rows"] = found
     _Folder(output, identity).finish(planned)
     return sum(planned[name]["rows"] for name in jobs)
+
+
+@contextmanager
+def _here(console: Console) -> Iterator[ProgressBars]:
+    """Work in this process: one thread computes, for another reads."""
+    with threadpool_limits(1), ProgressBars(console) as bars:
+        yield bars
 
 
 def _joined(output: Output, jobs: Sequence[Job], on_rows: OnRows) -> int:
@@ -293,10 +304,13 @@ def _on_cluster(todo: list[tuple[Output, str, Job]], total: int, console: Consol
     from rbm_dist.runtime.progress import ProgressRelay, start_mailbox
     from rbm_dist.runtime.tasks import run_tasks
 
-    with ray_cluster(ClusterConfig(), address), ProgressBars(console) as bars:
-        with ProgressRelay(start_mailbox(), bars) as relay:
-            arguments = ((*each, relay.reporter, total) for each in todo)
-            return run_tasks(_LOOP, _task, arguments, _TIMEOUT_S)
+    with (
+        ray_cluster(ClusterConfig(), address),
+        ProgressBars(console) as bars,
+        ProgressRelay(start_mailbox(), bars) as relay,
+    ):
+        arguments = ((*each, relay.reporter, total) for each in todo)
+        return run_tasks(_LOOP, _task, arguments, _TIMEOUT_S)
 
 
 def _task(output: Output, name: str, job: Job, reporter: Any, total: int) -> int:
