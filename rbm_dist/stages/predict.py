@@ -5,6 +5,7 @@ In a folder each input file, or part of the graph, has a file of its own that is
 a cluster, and torch only for the nodes of a graph.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -209,11 +210,11 @@ def _options(output: Output) -> dict[str, Any]:
 
 def _output_name(file: str, nodes: str, format_: Format) -> str:
     """The path of an input below the folder that was asked for, with the output's ending behind it unless it has it."""
-    root = nodes.rstrip("/") + "/" if file.startswith(nodes.rstrip("/") + "/") else ""
-    if not root:
-        fixed = nodes[: min((nodes.index(mark) for mark in "*?[" if mark in nodes), default=len(nodes))]
-        root = folder_of(fixed) + "/"
-    name = file.removeprefix(root)
+    fs, path = storage.filesystem(nodes)
+    asked = path if storage.is_local(nodes) else fs.unstrip_protocol(path)
+    if not file.startswith(f"{asked}/"):  # a file itself, or a pattern
+        asked = folder_of(re.split(r"[*?[]", asked, maxsplit=1)[0])
+    name = file.removeprefix(f"{asked}/")
     return name if name.endswith(f".{format_}") else f"{name}.{format_}"
 
 
