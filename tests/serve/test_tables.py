@@ -224,7 +224,7 @@ def replaced(name: str, values: Any) -> Callable[[dict[str, Any]], None]:
         (without("count"), "nodes.parquet: no column 'count'"),
         (replaced("count", ["many"] * ROWS), "nodes.parquet: column 'count': numbers expected, found string"),
         (replaced("emb", [[1.0, 2.0]] * 40 + [[1.0]] * 30), "nodes.parquet: row 40, column emb: a list of 1 features"),
-        (replaced("x", [1.0] * 50 + [np.inf] * 20), "row 50, column x: the feature is infinite or beyond float32: inf;"),
+        (replaced("x", [1.0] * 50 + [np.inf] * 20), "row 50, column x: the feature is infinite or beyond float32"),
         (replaced("id", ["n"] * 60 + [None] * 10), "nodes.parquet: row 60, column id: the id is missing"),
         (replaced("id", [True] * ROWS), "column 'id': integers, text or binary expected as ids, found bool"),
     ],

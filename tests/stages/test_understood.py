@@ -16,7 +16,9 @@ from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.report.source_table import source_table
 from rbm_dist.serve.experts import expert_figures
-from rbm_dist.serve.predictor import predict, write_parquet
+from rbm_dist.serve.network import network_of
+from rbm_dist.serve.prediction_files import Layout, write
+from rbm_dist.serve.predictor import id_type, predict
 from rbm_dist.sources.scaling import SCALING, Scaling
 from rbm_dist.stages import partition, run
 from rbm_dist.stages.pipeline import STAGES
@@ -54,9 +56,11 @@ def written(folder: Path, **source: Any) -> tuple[GraphStore, dict[str, Any]]:
 def test_names_and_ids_go_all_the_way(tmp_path: Path) -> None:
     store, facts = written(tmp_path, **tables(tmp_path), unknown_nodes="drop")
     assert store.class_names == facts["class_names"] == ["cat", "dog", "owl"]
-    student, _ = random_student("rbm", num_features=2, num_classes=3)
+    student, built = random_student("rbm", num_features=2, num_classes=3)
+    network = network_of(built, {name: tensor.numpy() for name, tensor in student.state_dict().items()})
     out = f"{tmp_path}/p.parquet"
-    write_parquet(out, predict(student, store), store.num_classes, store.id_type, store.class_names)
+    layout = Layout(store.num_classes, tuple(store.class_names))
+    write(out, "parquet", predict(network, ("feat",), store), layout, id_type(store))
     found = pq.read_table(out)
     assert found.schema.field("node_id").type == pa.uuid()
     ids = [each.bytes for each in found["node_id"].to_pylist()]
