@@ -164,9 +164,9 @@ def test_no_cluster_is_one_message(bad_input: Path, tmp_path: Path) -> None:
 def test_a_server_that_says_nothing_has_a_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         script = (
-            "from launch import submit; submit._REQUEST_TIMEOUT_S = (1, 1)\n"
-            f"try: submit._connect('http://127.0.0.1:{mute.getsockname()[1]}')\n"
-            "except submit.RunError as error: print(error)"
+            "from launch import jobs; jobs._REQUEST_TIMEOUT_S = (1, 1)\n"
+            f"try: jobs._connect('http://127.0.0.1:{mute.getsockname()[1]}')\n"
+            "except jobs.RunError as error: print(error)"
         )
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(30), check=True)
