@@ -15,6 +15,7 @@ from rbm_dist.errors import InputError
 
 Format = Literal["parquet", "csv"]
 _ENDINGS: dict[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv"}
+_GROUP_BYTES = 1 << 23  # of predictions that are written at once: a row group of Parquet
 _ALWAYS = ["node_id", "class"]  # columns of predictions
 
 
@@ -76,14 +77,19 @@ def write(
     """
     none = Predictions(pa.array([], id_type), np.empty((0, layout.num_classes), np.float32))
     schema = _as_text(layout.table(none)).schema if format_ == "csv" else layout.table(none).schema
-    rows = 0
+    rows, held = 0, list[pa.Table]()
     with storage.atomic_writer(url) as stream:
         sink = pa.PythonFile(_Sink(stream), mode="w")
         with pq.ParquetWriter(sink, schema) if format_ == "parquet" else pa.csv.CSVWriter(sink, schema) as writer:
             for chunk in chunks:
                 table = layout.table(chunk)
-                writer.write_table(_as_text(table) if format_ == "csv" else table)
+                held.append(_as_text(table) if format_ == "csv" else table)
                 rows += len(chunk.node_id)
+                if sum(each.nbytes for each in held) >= _GROUP_BYTES:
+                    writer.write_table(pa.concat_tables(held))
+                    held.clear()
+            if held:
+                writer.write_table(pa.concat_tables(held))
     return rows
 
 

@@ -25,7 +25,7 @@ from rbm_dist.serve.prediction_files import Predictions
 from rbm_dist.sources import node_ids, npy_files, pieces, table_files
 from rbm_dist.sources.pieces import At, Columns, TableFile, file_name
 
-_VALUES = 1 << 21  # features in a batch
+_VALUES = 1 << 20  # features in a batch
 _ROWS = 1 << 16  # in a batch, at most
 _DEADLINE_S = 600.0  # for a batch to be read
 _COMPRESSION = 4  # how much smaller text is when it is compressed, about

@@ -34,7 +34,8 @@ _FORMATS = {".parquet": "Parquet", ".pq": "Parquet", ".npy": "npy"} | dict.fromk
 _NUMBER = re.compile(r"(\d+)")
 _PARTITION = re.compile(r"([^=/]+)=([^/]*)")
 _LARGE_GROUP = 1 << 26  # bytes of a row group of Parquet, beyond which its columns are read some at a time
-_LEAST_BUFFER = 1 << 16
+_BUFFERS = 1 << 26  # bytes of all columns' pieces of a remote file, where each is a request
+_LEAST_BUFFER = 1 << 16  # bytes of a column that are read at once
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -258,9 +259,14 @@ def _parquet_batches(piece: Piece, names: list[str], rows: int) -> Iterator[pa.R
         for group in range(*piece.groups):
             file = whole
             if metadata.row_group(group).total_byte_size > _LARGE_GROUP:  # it would be held whole, too
-                some = max(_LEAST_BUFFER, _LARGE_GROUP // metadata.num_columns)
-                file = pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, buffer_size=some)
+                file = pq.ParquetFile(
+                    stream, metadata=metadata, pre_buffer=False, buffer_size=_buffer(piece, len(names))
+                )
             yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
+
+
+def _buffer(piece: Piece, columns: int) -> int:
+    return _LEAST_BUFFER if storage.is_local(piece.file) else max(_LEAST_BUFFER, _BUFFERS // max(1, columns))
 
 
 def ranges(files: list[str], names: Sequence[str]) -> dict[str, tuple[float, float, int]]:
