@@ -8,104 +8,28 @@ a cluster, and torch only for the nodes of a graph.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from rbm_dist import __version__, storage
+from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.serve.loaded import LoadedStudent, load
 from rbm_dist.serve.prediction_files import Format, Layout, Predictions, format_of, refuse_other_file, write
-from rbm_dist.serve.tables import NodeTable, ReadOptions, open_tables, predictions
-from rbm_dist.serve.unseen import EdgeOptions, Encoder, NewEdges, encodings_of, new_edges, open_known
+from rbm_dist.serve.prediction_folder import PredictionFolder, write_once
+from rbm_dist.serve.tables import ReadOptions, open_tables
+from rbm_dist.serve.unseen import EdgeOptions, encodings_of, new_edges
 from rbm_dist.sources import table_files
 from rbm_dist.sources.pieces import file_name, folder_of
+from rbm_dist.stages.prediction_jobs import Job, PartJob, TableJob, known_graph, opened_graph
 
-MANIFEST = "predictions.json"
-_WORK = "_work"  # below a folder of predictions, while it is filled
 _TIMEOUT_S = 3600.0  # for the next file of a cluster
 _LOOP = "predict"
 OnRows = Callable[[int], None]
-
-
-class Job(Protocol):
-    """One file or part, as a task is given it."""
-
-    @property
-    def stamp(self) -> list[Any]:
-        """What tells it from one that was there before."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """About, where it is not known before it is read."""
-        ...
-
-    def chunks(self, first_row: int = 0) -> Iterator[Predictions]:
-        """Its predictions, in order. first_row: the number of its first row, where ids are row numbers."""
-        ...
-
-    def id_type(self) -> pa.DataType:
-        """The type of ids in its predictions."""
-        ...
-
-
-@dataclass(frozen=True)
-class TableJob:
-    """A file of new nodes."""
-
-    model: str
-    kind: str
-    digest: str
-    table: NodeTable
-    run: str | None = None  # whose graph edges lead to
-    edges: NewEdges | None = None
-
-    @property
-    def stamp(self) -> list[Any]:
-        return list(self.table.stamp)
-
-    @property
-    def rows(self) -> int:
-        return self.table.rows
-
-    def id_type(self) -> pa.DataType:
-        return self.table.written_id
-
-    def chunks(self, first_row: int = 0) -> Iterator[Predictions]:
-        student = _student(self.model, self.kind, self.digest)
-        encode = None
-        if self.run is not None and self.edges is not None:
-            encode = Encoder(
-                _known(self.run, self.model, self.kind, self.digest), self.edges, encodings_of(student.model)
-            )
-        return predictions(student, self.table, encode, first_row)
-
-
-@dataclass(frozen=True)
-class PartJob:
-    """A part of a run's graph."""
-
-    run: str
-    kind: str
-    part: int
-    rows: int
-    stamp: list[Any]
-
-    def id_type(self) -> pa.DataType:
-        from rbm_dist.serve.predictor import id_type
-
-        return id_type(_graph(self.run, self.kind)[2])
-
-    def chunks(self, first_row: int = 0) -> Iterator[Predictions]:
-        from rbm_dist.serve.predictor import predict
-
-        return predict(*_graph(self.run, self.kind), [self.part])
 
 
 @dataclass(frozen=True)
@@ -115,11 +39,11 @@ class Output:
     url: str
     format: Format
     is_file: bool
-    layout: Layout
+    top_k: int | None
 
     @classmethod
-    def of(cls, out: str, wanted: Format | None, layout: Layout) -> "Output":
-        """`out`: a file, if it ends as one, else a folder. Raises `InputError` for a file of another format."""
+    def of(cls, out: str, wanted: Format | None, top_k: int | None, address: str | None) -> "Output":
+        """`out`: a file, if it ends as one, else a folder. Raises `InputError` for what cannot be written there."""
         url, found = storage.absolute(out), format_of(out)
         if wanted and found and wanted != found:
             raise InputError(f"{out}: ends as {found}, but --format says {wanted}; change one of the two")
@@ -128,7 +52,16 @@ class Output:
                 f"{out}: predictions are written as Parquet or CSV; name a file that ends in .parquet, .pq or .csv, or "
                 "a folder, with a / behind it (--out)"
             )
-        return cls(url.rstrip("/"), found or wanted or "parquet", found is not None, layout)
+        if found is not None:
+            refuse_other_file(url)
+            if address:
+                raise InputError(f"{out}: a cluster writes a file for each input; name a folder (--out)")
+        return cls(url.rstrip("/"), found or wanted or "parquet", found is not None, top_k)
+
+    def write(self, url: str, chunks: Iterator[Predictions], student: LoadedStudent, id_type: pa.DataType) -> int:
+        """Write one file; gives its rows."""
+        layout = Layout(student.model.num_classes, student.class_names, self.top_k)
+        return write(url, self.format, chunks, layout, id_type)
 
 
 def predict_tables(
@@ -138,8 +71,7 @@ def predict_tables(
     """Predictions for the rows of tables; gives how many. Raises `InputError` or `RunError`."""
     model, nodes = storage.absolute(model), storage.absolute(nodes)
     student = load(model, kind)
-    output = Output.of(out, format_, Layout(student.model.num_classes, student.class_names, top_k))
-    _refuse_place(output, address)
+    output = Output.of(out, format_, top_k, address)
     needed = encodings_of(student.model)
     if needed and edges is None:
         raise InputError(
@@ -158,15 +90,18 @@ def predict_tables(
         "options": _options(output) | asdict(reading) | {"edges": None},
     }
     if edges:
-        stamps = [list(stamp) for stamp in table_files.find(edges.edges, "--edges")]
-        graph = storage.file_info(storage.join(edges.run, "graph", "graph.json"))["sha256"] if needed else ""
-        store = _known(edges.run, model, kind, student.digest)
+        edges = replace(edges, edges=storage.absolute(edges.edges), run=storage.absolute(edges.run))
+        store = known_graph(edges.run, model, kind, student.digest)
+        identity["options"]["edges"] = {
+            "files": [list(stamp) for stamp in table_files.find(edges.edges, "--edges")],
+            "columns": [edges.src, edges.dst], "unknown_nodes": edges.unknown_nodes,
+            "graph": [_checksum(store.url, f"{name}.json") for name in ("graph", *needed)],
+        }  # fmt: skip
         found = new_edges(tables, store, edges, reading)
         jobs = [
             TableJob(model, kind, student.digest, table, edges.run, own)
             for table, own in zip(tables, found, strict=True)
         ]
-        identity["options"]["edges"] = asdict(edges) | {"files": stamps, "graph": graph}
     names = {_output_name(job.table.file.url, nodes, output.format): job for job in jobs}
     return _predict(output, names, identity, console, address, overwrite)
 
@@ -181,31 +116,27 @@ def predict_graph(
     from rbm_dist.stages.finished import verify_student
 
     run = storage.absolute(run)
-    output = Output.of(out, format_, Layout(1, None, top_k))
-    _refuse_place(output, address)
+    output = Output.of(out, format_, top_k, address)
     verify_student(run, kind, ID_ARRAYS)
     student = load(run, kind)
-    layout = Layout(student.model.num_classes, student.class_names, top_k)
-    output = Output(output.url, output.format, output.is_file, layout)
-    _, _, store = _graph(run, kind)
-    graph = storage.file_info(storage.join(run, "graph", "graph.json"))["sha256"]
+    _, _, store = opened_graph(run, kind)
+    graph = _checksum(store.url, "graph.json")
     names = {
-        f"{part_name(part)}.{output.format}": PartJob(run, kind, part, len(store.ids(part)), [part_name(part), graph])
+        f"{part_name(part)}.{output.format}": PartJob(
+            run, kind, student.digest, part, len(store.ids(part)), [part_name(part), graph]
+        )
         for part in range(store.num_parts)
     }
     identity = {"model": {"name": student.name, "digest": student.digest}, "options": _options(output)}
     return _predict(output, names, identity, console, address, overwrite)
 
 
-def _refuse_place(output: Output, address: str | None) -> None:
-    if output.is_file:
-        refuse_other_file(output.url)
-        if address:
-            raise InputError(f"{output.url}: a cluster writes a file for each input; name a folder (--out)")
+def _checksum(folder: str, name: str) -> str:
+    return str(storage.file_info(storage.join(folder, name))["sha256"])
 
 
 def _options(output: Output) -> dict[str, Any]:
-    return {"format": output.format, "top_k": output.layout.top_k}
+    return {"format": output.format, "top_k": output.top_k}
 
 
 def _output_name(file: str, nodes: str, format_: Format) -> str:
@@ -225,7 +156,8 @@ def _predict(
     if output.is_file:
         with _here(console) as bars:
             return _joined(output, list(jobs.values()), _Progress(bars, sum(job.rows for job in jobs.values())))
-    planned = _Folder(output, identity).plan(jobs, overwrite)
+    folder = PredictionFolder(output.url, identity)
+    planned = folder.plan({name: job.stamp for name, job in jobs.items()}, overwrite)
     todo = [(output, name, jobs[name]) for name, entry in planned.items() if name in jobs and entry["rows"] is None]
     if len(todo) < len(jobs):
         console.print(f"  {len(jobs) - len(todo):,} of {len(jobs):,} files: done before", highlight=False)
@@ -238,7 +170,7 @@ def _predict(
             rows = [_once(*each, progress) for each in todo]
     for (_, name, _), found in zip(todo, rows, strict=True):
         planned[name]["rows"] = found
-    _Folder(output, identity).finish(planned)
+    folder.finish(planned)
     return sum(planned[name]["rows"] for name in jobs)
 
 
@@ -267,7 +199,7 @@ def _joined(output: Output, jobs: Sequence[Job], on_rows: OnRows) -> int:
                 ids = found.node_id if found.node_id.type == kind else table_files.cast(found.node_id, kind)
                 yield Predictions(ids, found.probability_nC)
 
-    return write(output.url, output.format, _told(chunks(), on_rows), output.layout, kind)
+    return output.write(output.url, _told(chunks(), on_rows), jobs[0].student(), kind)
 
 
 def _told(chunks: Iterator[Predictions], on_rows: OnRows) -> Iterator[Predictions]:
@@ -289,14 +221,11 @@ class _Progress:
 
 def _once(output: Output, name: str, job: Job, on_rows: OnRows) -> int:
     """Write one file of a folder, unless that was done before; gives its rows."""
-    url, record = storage.join(output.url, name), storage.join(output.url, _WORK, f"{name}.json")
-    if not storage.exists(url):
-        storage.remove(record)
 
-    def work() -> int:
-        return write(url, output.format, _told(job.chunks(), on_rows), output.layout, job.id_type())
+    def work(url: str) -> int:
+        return output.write(url, _told(job.chunks(), on_rows), job.student(), job.id_type())
 
-    return storage.once(record, work)
+    return write_once(output.url, name, work)
 
 
 def _on_cluster(todo: list[tuple[Output, str, Job]], total: int, console: Console, address: str) -> list[int]:
@@ -317,96 +246,3 @@ def _on_cluster(todo: list[tuple[Output, str, Job]], total: int, console: Consol
 def _task(output: Output, name: str, job: Job, reporter: Any, total: int) -> int:
     with threadpool_limits(1):
         return _once(output, name, job, lambda rows: reporter.add(_LOOP, rows, total, "rows"))
-
-
-class _Folder:
-    """A folder of predictions and its `predictions.json`."""
-
-    def __init__(self, output: Output, identity: dict[str, Any]):
-        self._url, self._identity = output.url, identity
-        self._path = storage.join(output.url, MANIFEST)
-
-    def plan(self, jobs: Mapping[str, Job], overwrite: bool) -> dict[str, dict[str, Any]]:
-        """Note what is going to be written; gives per file its input and its rows, None where it is still to be made.
-
-        Raises `InputError` if other files are in the way, or, unless they may be overwritten, those of another model,
-        other options or an input that has changed.
-        """
-        storage.remove_temporary(self._url)
-        known = self._known()
-        if known is None:
-            for name in jobs:
-                if storage.exists(storage.join(self._url, name)):
-                    raise InputError(
-                        f"{storage.join(self._url, name)}: is there, and no {MANIFEST} says that it holds predictions; "
-                        "name another folder (--out)"
-                    )
-            files: dict[str, dict[str, Any]] = {}
-        else:
-            files = known["files"]
-            differing = [key for key in self._identity if known.get(key) != self._identity[key]]
-            changed = [name for name, job in jobs.items() if name in files and files[name]["input"] != job.stamp]
-            if (differing or changed) and not overwrite:
-                what = self._difference(known, differing) if differing else f"{jobs[changed[0]].stamp[0]} was changed"
-                raise InputError(
-                    f"{self._url}: holds other predictions: {what}. Name another folder, or give --overwrite to make "
-                    "them again"
-                )
-            for name in list(files) if differing else changed:
-                storage.remove(storage.join(self._url, name))
-                storage.remove(storage.join(self._url, _WORK, f"{name}.json"))
-                del files[name]
-        for name, job in jobs.items():
-            if name not in files or not storage.exists(storage.join(self._url, name)):
-                files[name] = {"input": job.stamp, "rows": None}
-        self._write(files)
-        return files
-
-    def finish(self, files: dict[str, dict[str, Any]]) -> None:
-        """All files are there."""
-        self._write(files)
-        work = storage.join(self._url, _WORK)
-        if storage.exists(work):
-            storage.remove_work(work)
-
-    def _write(self, files: dict[str, dict[str, Any]]) -> None:
-        made = self._identity | {"predictions": True, "rbm_dist": __version__, "files": files}
-        storage.write_json(self._path, made)
-
-    def _known(self) -> dict[str, Any] | None:
-        if not storage.exists(self._path):
-            return None
-        found = storage.read_json(self._path)
-        if not isinstance(found, dict) or not found.get("predictions") or not isinstance(found.get("files"), dict):
-            raise InputError(f"{self._path}: is not that of predictions; name another folder (--out)")
-        return found
-
-    def _difference(self, known: dict[str, Any], keys: list[str]) -> str:
-        then, now = known.get(keys[0]) or {}, self._identity[keys[0]]
-        key = next((key for key in now if then.get(key) != now[key]), "")
-        return f"{keys[0]}.{key}: {then.get(key)} there, {now.get(key)} now"
-
-
-@lru_cache(1)
-def _student(model: str, kind: str, digest: str) -> LoadedStudent:
-    found = load(model, kind)
-    if found.digest != digest:
-        raise InputError(f"{model}: the student was changed while it was at work; start again")
-    return found
-
-
-@lru_cache(1)
-def _known(run: str, model: str, kind: str, digest: str) -> Any:
-    return open_known(run, _student(model, kind, digest).model)
-
-
-@lru_cache(1)
-def _graph(run: str, kind: str) -> tuple[Any, tuple[str, ...], Any]:
-    """The network of a run's student, its inputs, and the graph."""
-    from rbm_dist.graph.store import GraphStore
-    from rbm_dist.serve.from_run import read_run
-    from rbm_dist.serve.network import network_of
-
-    model, tensors = read_run(run, kind)
-    network = network_of(model.network.model_dump(), tensors, few=1)
-    return network, model.network.inputs, GraphStore.open(storage.join(run, "graph"))

@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from launch import submit
 from rbm_dist.config.load import flatten, load
 from tests.patience import patient
+from tests.serve.test_tables import columns, write_model
+from tests.sources.table_input import save
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
@@ -97,12 +100,15 @@ def answers(address: str) -> bool:
 
 
 class Submitted:
-    """`launch/submit.sh` in a process of its own; what it prints is kept."""
+    """`launch/submit.sh`, or another script, in a process of its own; what it prints is kept."""
 
-    def __init__(self, *arguments: str, address: str, folder: Path, environment: dict[str, str] | None = None):
+    def __init__(
+        self, *arguments: str, address: str, folder: Path, environment: dict[str, str] | None = None,
+        script: str = "submit.sh",
+    ):  # fmt: skip
         environment = (environment or dict(os.environ)) | {"PYTHON": sys.executable, "RAY_API_SERVER_ADDRESS": address}
         self.process = subprocess.Popen(
-            [ROOT / "launch" / "submit.sh", *arguments],
+            [ROOT / "launch" / script, *arguments],
             cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -184,6 +190,26 @@ def test_a_run_shows_its_progress_and_writes_its_results(cluster: Cluster, tmp_p
     for stage in ["source", "partition", "teacher", "soft_labels", "student", "evaluate"]:
         assert out.count(f"✓ {stage}: ") == 1
     assert (tmp_path / "out" / "results.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(patient(120))
+def test_predictions_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    write_model(f"{tmp_path}/student")
+    save(f"{tmp_path}/in/nodes.parquet", columns())
+
+    def submitted(*more: str) -> tuple[int, str, str]:
+        arguments = ("student", "--nodes", "in/*.parquet", "--out", "out/", *more)
+        options = {"address": cluster.address, "folder": tmp_path, "environment": cluster.environment}
+        return Submitted(*arguments, **options, script="predict.sh").wait(timeout=patient(60))
+
+    code, out, errors = submitted("--top-k", "2")
+    assert code == 0, out + errors
+    assert f"results in {tmp_path}/out" in out
+    assert "top_classes" in pq.read_schema(tmp_path / "out/nodes.parquet").names
+    code, out, _ = submitted()
+    assert code == 2
+    assert "holds other predictions" in " ".join(out.split())
 
 
 class Unreliable(http.server.BaseHTTPRequestHandler):
