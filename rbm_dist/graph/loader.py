@@ -40,8 +40,12 @@ class Prefetch(Generic[T]):
         self._missed = False  # a deadline
 
     def __enter__(self) -> Iterator[T]:
-        self._submit(self._depth)
-        self._thread.start()
+        try:
+            self._submit(self._depth)
+            self._thread.start()
+        except BaseException as error:  # an interrupt: nobody calls __exit__ then
+            self.__exit__(type(error), error, None)
+            raise
         return self._results()
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
@@ -49,7 +53,7 @@ class Prefetch(Generic[T]):
             future.cancel()
         self._ahead.clear()
         self._queue.put(None)
-        if not self._missed:  # else it would be waited for twice
+        if not self._missed and self._thread.ident is not None:  # else it would be waited for twice, or never started
             self._thread.join(self._timeout_s)
             if self._thread.is_alive() and error is None:
                 raise self._miss()

@@ -1,6 +1,6 @@
 """Predictions of a student for the nodes of a run's graph, with the caller's own node ids."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import pyarrow as pa
 
@@ -18,7 +18,7 @@ _ROWS = 16_384
 
 def predict(
     network: Network | Networks, inputs: tuple[str, ...], store: GraphStore, parts: Iterable[int] | None = None
-) -> Iterator[Predictions]:
+) -> Generator[Predictions, None, None]:
     """Predictions for the nodes of some parts (default: all), in chunks, part by part. inputs: the arrays of a row."""
     for part in range(store.num_parts) if parts is None else parts:
         ids, orig_id = store.ids(part), store.array(ORIG_NAME if store.named else "orig_id", part)

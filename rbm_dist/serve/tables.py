@@ -5,7 +5,7 @@ is imported. While one batch is computed, a thread reads the next.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -102,7 +102,7 @@ def open_tables(
 
 def predictions(
     student: LoadedStudent, table: NodeTable, encode: Encode | None = None, first_row: int = 0
-) -> Iterator[Predictions]:
+) -> Generator[Predictions, None, None]:
     """Predictions for the rows of a file, in chunks and in order.
 
     encode: gives the inputs that come from edges. first_row: the number of its first row, where ids are row numbers.

@@ -7,7 +7,7 @@ a cluster, and torch only for the nodes of a graph.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from rbm_dist.serve.tables import ReadOptions, open_tables
 from rbm_dist.serve.unseen import EdgeOptions, encodings_of, new_edges
 from rbm_dist.sources import table_files
 from rbm_dist.sources.pieces import file_name, folder_of
-from rbm_dist.stages.prediction_jobs import Job, PartJob, TableJob, known_graph, opened_graph
+from rbm_dist.stages.prediction_jobs import Chunks, Job, PartJob, TableJob, known_graph, opened_graph
 
 _TIMEOUT_S = 3600.0  # for the next file of a cluster
 _LOOP = "predict"
@@ -58,10 +58,11 @@ class Output:
                 raise InputError(f"{out}: a cluster writes a file for each input; name a folder (--out)")
         return cls(url.rstrip("/"), found or wanted or "parquet", found is not None, top_k)
 
-    def write(self, url: str, chunks: Iterator[Predictions], student: LoadedStudent, id_type: pa.DataType) -> int:
+    def write(self, url: str, chunks: Chunks, student: LoadedStudent, id_type: pa.DataType) -> int:
         """Write one file; gives its rows."""
         layout = Layout(student.model.num_classes, student.class_names, self.top_k)
-        return write(url, self.format, chunks, layout, id_type)
+        with closing(chunks):  # at once: a thread that still reads while the interpreter ends may hold it for ever
+            return write(url, self.format, chunks, layout, id_type)
 
 
 def predict_tables(
@@ -191,21 +192,23 @@ def _joined(output: Output, jobs: Sequence[Job], on_rows: OnRows) -> int:
             raise InputError(f"{output.url}: ids of {kind} and of {other} cannot be joined; name a folder (--out)")
         kind = both
 
-    def chunks() -> Iterator[Predictions]:
+    def chunks() -> Chunks:
         row = 0
         for job in jobs:
-            for found in job.chunks(row):
-                row += len(found.node_id)
-                ids = found.node_id if found.node_id.type == kind else table_files.cast(found.node_id, kind)
-                yield Predictions(ids, found.probability_nC)
+            with closing(job.chunks(row)) as of_one:
+                for found in of_one:
+                    row += len(found.node_id)
+                    ids = found.node_id if found.node_id.type == kind else table_files.cast(found.node_id, kind)
+                    yield Predictions(ids, found.probability_nC)
 
     return output.write(output.url, _told(chunks(), on_rows), jobs[0].student(), kind)
 
 
-def _told(chunks: Iterator[Predictions], on_rows: OnRows) -> Iterator[Predictions]:
-    for found in chunks:
-        yield found
-        on_rows(len(found.node_id))
+def _told(chunks: Chunks, on_rows: OnRows) -> Chunks:
+    with closing(chunks):
+        for found in chunks:
+            yield found
+            on_rows(len(found.node_id))
 
 
 class _Progress:

@@ -3,10 +3,10 @@
 Jobs travel to other processes; what they open (a student, a graph) is opened once in each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -20,6 +20,8 @@ from rbm_dist.serve.unseen import Encoder, NewEdges, encodings_of, open_known
 if TYPE_CHECKING:
     from rbm_dist.graph.store import GraphStore
     from rbm_dist.serve.network import Network, Networks
+
+Chunks: TypeAlias = Generator[Predictions, None, None]
 
 
 class Job(Protocol):
@@ -35,7 +37,7 @@ class Job(Protocol):
         """About, where it is not known before it is read."""
         ...
 
-    def chunks(self, first_row: int = 0) -> Iterator[Predictions]:
+    def chunks(self, first_row: int = 0) -> Chunks:
         """Its predictions, in order. first_row: the number of its first row, where ids are row numbers."""
         ...
 
@@ -73,7 +75,7 @@ class TableJob:
     def student(self) -> LoadedStudent:
         return _student(self.model, self.kind, self.digest)
 
-    def chunks(self, first_row: int = 0) -> Iterator[Predictions]:
+    def chunks(self, first_row: int = 0) -> Chunks:
         student = self.student()
         encode = None
         if self.run is not None and self.edges is not None:
@@ -102,7 +104,7 @@ class PartJob:
     def student(self) -> LoadedStudent:
         return _student(self.run, self.kind, self.digest)
 
-    def chunks(self, first_row: int = 0) -> Iterator[Predictions]:
+    def chunks(self, first_row: int = 0) -> Chunks:
         from rbm_dist.serve.predictor import predict
 
         return predict(*opened_graph(self.run, self.kind), [self.part])
