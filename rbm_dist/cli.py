@@ -162,6 +162,57 @@ def export(
 
 
 @app.command()
+def compress(
+    student: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported student.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The folder to write.", show_default=False)],
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in int8: a quarter of the bytes.")] = False,
+    prune: Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the N experts that do most.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The MLP that the experts average to.")] = False,
+    max_loss: Annotated[float, typer.Option(min=0, help="Points of validation accuracy that it may cost.")] = 0.5,
+    run: Annotated[str | None, typer.Option(help="Measure on the validation nodes of the run it is of.")] = None,
+    nodes: Annotated[str | None, typer.Option(help="Measure on a table of rows with labels.")] = None,
+    label: Annotated[str, typer.Option(help="That table's column of classes.")] = "label",
+) -> None:
+    """Make a smaller student of an exported one. Exit code 1: it would lose too much, and nothing is written.
+
+    There is no low-rank form: it costs a row more than a whole expert does, see docs/compression.md.
+    """
+    from rbm_dist import storage
+    from rbm_dist.report.compression_table import compression_table
+    from rbm_dist.serve import compress as compress_
+    from rbm_dist.serve import format as format_
+    from rbm_dist.serve import validation
+    from rbm_dist.serve.loaded import read_weights
+
+    if int8 + merge + (prune is not None) != 1:
+        raise InputError("say what to do: one of --int8, --prune N and --merge")
+    if (run is None) == (nodes is None):
+        raise InputError("say what to measure on: the run that the student is of (--run) or labelled rows (--nodes)")
+    url, target = storage.absolute(student), storage.absolute(out)
+    if url == target:
+        raise InputError(f"{out}: is the student itself; name another folder (--out)")
+    model = format_.read(url)
+    tensors = read_weights(url, model)
+    if run is not None:
+        from rbm_dist.stages.finished import open_student
+
+        labelled = validation.from_graph(open_student(run, model.name, ("label", "split"))[1], model)
+    else:
+        assert nodes is not None
+        labelled = validation.from_table(nodes, label, model, tensors)
+    if int8:
+        smaller = compress_.in_int8(model, tensors)
+    elif prune is not None:
+        smaller = compress_.pruned(model, tensors, prune, labelled.rows_BD)
+    else:
+        smaller = compress_.merged(model, tensors)
+    made = compress_.compress(target, (model, tensors), smaller, labelled, max_loss)
+    assert made.compressed is not None
+    Console().print(compression_table(made.compressed))
+    Console().print(f"{student} → {out}: {', '.join(made.files)}", highlight=False)
+
+
+@app.command()
 def predict(
     run: Annotated[
         str, typer.Argument(metavar="RUN_OR_FOLDER", help="A finished run, or an exported student.", show_default=False)

@@ -1,5 +1,6 @@
 """The model card of an exported student: what it is, what it was learned from, how good it is, how it is asked."""
 
+from rbm_dist.report.compression_table import compression_rows
 from rbm_dist.report.table import NAMES
 from rbm_dist.serve.format import Column, ModelFile
 
@@ -25,14 +26,16 @@ def model_card(model: ModelFile) -> str:
         "",
     ]  # fmt: skip
     if "accuracy" in made:
+        this = "before it was compressed" if model.compressed else "this student"
         splits = [split for split, value in made["accuracy"].items() if value is not None]
         lines += ["| accuracy | " + " | ".join(splits) + " |", "|---|" + "---|" * len(splits)]
-        for name, figures in (("this student", made["accuracy"]), ("its teacher", made["teacher_accuracy"])):
+        for name, figures in ((this, made["accuracy"]), ("its teacher", made["teacher_accuracy"])):
             shown = (f"{100 * figures[split]:.1f} %" if figures.get(split) is not None else "–" for split in splits)
             lines.append(f"| {name} | {' | '.join(shown)} |")
         lines.append("")
     if model.compressed:
-        lines += ["**Compressed**: " + ", ".join(f"{key} {value}" for key, value in model.compressed.items()), ""]
+        lines += [f"| compressed: {model.compressed['method']} | before | after |", "|---|---:|---:|"]
+        lines += [f"| {' | '.join(row)} |" for row in compression_rows(model.compressed)] + [""]
     lines += ["## Columns", "", *_columns(model), "", "## Use", "", *_use(model), ""]
     assert network.inputs
     return "\n".join(lines)

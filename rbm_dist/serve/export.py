@@ -4,7 +4,7 @@ The ONNX file is compared with torch before anything is written: one row, which 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save as save_tensors
@@ -14,6 +14,9 @@ from rbm_dist.errors import InputError, RunError
 from rbm_dist.serve import format as format_
 from rbm_dist.serve.card import model_card
 from rbm_dist.serve.format import ModelFile
+
+if TYPE_CHECKING:
+    from rbm_dist.models.student import Student
 
 _COMPARED = (1, 64, 3)  # rows at once
 _TOLERANCE = 1e-4  # of a probability
@@ -100,24 +103,33 @@ def drawn_inputs(
     return inputs
 
 
+def torch_student(model: ModelFile, tensors: Mapping[str, np.ndarray]) -> "Student":
+    """The network that was trained, from an exported student's weights in float32."""
+    import torch
+
+    from rbm_dist.serve.artifact import empty_student
+
+    student = empty_student(**model.network.model_dump())
+    student.load_state_dict(
+        {name: torch.from_numpy(np.array(each)) for name, each in tensors.items() if not name.startswith("scaling.")}
+    )
+    return student.eval()
+
+
 def _by_torch(
     model: ModelFile, tensors: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities by the network that was trained, and which rows are far enough from another choice of experts."""
     import torch
 
-    from rbm_dist.serve.artifact import empty_student
     from rbm_dist.sources.scaling import Scaling
 
-    student = empty_student(**model.network.model_dump())
-    student.load_state_dict(
-        {name: torch.from_numpy(np.array(each)) for name, each in tensors.items() if not name.startswith("scaling.")}
-    )
+    student = torch_student(model, tensors)
     fill_F, shift_F, factor_F = tensors["scaling.columns"]
     scaling = Scaling(fill_F, shift_F, factor_F, model.features.rows, tensors["scaling.indicators"])
     rows = [scaling.apply(each) if name == "feat" else each for name, each in inputs.items()]
     with torch.inference_mode():
-        logits_BC, traces = student.eval()(torch.from_numpy(np.concatenate(rows, axis=1)))
+        logits_BC, traces = student(torch.from_numpy(np.concatenate(rows, axis=1)))
     clear_B = np.ones(len(logits_BC), bool)
     for trace, memory_ED in zip(traces, student.memories, strict=False):
         cosines_BE = (

@@ -162,16 +162,16 @@ class NativeEngine:
         """See `Engine`."""
         from rbm_dist.serve import kernels
 
-        logits_BC = self._network.logits(self._scaled(inputs))
+        logits_BC = self._network.logits(self.scaled(inputs))
         kernels.softmax(logits_BC)
         return logits_BC
 
     def routings(self, inputs: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """See `Engine`."""
-        routings = self._network.routings(self._scaled(inputs))
+        routings = self._network.routings(self.scaled(inputs))
         return [{"experts": each.expert_Bk, "weights": each.weight_Bk, "cosines": each.cosine_Bk} for each in routings]
 
-    def _scaled(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def scaled(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         from rbm_dist.serve import kernels
 
         found = []
@@ -231,7 +231,7 @@ def load(url: str, model: str = "rbm", engine: EngineName = "auto") -> LoadedStu
             raise InputError(f"{url}: a run has no ONNX file; make one: rbm-dist export {url} --out FOLDER")
         return LoadedStudent(facts, NativeEngine(facts, tensors), digest(tensors))
     facts = format_.read(url)
-    if engine == "onnx" or (engine == "auto" and not _has_native(facts)):
+    if engine == "onnx" or (engine == "auto" and not _has_native()):
         from rbm_dist.serve.onnx_engine import OnnxEngine
 
         data = _verified(url, format_.ONNX, facts)
@@ -260,9 +260,7 @@ def digest(tensors: Tensors) -> str:
     return found.hexdigest()[:12]
 
 
-def _has_native(facts: ModelFile) -> bool:
-    if facts.compressed and facts.compressed.get("engine") == "onnx":
-        return False
+def _has_native() -> bool:
     try:
         import numba  # noqa: F401
     except ImportError:

@@ -41,7 +41,7 @@ class Routing:
 class Layer:
     """A layer as it is computed: experts (one: a plain layer), who chooses among them, and the norm behind."""
 
-    weight_EDO: np.ndarray
+    weight_EDO: np.ndarray  # int8 if they have scales
     bias_EO: np.ndarray
     keys_PE: np.ndarray | None  # what a row is compared with; None: it goes where it went in the layer before
     projection_DP: np.ndarray | None  # before it is compared
@@ -50,6 +50,27 @@ class Layer:
     norm: int
     gain_2O: np.ndarray  # gain and offset of the norm behind it
     temperature: float = 1.0  # that scores were divided by: times it they are cosines
+    scale_ED: np.ndarray | None = None  # what each row of the experts' weights is to be multiplied by
+
+    def all_in_full(self) -> np.ndarray:
+        """The weights `[E, D, O]` as they are multiplied with."""
+        return self.weight_EDO if self.scale_ED is None else self.weight_EDO * self.scale_ED[:, :, None]
+
+    def in_full(self, expert: int) -> np.ndarray:
+        """`[D, O]`, those of one expert."""
+        if self.scale_ED is None:
+            return self.weight_EDO[expert]
+        full_DO = np.empty(self.weight_EDO.shape[1:], self.scale_ED.dtype)
+        kernels.in_full(self.weight_EDO[expert], self.scale_ED[expert], full_DO)
+        return full_DO
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the matrix products of one row, routing included."""
+        experts, width, outputs = self.weight_EDO.shape
+        routing = 0 if self.keys_PE is None else self.keys_PE.size
+        routing += 0 if self.projection_DP is None else self.projection_DP.size
+        return routing + min(self.top_k, experts) * width * outputs
 
 
 class Network:
@@ -57,7 +78,7 @@ class Network:
 
     def __init__(self, layers: list[Layer], few: int | None = None):
         """few: up to how many rows go one by one; None: measured when it is first asked."""
-        self.dtype = layers[0].weight_EDO.dtype
+        self.dtype = layers[0].bias_EO.dtype
         self.width, self.num_classes = layers[0].weight_EDO.shape[1], layers[-1].weight_EDO.shape[2]
         self._few = few
         self._flat, self._table_LT, self._layers = _packed(layers)
@@ -128,7 +149,7 @@ class Network:
         for index, layer in enumerate(self._layers):
             last = index == len(self._layers) - 1
             y_nO = out_nC if last else np.empty((len(out_nC), layer.weight_EDO.shape[2]), self.dtype)
-            _product(x_nD, row_n if index == 0 else None, layer.weight_EDO[expert], y_nO)
+            _product(x_nD, row_n if index == 0 else None, layer.in_full(expert), y_nO)
             norm = kernels.NO_NORM if last else layer.norm
             kernels.add_bias(y_nO, layer.bias_EO[expert], norm, layer.gain_2O, not last)
             x_nD = y_nO
@@ -145,7 +166,7 @@ class Network:
             y_BO[:] = 0
             for expert, row_n, weight_n in groups:
                 out_nO = np.empty((len(row_n), y_BO.shape[1]), self.dtype)
-                _product(x_BD, row_n, layer.weight_EDO[expert], out_nO)
+                _product(x_BD, row_n, layer.in_full(expert), out_nO)
                 kernels.add_weighed(out_nO, layer.bias_EO[expert], row_n, weight_n, y_BO)
             if not last:
                 kernels.norm_and_relu(y_BO, layer.norm, layer.gain_2O)
@@ -252,36 +273,45 @@ def len_of(rows: Rows) -> int:
 
 def _dense(network: Facts, tensors: Tensors, layer: int) -> Layer:
     weight_OD, bias_O = tensors[f"layers.{layer}.linear.weight"], tensors[f"layers.{layer}.linear.bias"]
-    return Layer(weight_OD.T[None], bias_O[None], None, None, 1, False, *_norm(tensors, layer, len(bias_O)))
+    scale_D = tensors.get(f"layers.{layer}.linear.scale_D")
+    return Layer(
+        weight_OD.T[None], bias_O[None], None, None, 1, False, *_norm(tensors, layer, len(bias_O)),
+        scale_ED=None if scale_D is None else scale_D[None],
+    )  # fmt: skip
 
 
 def _routed(network: Facts, tensors: Tensors, layer: int) -> Layer:
     at = f"layers.{layer}"
     scale = np.exp(np.minimum(tensors[f"{at}.log_scale"], _MAX_SCALE))
-    weight_EDO, bias_EO = _experts(tensors, at)
+    weight_EDO, bias_EO, scale_ED = _experts(tensors, at, scale)
     memory_ED = tensors.get(f"{at}.memory_ED")
     temperature = network["routing_temperature"]
     keys = None if memory_ED is None else _unit(memory_ED).T / temperature
     norm = _norm(tensors, layer, bias_EO.shape[1])
-    return Layer(weight_EDO * scale, bias_EO * scale, keys, None, network["top_k"], False, *norm, temperature)
+    return Layer(weight_EDO, bias_EO * scale, keys, None, network["top_k"], False, *norm, temperature, scale_ED)
 
 
 def _gated(network: Facts, tensors: Tensors, layer: int) -> Layer:
     at = f"layers.{layer}"
-    weight_EDO, bias_EO = _experts(tensors, at)
+    weight_EDO, bias_EO, scale_ED = _experts(tensors, at)
     inverse = np.exp(np.minimum(tensors[f"{at}.log_inverse_temperature"], _MAX_SCALE))
     keys = _unit(tensors[f"{at}.gate_EP"]).T * inverse
     norm = _norm(tensors, layer, bias_EO.shape[1])
     projection_DP = tensors[f"{at}.projection_DP"]
-    return Layer(weight_EDO, bias_EO, keys, projection_DP, network["top_k"], True, *norm, float(1 / inverse))
+    temperature = float(1 / inverse)
+    return Layer(weight_EDO, bias_EO, keys, projection_DP, network["top_k"], True, *norm, temperature, scale_ED)
 
 
-def _experts(tensors: Tensors, at: str) -> tuple[np.ndarray, np.ndarray]:
+def _experts(tensors: Tensors, at: str, factor: Any = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Weights times `factor` and input attention, biases as they are, and the scales of weights in int8."""
     weight_EDO, bias_EO = tensors[f"{at}.experts.weight_LDO"], tensors[f"{at}.experts.bias_LO"]
+    scale_ED = tensors.get(f"{at}.experts.scale_LD")
     attention_ED = tensors.get(f"{at}.experts.log_attention_LD")
     if attention_ED is not None:
-        weight_EDO = weight_EDO * np.exp(np.minimum(attention_ED, _MAX_SCALE))[:, :, None]
-    return weight_EDO, bias_EO
+        factor = factor * np.exp(np.minimum(attention_ED, _MAX_SCALE))
+    if scale_ED is not None:
+        return weight_EDO, bias_EO, scale_ED * factor
+    return weight_EDO * (factor if attention_ED is None else factor[:, :, None]), bias_EO, None
 
 
 def _unit(rows_EP: np.ndarray) -> np.ndarray:
@@ -302,13 +332,14 @@ def _norm(tensors: Tensors, layer: int, outputs: int) -> tuple[int, np.ndarray]:
 
 def _packed(layers: list[Layer]) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
     """All weights as one flat array, the table of what is where, and the layers as views of it."""
-    dtype, size = layers[0].weight_EDO.dtype, 0
+    dtype, size = layers[0].bias_EO.dtype, 0
     table_LT = np.full((len(layers), kernels.TABLE_COLUMNS), -1, np.int64)
     arrays: list[tuple[int, np.ndarray]] = []
 
     def place(array: np.ndarray) -> int:
         nonlocal size
-        start, size = size, size + -(-array.size // 16) * 16  # at cache lines
+        items = -(-array.nbytes // dtype.itemsize) if array.dtype == np.int8 else array.size
+        start, size = size, size + -(-items // 16) * 16  # at cache lines
         arrays.append((start, array))
         return start
 
@@ -318,6 +349,7 @@ def _packed(layers: list[Layer]) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
         places = {kernels.WEIGHT: layer.weight_EDO, kernels.BIAS: layer.bias_EO, kernels.GAIN: layer.gain_2O}
         places |= {} if layer.keys_PE is None else {kernels.KEYS: layer.keys_PE}
         places |= {} if layer.projection_DP is None else {kernels.PROJECTION: layer.projection_DP}
+        places |= {} if layer.scale_ED is None else {kernels.SCALE: layer.scale_ED}
         for column, value in (sizes | {column: place(array) for column, array in places.items()}).items():
             row[column] = value
         row[kernels.PROJECTED] = 0 if layer.projection_DP is None else layer.projection_DP.shape[1]
@@ -325,14 +357,16 @@ def _packed(layers: list[Layer]) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
     flat = np.zeros(size, dtype)
     views = []
     for start, array in arrays:
-        flat[start : start + array.size] = array.reshape(-1)
-        views.append(flat[start : start + array.size].reshape(array.shape))
+        view = flat[start:].view(np.int8) if array.dtype == np.int8 else flat[start:]
+        views.append(view[: array.size].reshape(array.shape))
+        views[-1][...] = array
     found = iter(views)
     packed = []
     for layer in layers:
         weight, bias, gain = next(found), next(found), next(found)
         keys = None if layer.keys_PE is None else next(found)
         projection = None if layer.projection_DP is None else next(found)
+        scale = None if layer.scale_ED is None else next(found)
         packed.append(
             replace(
                 layer,
@@ -341,6 +375,7 @@ def _packed(layers: list[Layer]) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
                 keys_PE=keys,
                 projection_DP=projection,
                 gain_2O=gain.reshape(-1),
+                scale_ED=scale,
             )
         )
     return flat, table_LT, packed

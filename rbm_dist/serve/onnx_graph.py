@@ -127,7 +127,8 @@ def _network(graph: _Graph, layers: list[Layer], x: str, wide: bool) -> tuple[st
         if layer.keys_PE is not None:
             routers.append(_router(graph, layer, layer.keys_PE, x))
         if len(layer.weight_EDO) == 1:
-            x = graph.add("Gemm", [x, graph.constant(layer.weight_EDO[0]), graph.constant(layer.bias_EO[0])])
+            weight_DO = _weights(graph, layer.weight_EDO[0], None if layer.scale_ED is None else layer.scale_ED[0])
+            x = graph.add("Gemm", [x, weight_DO, graph.constant(layer.bias_EO[0])])
         else:
             x = _mixture(graph, layer, x, routers[-1], wide)
         if index < len(layers) - 1:
@@ -152,13 +153,15 @@ def _router(graph: _Graph, layer: Layer, keys_PE: np.ndarray, x: str) -> dict[st
 def _mixture(graph: _Graph, layer: Layer, x: str, router: dict[str, str], wide: bool) -> str:
     experts, width, outputs = layer.weight_EDO.shape
     bias_EO = graph.constant(layer.bias_EO)
-    if wide or experts <= _FEW_EXPERTS * layer.top_k:
-        weight_DP = graph.constant(layer.weight_EDO.transpose(1, 0, 2).reshape(width, -1))
+    if wide:
+        weight_DP = graph.constant(layer.all_in_full().transpose(1, 0, 2).reshape(width, -1))
         return _all_in_one(graph, layer, x, router, weight_DP, bias_EO)
-    weight_EDO = graph.constant(layer.weight_EDO)
+    weight_EDO = _weights(graph, layer.weight_EDO, layer.scale_ED)
     # Outside the branch: what depends on no input is computed once there.
     turned = graph.add("Transpose", [weight_EDO], perm=[1, 0, 2])
     weight_DP = graph.add("Reshape", [turned, graph.constant(np.array([width, experts * outputs]))])
+    if experts <= _FEW_EXPERTS * layer.top_k:
+        return _all_in_one(graph, layer, x, router, weight_DP, bias_EO)
     rows = graph.add("Gather", [graph.add("Shape", [x]), graph.constant(np.int64(0))])
     one = graph.add("Equal", [rows, graph.constant(np.int64(1))])
     sides = []
@@ -168,6 +171,16 @@ def _mixture(graph: _Graph, layer: Layer, x: str, router: dict[str, str], wide: 
         out = helper.make_tensor_value_info(made, TensorProto.FLOAT, None)
         sides.append(helper.make_graph(side.nodes, f"{make.__name__}_{made}", [], [out]))
     return graph.add("If", [one], then_branch=sides[0], else_branch=sides[1])
+
+
+def _weights(graph: _Graph, weight: np.ndarray, scale: np.ndarray | None) -> str:
+    """Float32 of what is stored: `weight`, or int8 and a scale for each of its rows."""
+    stored = graph.constant(weight)
+    if scale is None:
+        return stored
+    # Not DequantizeLinear: ONNX Runtime would compute that anew for each batch.
+    floats = graph.add("Cast", [stored], to=TensorProto.FLOAT)
+    return graph.add("Mul", [floats, graph.constant(scale.astype(np.float32)[..., None])])
 
 
 def _all_in_one(graph: _Graph, layer: Layer, x: str, router: dict[str, str], weight_DP: str, bias_EO: str) -> str:

@@ -56,3 +56,17 @@ def test_a_run_and_its_export_answer_alike(finished_run: Path, tmp_path: Path) -
             np.testing.assert_allclose(probabilities, chunk.probability, rtol=1e-3, atol=1e-5)
             assert classes.dtype == np.int64
     assert first == len(rows)
+
+
+def test_the_command_compresses_by_the_runs_validation_nodes(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, small = tmp_path / "full", tmp_path / "small"
+    assert run_cli(monkeypatch, "export", str(finished_run), "--out", str(full)) == 0
+    compress = ["compress", str(full), "--run", str(finished_run), "--out", str(small)]
+    assert run_cli(monkeypatch, *compress, "--int8", "--max-loss", "5") == 0
+    said = json.loads((small / "model.json").read_text())["compressed"]
+    results = json.loads((finished_run / "results.json").read_text())
+    assert said["before"]["val"] == results["students"]["rbm"]["val"]
+    assert said["after"]["bytes"] < 0.4 * said["before"]["bytes"]
+    assert run_cli(monkeypatch, *compress, "--int8", "--merge") == 2
