@@ -41,7 +41,11 @@ def main(title: str, measure: Callable[[bool], list[Row]]) -> None:
     parser.add_argument("--quick", action="store_true", help="smaller, under a minute")
     parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()
-    rows = measure(arguments.quick)
+    show(title, measure(arguments.quick), arguments.json)
+
+
+def show(title: str, rows: list[Row], json_file: Path | None) -> None:
+    """Print rows with their targets, and write them as JSON if a file is named."""
     table = Table(title=title)
     for column in ("", "value", "unit", "ratio", "target", ""):
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
@@ -49,5 +53,5 @@ def main(title: str, measure: Callable[[bool], list[Row]]) -> None:
         met = "met" if row.ratio >= row.target else "missed"
         table.add_row(row.name, f"{row.value:,.2f}", row.unit, f"{row.ratio:.2f}", f"{row.target:.2f}", met)
     Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if json_file:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
