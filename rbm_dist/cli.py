@@ -194,9 +194,9 @@ def compress(
     model = format_.read(url)
     tensors = read_weights(url, model)
     if run is not None:
-        from rbm_dist.stages.finished import open_student
+        from rbm_dist.stages.finished import graph_of
 
-        labelled = validation.from_graph(open_student(run, model.name, ("label", "split"))[1], model)
+        labelled = validation.from_graph(graph_of(run, model.name, ("label", "split")), model)
     else:
         assert nodes is not None
         labelled = validation.from_table(nodes, label, model, tensors)

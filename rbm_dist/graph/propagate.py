@@ -8,7 +8,7 @@ those of nodes that arrive later, whose edges are not the store's.
 from collections.abc import Iterator
 
 import numpy as np
-import scipy.sparse as sp
+from numba import njit
 
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
@@ -41,11 +41,20 @@ def mean_of_sources(
             seen = store.gather("split", sources) != UNSEEN
             sources, ends = sources[seen], np.concatenate([[0], np.cumsum(seen)])[ends]
         distinct, position = np.unique(sources, return_inverse=True)
-        ones = np.ones(len(sources), np.float32)
-        edges = sp.csr_array((ones, position, ends), shape=(len(ends) - 1, len(distinct)))
-        sum_nD[nodes] += edges @ store.gather(name, distinct)
+        _add_rows(ends, position, store.gather(name, distinct), sum_nD[nodes])
         count_n[nodes] += np.diff(ends)
     return sum_nD / np.maximum(count_n, 1)[:, None]
+
+
+@njit(cache=True, nogil=True)
+def _add_rows(ends, position, rows, sum_nD):  # type: ignore[no-untyped-def]
+    """Add to each node its sources' rows; twice as fast as a sparse product, which multiplies by ones."""
+    for n in range(len(sum_nD)):
+        sum_D = sum_nD[n]
+        for i in range(ends[n], ends[n + 1]):
+            row_D = rows[position[i]]
+            for d in range(len(sum_D)):
+                sum_D[d] += row_D[d]
 
 
 def unit_length(x_nD: np.ndarray) -> np.ndarray:

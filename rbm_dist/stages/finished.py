@@ -20,17 +20,17 @@ from rbm_dist.stages.pipeline import STAGES, stages_of
 from rbm_dist.stages.run import Files
 
 
-def verify_student(url: str, kind: str, arrays: tuple[str, ...]) -> None:
-    """Verify a student of a finished run and the run's graph; of the run, `graph/` and `student/` must be there.
+def graph_of(url: str, kind: str, arrays: tuple[str, ...]) -> GraphStore:
+    """The graph of a finished run, verified with one of its students; `graph/` and `student/` must be there.
 
     arrays: those of the graph that the caller reads besides the student's inputs.
     Raises `InputError` if that is no run, one that has not finished, or damaged.
     """
-    _open_graph(url, kind, arrays)
+    return _open_graph(url, kind, arrays)[0]
 
 
 def open_mixture(url: str, arrays: tuple[str, ...]) -> tuple[Student, bool, GraphStore, int]:
-    """The RbM with all its experts, whether it is served as an MLP, the graph, the run's seed; as `verify_student`."""
+    """The RbM with all its experts, whether it is served as an MLP, the graph, the run's seed; as `graph_of`."""
     store, seed = _open_graph(url, "rbm", arrays)
     return *load_mixture(storage.join(storage.absolute(url), "student", "rbm")), store, seed
 

@@ -25,7 +25,7 @@ from rbm_dist.serve.tables import ReadOptions, open_tables
 from rbm_dist.serve.unseen import EdgeOptions, encodings_of, new_edges
 from rbm_dist.sources import table_files
 from rbm_dist.sources.pieces import file_name, folder_of
-from rbm_dist.stages.prediction_jobs import Chunks, Job, PartJob, TableJob, known_graph, opened_graph
+from rbm_dist.stages.prediction_jobs import Chunks, Job, PartJob, TableJob, known_graph
 
 _TIMEOUT_S = 3600.0  # for the next file of a cluster
 _LOOP = "predict"
@@ -114,13 +114,12 @@ def predict_graph(
     """Predictions for all nodes of a finished run's graph; gives how many. Raises `InputError` or `RunError`."""
     from rbm_dist.graph.shards import part_name
     from rbm_dist.serve.predictor import ID_ARRAYS
-    from rbm_dist.stages.finished import verify_student
+    from rbm_dist.stages.finished import graph_of
 
     run = storage.absolute(run)
     output = Output.of(out, format_, top_k, address)
-    verify_student(run, kind, ID_ARRAYS)
+    store = graph_of(run, kind, ID_ARRAYS)
     student = load(run, kind)
-    _, _, store = opened_graph(run, kind)
     graph = _checksum(store.url, "graph.json")
     names = {
         f"{part_name(part)}.{output.format}": PartJob(

@@ -15,6 +15,7 @@ from rbm_dist.serve.artifact import load_student
 from rbm_dist.serve.export import export
 from rbm_dist.serve.format import FILES
 from rbm_dist.serve.from_run import read_run
+from rbm_dist.serve.frozen import freeze
 from rbm_dist.serve.predictor import predict
 
 
@@ -46,14 +47,14 @@ def test_a_run_and_its_export_answer_alike(finished_run: Path, tmp_path: Path) -
     of_run = rbm_dist.load(str(finished_run))
     export(str(tmp_path / "student"), *read_run(str(finished_run), "rbm"))
     store = GraphStore.open(str(finished_run / "graph"))
-    first = 0
-    for chunk in predict(load_student(str(finished_run / "student" / "rbm")), store):
-        ids = np.arange(first, first := first + len(chunk.orig_id))
+    trained, first = load_student(str(finished_run / "student" / "rbm")), 0
+    for chunk in predict(freeze(trained), trained.inputs, store):
+        ids = np.arange(first, first := first + len(chunk.node_id))
         encodings = {name: store.gather(name, ids) for name in of_run.inputs if name != "feat"}
         # The graph's rows were scaled by the source stage; these are as scikit-learn gives them.
         for student in (of_run, rbm_dist.load(str(tmp_path / "student"), engine="onnx")):
-            classes, probabilities = student.predict(rows[chunk.orig_id], **encodings)
-            np.testing.assert_allclose(probabilities, chunk.probability, rtol=1e-3, atol=1e-5)
+            classes, probabilities = student.predict(rows[chunk.node_id.to_numpy()], **encodings)
+            np.testing.assert_allclose(probabilities, chunk.probability_nC, rtol=1e-3, atol=1e-5)
             assert classes.dtype == np.int64
     assert first == len(rows)
 

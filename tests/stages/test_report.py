@@ -14,9 +14,11 @@ from rbm_dist import cli, storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.splits import TEST
 from rbm_dist.parallel import checkpoint
-from rbm_dist.serve.predictor import ID_ARRAYS, predict
+from rbm_dist.serve.artifact import load_student
+from rbm_dist.serve.frozen import freeze
+from rbm_dist.serve.predictor import predict
 from rbm_dist.sources.facts import source_facts
-from rbm_dist.stages.finished import open_student
+from rbm_dist.stages.finished import graph_of
 from rbm_dist.stages.plan import make_plan, these_hosts
 from rbm_dist.stages.report import chosen_epoch, run_facts
 from tests.report.test_html import Page
@@ -73,8 +75,10 @@ def _experts(page: Page, layer: str) -> list[dict[str, str]]:
 
 
 def test_the_accuracy_of_a_class_is_that_of_its_predictions(finished_run: Path) -> None:
-    student, store = open_student(str(finished_run), "mlp", ("label", "split", *ID_ARRAYS))
-    found = np.concatenate([chunk.cls for chunk in predict(student, store)])
+    store = graph_of(str(finished_run), "mlp", ("label", "split"))
+    student = load_student(str(finished_run / "student" / "mlp"))
+    chunks = predict(freeze(student), student.inputs, store)
+    found = np.concatenate([chunk.probability_nC.argmax(1) for chunk in chunks])
     label, split = (store.gather(name, np.arange(store.num_nodes)) for name in ("label", "split"))
     classes = json.loads((finished_run / "results.json").read_text())["classes"]
     assert len(classes) == 10
