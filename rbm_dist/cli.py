@@ -277,6 +277,35 @@ def predict(
 
 
 @app.command()
+def serve(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]FOLDER...", help="Exported students; any fsspec URLs.", show_default=False),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; others need RBM_DIST_SERVE_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; the first line says which.")] = 8000,
+    engine: Annotated[
+        Literal["auto", "native", "onnx"], typer.Option(help="native: numpy and Numba; onnx: ONNX Runtime.")
+    ] = "auto",
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of one request.")] = 8 << 20,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows of one request.")] = 4096,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests at once; more are answered with 429.")] = 256,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds between SIGTERM and the end of listening.")] = 2.0,
+    without_token: Annotated[bool, typer.Option("--without-token", help="Serve others without asking.")] = False,
+) -> None:
+    """Answer over HTTP with exported students: Open Inference Protocol, and /predict. Exit code 0 on SIGTERM."""
+    try:
+        from rbm_dist.serve import server
+        from rbm_dist.serve.http import Limits
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}, which is not installed: pip install 'rbm-dist[serve]'") from None
+    limits = Limits(max_body=max_body, max_rows=max_rows, max_waiting=max_waiting)
+    server.serve(folders, engine, host, port, limits, drain, without_token)
+
+
+@app.command()
 def inspect(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
     out: Annotated[str | None, typer.Option(help="The folder to write; default: RUN/inspect.")] = None,
