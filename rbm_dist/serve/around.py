@@ -48,14 +48,14 @@ class Around:
     """The outermost application."""
 
     def __init__(self, app: ASGIApp, state: State, metrics: Metrics, token: str | None):
-        self._app, self.state, self._metrics = app, state, metrics
+        self.app, self.state, self._metrics = app, state, metrics
         self._token = None if token is None else f"Bearer {token}".encode()
         self._counters: dict[tuple[str, int], Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
+                await self.app(scope, receive, send)
             return
         start, status = time.perf_counter(), _CLOSED_BY_CLIENT
         facts = scope["rbm_dist.facts"] = Facts()
@@ -71,7 +71,7 @@ class Around:
         self.state.under_way += 1
         try:
             if self._token is None or self._allowed(scope):
-                await self._app(scope, receive, watched)
+                await self.app(scope, receive, watched)
             else:
                 await _refuse(watched)
         finally:
