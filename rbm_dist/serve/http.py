@@ -1,7 +1,7 @@
 """The server's application: the Open Inference Protocol, a plain endpoint, metrics. Any ASGI server can run it.
 
 Whatever cannot be answered is refused with a status of 4xx and `{"error": reason}`. `server.py` runs it on its own,
-`launch/serve.py` under Ray Serve.
+`runtime/ray_serve.py` under Ray Serve.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import orjson
 from fastapi import FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Route
 
 from rbm_dist import __version__
 from rbm_dist.errors import InputError
@@ -99,7 +100,7 @@ def _add_protocol(app: FastAPI, repository: Repository, state: State, limits: Li
         facts: Facts = request.scope["rbm_dist.facts"]
         facts.model = model.name
         body = await _body(request, state, limits)
-        header_length = request.headers.get(protocol.HEADER_LENGTH)
+        header_length = _header(request, protocol.HEADER_LENGTH)
         asked = await _read(body, lambda: protocol.parse(body, header_length, model.student, limits.max_rows))
         facts.id, facts.rows = asked.id, len(next(iter(asked.inputs.values())))
         probability_BC = await model.batcher.probabilities(asked.inputs)
@@ -109,9 +110,12 @@ def _add_protocol(app: FastAPI, repository: Repository, state: State, limits: Li
         headers = {protocol.HEADER_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    # Starlette's routes: FastAPI's take a third longer, and what they would check is checked by the protocol.
-    app.add_route("/v2/models/{model}/infer", infer, ["POST"])
-    app.add_route("/v2/models/{model}/versions/{version}/infer", infer, ["POST"])
+    # Before all others, as routes are tried in turn; and Starlette's own: FastAPI's take longer, and what they would
+    # check is checked by the protocol.
+    app.router.routes[:0] = [
+        Route("/v2/models/{model}/infer", infer, methods=["POST"]),
+        Route("/v2/models/{model}/versions/{version}/infer", infer, methods=["POST"]),
+    ]
 
 
 def _add_plain(app: FastAPI, repository: Repository, state: State, limits: Limits) -> None:
@@ -134,7 +138,7 @@ def _add_plain(app: FastAPI, repository: Repository, state: State, limits: Limit
         """`model`: which of the server's models; by default its first."""
         found = _find(repository, model)
         facts: Facts = request.scope["rbm_dist.facts"]
-        facts.model, facts.id = found.name, request.headers.get("x-request-id")
+        facts.model, facts.id = found.name, _header(request, "x-request-id")
         body = await _body(request, state, limits)
         asked, inputs = await _read(body, lambda: plain.parse(body, found.student, limits.max_rows))
         facts.rows = len(next(iter(inputs.values())))
@@ -159,10 +163,10 @@ async def _body(request: Request, state: State, limits: Limits) -> bytes:
     """All of a request's body. Raises `HTTPException` where there is too much of it, or of them."""
     if state.under_way > limits.max_waiting:
         raise HTTPException(429, f"{limits.max_waiting:,} requests are under way; try again", {"Retry-After": "1"})
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if _header(request, "content-encoding") not in (None, "identity"):
         raise HTTPException(415, "compressed bodies are not read")
     too_large = HTTPException(413, f"the body is larger than {limits.max_body:,} bytes (--max-body)")
-    if int(request.headers.get("content-length", 0)) > limits.max_body:  # the server has checked that it is a number
+    if int(_header(request, "content-length") or 0) > limits.max_body:  # the server has checked that it is a number
         raise too_large
     chunks, size = [], 0
     try:
@@ -175,6 +179,14 @@ async def _body(request: Request, state: State, limits: Limits) -> bytes:
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {_BODY_S:g} s") from None
     return b"".join(chunks)
+
+
+def _header(request: Request, name: str) -> str | None:
+    wanted = name.encode()
+    for found, value in request.scope["headers"]:  # in lower case; Starlette's mapping takes ten times as long
+        if found == wanted:
+            return str(value, "latin-1")
+    return None
 
 
 async def _read(body: bytes, parse: Callable[[], T]) -> T:

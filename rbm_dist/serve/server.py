@@ -30,14 +30,7 @@ def serve(
     folders: list[str], engine: EngineName, host: str, port: int, limits: Limits, drain_s: float, without_token: bool
 ) -> None:
     """Serve students until a signal ends it. Raises `InputError`, and `RunError` if requests were left unanswered."""
-    token = os.environ.get(TOKEN) or None
-    if token is not None and not (token.isascii() and token.isprintable()):
-        raise InputError(f"{TOKEN}: printable ASCII characters expected")
-    if token is None and host not in _LOOPBACK and not without_token:
-        raise InputError(
-            f"--host {host}: others could reach it, and {TOKEN} is not set; set it to a secret, or give "
-            "--without-token if something in front of it asks who they are"
-        )
+    token = token_of(f"--host {host}", without_token or host in _LOOPBACK)
     metrics, state = Metrics(), State()
     with threadpool_limits(1):  # one core for the answers, the others for other processes
         repository = Repository(folders, engine, metrics, log)
@@ -53,6 +46,19 @@ def serve(
     log(event="ended", unanswered=state.under_way)
     if state.under_way:
         raise RunError(f"{state.under_way} requests were not answered before the server ended")
+
+
+def token_of(where: str, may_be_without: bool) -> str | None:
+    """The token that requests must carry, from the environment. Raises `InputError` if there must be one and is not."""
+    token = os.environ.get(TOKEN) or None
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise InputError(f"{TOKEN}: printable ASCII characters expected")
+    if token is None and not may_be_without:
+        raise InputError(
+            f"{where}: others can reach it, and {TOKEN} is not set; set it to a secret, or say without-token if "
+            "something in front of it asks who they are"
+        )
+    return token
 
 
 def _listening(host: str, port: int) -> socket.socket:
