@@ -4,7 +4,8 @@
 
 The floor is an endpoint in the same application (same process, routing, token check, log line and figures) that reads a
 body of the same size and answers with bytes of the same size. So it holds all that HTTP costs here, and nothing of what
-is done for an answer: reading the tensors, the student, writing the answer. The ratio is that of its median to ours.
+is done for an answer: reading the tensors, the student, writing the answer. The ratio is that of its figure to ours.
+The CPU time of the server per request hardly depends on what else the machine does.
 
 Clients are coroutines of one other process, on kept connections, each asking again as soon as it is answered. They
 write prepared bytes and look at the status and length of an answer only; server and clients share this machine's cores.
@@ -27,6 +28,7 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from benchmarks.report import Row, main
 
@@ -148,14 +150,14 @@ def measure(quick: bool) -> list[Row]:
             log = multiprocessing.Process(target=_drain, args=(server.stdout.fileno(),), daemon=True)
             log.start()
             with multiprocessing.get_context("spawn").Pool(1) as clients:
-                return figures(port, clients, budget_s)
+                return figures(psutil.Process(server.pid), port, clients, budget_s)
         finally:
             server.terminate()
             server.wait(60)
 
 
-def figures(port: int, clients: Any, budget_s: float) -> list[Row]:
-    """All figures, of a server that listens there, by clients in another process."""
+def figures(server: psutil.Process, port: int, clients: Any, budget_s: float) -> list[Row]:
+    """All figures of a server, by clients in another process."""
 
     def by_clients(name: str, *arguments: Any) -> Any:
         return clients.apply(_in_this_process, (name, (port, *arguments)))
@@ -168,15 +170,20 @@ def figures(port: int, clients: Any, budget_s: float) -> list[Row]:
             floor = Question.of(f"/floor?bytes={by_clients('length', ours)}", body).content
             for count in (1, 32):
                 times: dict[bytes, list[float]] = {ours: [], floor: []}
+                cpu_s = dict.fromkeys(times, 0.0)
                 for _ in range(3):  # in turns, as others compute on this machine, too
                     for question, found in times.items():
+                        before = sum(server.cpu_times()[:2])
                         found += by_clients("closed", question, count, budget_s / 3)
+                        cpu_s[question] += sum(server.cpu_times()[:2]) - before
                 mine, least = np.array(times[ours]), np.array(times[floor])
                 name = f"{'binary' if binary else 'JSON'}, {size} rows, {count} clients"
                 for what, quantile in (("median", 0.5), ("p99", 0.99)):
                     value, floor_value = np.quantile(mine, quantile), np.quantile(least, quantile)
                     target = TARGET if what == "median" else 0.0
                     rows.append(Row(f"{name}: {what}", value * 1e6, "µs", float(floor_value / value), target))
+                mine_s, least_s = (cpu_s[question] / len(times[question]) for question in (ours, floor))
+                rows.append(Row(f"{name}: CPU of the server", mine_s * 1e6, "µs", least_s / mine_s, 0.0))
                 if size == 1 and binary:
                     fastest = max(fastest, len(mine) / budget_s)
     body, headers = tensors(1, True)

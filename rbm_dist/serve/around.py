@@ -6,6 +6,7 @@ A plain ASGI application around another one, so that it costs microseconds and w
 import hmac
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -38,10 +39,10 @@ class State:
 
 def log(**facts: Any) -> None:
     """Write a line of JSON to standard output."""
-    sys.stdout.buffer.write(
-        orjson.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | facts) + b"\n"
-    )
-    sys.stdout.buffer.flush()
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    with suppress(OSError):  # a log that no one reads any longer keeps no one from an answer
+        sys.stdout.buffer.write(orjson.dumps({"time": now} | facts) + b"\n")
+        sys.stdout.buffer.flush()
 
 
 class Around:
@@ -54,8 +55,7 @@ class Around:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         start, status = time.perf_counter(), _CLOSED_BY_CLIENT
         facts = scope["rbm_dist.facts"] = Facts()

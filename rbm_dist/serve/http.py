@@ -24,7 +24,7 @@ from rbm_dist.serve.metrics import Metrics
 from rbm_dist.serve.repository import Repository, ServedModel
 
 _BODY_S = 30.0  # for a body to arrive
-_READ_ON_LOOP = 1 << 16  # bytes: of larger bodies, reading would keep others waiting
+_READ_ON_LOOP = 1 << 18  # bytes: about a millisecond; of larger bodies, reading would keep others waiting
 _JSON = "application/json"
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ listening, answers what is under way, and is done: exit code 0, as a server that
 signal ends it at once.
 """
 
+import gc
 import os
 import socket
 import time
@@ -36,12 +37,18 @@ def serve(
         repository = Repository(folders, engine, metrics, log)
         app = application(repository, metrics, state, limits, token)
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", timeout_graceful_shutdown=_LAST_ANSWERS_S, server_header=False
+            app,
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+            server_header=False,
+            ws="none",
         )
         with _listening(host, port) as listener:
             models = {model.name: model.student.digest for model in repository}
             log(event="serving", host=host, port=listener.getsockname()[1], models=models, token=token is not None)
             server = _Server(config, state, drain_s)
+            gc.freeze()  # what is here stays: the collector need not walk through it again and again
             server.run([listener])
     log(event="ended", unanswered=state.under_way)
     if state.under_way:

@@ -61,7 +61,7 @@ def test_health_and_metadata(server: Served, folders: dict[str, str]) -> None:
 def test_tritonclient_gets_the_students_own_answers(
     server: Served, folders: dict[str, str], rows: int, binary: bool
 ) -> None:
-    triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    triton = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
     client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
     asked = triton.InferInput("feat", [rows, 4], "FP32")
     asked.set_data_from_numpy(drawn(rows), binary_data=binary)
