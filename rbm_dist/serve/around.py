@@ -3,6 +3,7 @@
 A plain ASGI application around another one, so that it costs microseconds and works under any server.
 """
 
+import asyncio
 import hmac
 import sys
 import time
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rbm_dist.serve.metrics import Metrics
 
 _OPEN = ("/v2/health/", "/docs", "/openapi.json")  # for probes and people; they say nothing about models
-_CLOSED_BY_CLIENT = 499  # nginx's: who asked left before the answer
+CLOSED_BY_CLIENT = 499  # nginx's: who asked left before the answer
 
 
 @dataclass(slots=True)
@@ -31,10 +32,11 @@ class Facts:
 
 @dataclass
 class State:
-    """Of a server: whether it takes requests, and how many are not answered yet."""
+    """Of a server: whether it takes requests, how many are not answered yet, and how many never will be."""
 
     ready: bool = True
     under_way: int = 0
+    cut_off: int = 0
 
 
 def log(**facts: Any) -> None:
@@ -57,7 +59,7 @@ class Around:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), _CLOSED_BY_CLIENT
+        start, status = time.perf_counter(), CLOSED_BY_CLIENT
         facts = scope["rbm_dist.facts"] = Facts()
 
         async def watched(message: Message) -> None:
@@ -74,6 +76,9 @@ class Around:
                 await self.app(scope, receive, watched)
             else:
                 await _refuse(watched)
+        except asyncio.CancelledError:
+            self.state.cut_off += 1
+            raise
         finally:
             self.state.under_way -= 1
             self._note(scope, facts, status, time.perf_counter() - start)

@@ -14,12 +14,13 @@ import orjson
 from fastapi import FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from rbm_dist import __version__
 from rbm_dist.errors import InputError
 from rbm_dist.serve import plain, protocol
-from rbm_dist.serve.around import Around, Facts, State
+from rbm_dist.serve.around import CLOSED_BY_CLIENT, Around, Facts, State
 from rbm_dist.serve.metrics import Metrics
 from rbm_dist.serve.repository import Repository, ServedModel
 
@@ -178,6 +179,8 @@ async def _body(request: Request, state: State, limits: Limits) -> bytes:
                 chunks.append(chunk)
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {_BODY_S:g} s") from None
+    except ClientDisconnect:
+        raise HTTPException(CLOSED_BY_CLIENT, "the connection was closed within the body") from None
     return b"".join(chunks)
 
 

@@ -50,9 +50,9 @@ def serve(
             server = _Server(config, state, drain_s)
             gc.freeze()  # what is here stays: the collector need not walk through it again and again
             server.run([listener])
-    log(event="ended", unanswered=state.under_way)
-    if state.under_way:
-        raise RunError(f"{state.under_way} requests were not answered before the server ended")
+    log(event="ended", unanswered=state.cut_off)
+    if state.cut_off:
+        raise RunError(f"{state.cut_off} requests were not answered before the server ended")
 
 
 def token_of(where: str, may_be_without: bool) -> str | None:

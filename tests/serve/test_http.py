@@ -1,6 +1,7 @@
 """The endpoints of a running server: answers are the student's own, and whatever cannot be answered is refused."""
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import rbm_dist
 from rbm_dist.serve.export import export
+from tests.patience import patient
 from tests.serve.exported import MIXED, exported
 from tests.serve.served import Served, served, tensor
 
@@ -194,6 +196,13 @@ def test_a_body_without_length_is_limited_as_well(server: Served) -> None:
     chunks = iter([b" " * 60_000] * 2)
     status, said = server.ask("POST", PREDICT, chunked(chunks), {"Transfer-Encoding": "chunked"})
     assert (status, "--max-body" in said["error"]) == (413, True)
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1, 2"])
+def test_a_length_that_is_none_is_refused(server: Served, length: str) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), patient(10)) as connection:
+        connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: here\r\nContent-Length: {length}\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
 def chunked(chunks: Iterator[bytes]) -> bytes:

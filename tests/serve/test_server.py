@@ -117,6 +117,27 @@ def test_the_end_loses_no_request(folder: str, sent: int) -> None:
     wait_for(lambda: [line["event"] for line in server.lines if "event" in line] == ["ending", "ended"])
 
 
+def test_a_second_signal_says_what_it_cut_off(folder: str) -> None:
+    with served(folder, "--drain", "30") as server:
+        connection = begun(server)
+        wait_for(lambda: b"rbm_dist_requests_under_way 2.0" in server.raw("GET", "/metrics")[2])
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: server.ask("GET", "/v2/health/ready")[0] == 503)
+        assert server.end() == 1
+        assert server.lines[-1]["unanswered"] == 1
+        connection.close()
+
+
+def test_a_client_that_leaves_is_no_failure_of_the_server(folder: str) -> None:
+    with served(folder) as server:
+        connection = begun(server)
+        wait_for(lambda: b"rbm_dist_requests_under_way 2.0" in server.raw("GET", "/metrics")[2])
+        connection.close()
+        wait_for(lambda: [line for line in server.lines if line.get("path") == INFER])
+        assert [line["status"] for line in server.lines if line.get("path") == INFER] == [499]
+        assert server.end() == 0
+
+
 def test_it_is_not_ready_while_it_ends(folder: str) -> None:
     with served(folder, "--drain", "30") as server:
         assert server.ask("GET", "/v2/health/ready")[0] == 200
