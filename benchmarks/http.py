@@ -8,7 +8,8 @@ is done for an answer: reading the tensors, the student, writing the answer. The
 The CPU time of the server per request hardly depends on what else the machine does.
 
 Clients are coroutines of one other process, on kept connections, each asking again as soon as it is answered. They
-write prepared bytes and look at the status and length of an answer only; server and clients share this machine's cores.
+write prepared bytes and look at the status and length of an answer only: some 25 µs of CPU time per request, a sixth of
+what the server takes at least. Server and clients share this machine's cores.
 The student is an RbM of 64 → 128 → 10 with 16 experts, k = 1.
 
 Then twice as many requests per second as those clients get done are sent, whether answered or not, on 512 connections.
