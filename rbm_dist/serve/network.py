@@ -7,6 +7,7 @@ once, to one expert, sorts its rows once for all layers.
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ Facts = Mapping[str, Any]
 Tensors = Mapping[str, np.ndarray]
 _MAX_SCALE = math.log(100)  # of exp(t), exp(c) and the vanilla mixture's temperature
 _MOST_ONE_BY_ONE = 64
+_SPARSE = 8
 # OpenBLAS copies large matrices before it multiplies: for a few rows that takes two to three times as long as they do.
 _LARGE, _WEIGHTS_PER_ROW = 1 << 18, 1 << 16
 _ROWS, _ROWS_PER_EXPERT = 4096, 128  # that are sorted at once
@@ -91,7 +93,7 @@ class Network:
         """Logits `[B, C]` of rows `[B, D]` as they were learned from, dense or sparse."""
         if isinstance(x_BD, np.ndarray):
             x_BD = np.ascontiguousarray(x_BD, self.dtype)
-            if len(x_BD) <= self.few:
+            if len(x_BD) <= self.few or (len(x_BD) <= _MOST_ONE_BY_ONE and _is_mostly_zeros(x_BD)):
                 logits_BC = np.empty((len(x_BD), self.num_classes), self.dtype)
                 kernels.one_by_one(x_BD, self._flat, self._table_LT, logits_BC)
                 return logits_BC
@@ -128,7 +130,7 @@ class Network:
             own = slice(start, start + at_once)
             rows = x_BD if len_of(x_BD) <= at_once else x_BD[own]
             some = self._one_expert_each if self._is_one_expert_each else self._layer_by_layer
-            with _blas().limit(limits=1):
+            with _one_thread:
                 found.append(some(rows, logits_BC[own]))
         return logits_BC, [_joined(parts) for parts in zip(*found, strict=True)]
 
@@ -214,9 +216,39 @@ def members_of(network: Facts, tensors: Tensors) -> list[list[Layer]]:
     return found
 
 
+def _is_mostly_zeros(x_BD: np.ndarray) -> bool:
+    """Whether rows are such as bags of words: one by one only what is not zero is multiplied."""
+    return bool(_SPARSE * np.count_nonzero(x_BD) < x_BD.size)
+
+
+class _OneThread:
+    """Products of numpy on one thread, as long as anyone is inside: several would wait for each other longer than such
+    small products take. Threads share the setting, so the last to leave restores what the first found."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limits: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                blas = _blas()
+                already = all(library.num_threads == 1 for library in blas.lib_controllers)
+                self._limits = None if already else blas.limit(limits=1)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._limits is not None:
+                self._limits.restore_original_limits()
+
+
+_one_thread = _OneThread()
+
+
 @functools.cache
 def _blas() -> ThreadpoolController:
-    """The threads of numpy's products: more than one wait longer for each other than such small products take."""
     return ThreadpoolController().select(user_api="blas")
 
 

@@ -1,5 +1,6 @@
 """The network of a student at work against the same row by row in numpy, and against the one that was trained."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from scipy.special import log_softmax
+from threadpoolctl import ThreadpoolController
 
 from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve import kernels
@@ -140,3 +142,15 @@ def test_few_rows_of_large_experts(width: int, rows: int) -> None:
     with torch.no_grad():
         expected = student(torch.from_numpy(x_BD))[0].numpy()
     np.testing.assert_allclose(freeze(student, NEVER).logits(x_BD), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_numpys_threads_are_as_before_however_many_ask_at_once() -> None:
+    network, x_BD = freeze(random_student("rbm")[0], NEVER), rows_of(500)
+    blas = ThreadpoolController().select(user_api="blas")
+    with blas.limit(limits=2), ThreadPoolExecutor(4) as pool:
+        before = [library.num_threads for library in blas.lib_controllers]
+        assert set(before) == {2}
+        expected = network.logits(x_BD)
+        for found in pool.map(network.logits, [x_BD] * 40):
+            np.testing.assert_array_equal(found, expected)
+        assert [library.num_threads for library in blas.lib_controllers] == before
