@@ -37,7 +37,7 @@ def run_job(arguments: list[str], files: list[Path], address: str, results: str)
 
     results: where they will be, for the user. Raises `RunError`.
     """
-    address = address if "://" in address else f"http://{address}"
+    address = with_scheme(address)
     client = _connect(address)
     job = _send(client, arguments, files, address)
     try:
@@ -57,13 +57,22 @@ def main(app: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-def _connect(address: str) -> Any:
-    """A client of the job server. Raises `RunError` if none answers there."""
+def with_scheme(address: str) -> str:
+    return address if "://" in address else f"http://{address}"
+
+
+def use_token_for(address: str) -> None:
+    """Before Ray is imported: so that its clients talk to this address, with the token that is there."""
     # Ray lets these variables win over the address it is given.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     # `ray start` uses a token that is there; a client does so only in this mode, which Ray reads when it is imported.
     if "RAY_AUTH_TOKEN" in os.environ or _token_file().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _connect(address: str) -> Any:
+    """A client of the job server. Raises `RunError` if none answers there."""
+    use_token_for(address)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -78,11 +87,11 @@ def _connect(address: str) -> Any:
         return Client(address)
     except AuthenticationError as error:
         raise RunError(
-            f"{address}: {_first_line(error)}. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's token"
+            f"{address}: {first_line(error)}. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's token"
         ) from None
-    except _request_errors() as error:
+    except request_errors() as error:
         raise RunError(
-            f"no Ray job server answers at {address} (--address or RAY_API_SERVER_ADDRESS): {_first_line(error)}"
+            f"no Ray job server answers at {address} (--address or RAY_API_SERVER_ADDRESS): {first_line(error)}"
         ) from None
 
 
@@ -100,8 +109,8 @@ def _send(client: Any, arguments: list[str], files: list[Path], address: str) ->
                 entrypoint=shlex.join(["python", "-m", "rbm_dist", *arguments]),
                 runtime_env=environment | {"working_dir": folder},
             )
-        except _request_errors() as error:
-            raise RunError(f"{address} did not confirm the job: {_first_line(error)}") from None
+        except request_errors() as error:
+            raise RunError(f"{address} did not confirm the job: {first_line(error)}") from None
 
 
 def _follow(client: Any, job: str, address: str) -> int:
@@ -116,10 +125,10 @@ def _follow(client: Any, job: str, address: str) -> int:
             # In this order: the log of a job that has ended is whole.
             details = client.get_job_info(job)
             log = client.get_job_logs(job)
-        except _request_errors() as error:
+        except request_errors() as error:
             if time.monotonic() - heard > _LOST_AFTER_S:
                 raise RunError(
-                    f"{address} has not answered for {_LOST_AFTER_S:g} s ({_first_line(error)}). If the cluster is "
+                    f"{address} has not answered for {_LOST_AFTER_S:g} s ({first_line(error)}). If the cluster is "
                     f"gone, submit the same again and it goes on; if not, so does the job. "
                     f"{_how_to_go_on(job, address)}"
                 ) from None
@@ -151,12 +160,12 @@ def _token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def _request_errors() -> tuple[type[Exception], ...]:
+def request_errors() -> tuple[type[Exception], ...]:
     from ray.exceptions import AuthenticationError
 
     # The connection (also of `requests`); a refusal of the server; an answer that is none of a Ray job server.
     return (OSError, RuntimeError, AuthenticationError, ValueError, KeyError)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,6 +1,7 @@
 """Runs submitted as jobs to a real Ray cluster: exit codes, the log, and what survives a bad connection."""
 
 import http.server
+import json
 import os
 import re
 import secrets
@@ -23,9 +24,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+import rbm_dist
 from launch import submit
 from rbm_dist.config.load import flatten, load
+from rbm_dist.serve.export import export
 from tests.patience import patient
+from tests.serve.exported import exported
 from tests.serve.test_tables import columns, write_model
 from tests.sources.table_input import save
 
@@ -304,3 +308,31 @@ def test_a_wrong_token_is_one_message(cluster: Cluster, bad_input: Path, tmp_pat
     assert (code, out) == (1, "")
     assert "RAY_AUTH_TOKEN" in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_students_are_served_by_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve", reason="rbm-dist[ray-serve] is not installed")
+    folder, port = tmp_path / "student", free_port()
+    export(str(folder), *exported())
+
+    def serve(*arguments: str) -> tuple[int, str, str]:
+        arguments = ("--port", str(port), "--replicas", "1", "--max-replicas", "1", *arguments)
+        environment = cluster.environment
+        started = Submitted(
+            *arguments, address=cluster.address, folder=tmp_path, environment=environment, script="serve.sh"
+        )
+        return started.wait(patient(120))
+
+    code, _, errors = serve("a=student")
+    assert code == 1
+    assert "RBM_DIST_SERVE_TOKEN" in errors, "a replica without a token is not served by accident"
+    assert serve("a=nowhere")[0] == 2
+    code, out, errors = serve("a=student", "--without-token")
+    assert (code, errors) == (0, "")
+    assert f"a: served on port {port}" in out
+    question = urllib.request.Request(f"http://127.0.0.1:{port}/predict", b'[{"x0": 1, "x1": 2, "x2": 3, "x3": 4}]')
+    with urllib.request.urlopen(question, timeout=patient(20)) as answer:
+        [said] = json.load(answer)["predictions"]
+    expected = rbm_dist.load(str(folder)).predict([1, 2, 3, 4])
+    assert said["class_name"] == expected.classes[0]
+    assert said["probability"] == pytest.approx(float(expected.probabilities.max()), rel=1e-5)
