@@ -54,10 +54,6 @@ class Layer:
     temperature: float = 1.0  # that scores were divided by: times it they are cosines
     scale_ED: np.ndarray | None = None  # what each row of the experts' weights is to be multiplied by
 
-    def all_in_full(self) -> np.ndarray:
-        """The weights `[E, D, O]` as they are multiplied with."""
-        return self.weight_EDO if self.scale_ED is None else self.weight_EDO * self.scale_ED[:, :, None]
-
     def in_full(self, expert: int) -> np.ndarray:
         """`[D, O]`, those of one expert."""
         if self.scale_ED is None:

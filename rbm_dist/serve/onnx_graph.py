@@ -20,11 +20,10 @@ PROBABILITIES = "probabilities"
 _FEW_EXPERTS = 3  # times as many as each row has: with no more, one row too is fastest by the wide form
 
 
-def build(model: ModelFile, tensors: Mapping[str, np.ndarray], wide: bool = False) -> onnx.ModelProto:
+def build(model: ModelFile, tensors: Mapping[str, np.ndarray]) -> onnx.ModelProto:
     """The graph. Inputs `feat` (and `pos`, `prop`) `[B, width]` float32.
 
     Outputs `probabilities` `[B, C]` and, by memory i, `experts_i` int64, `weights_i` and `cosines_i`, `[B, k]` each.
-    wide: no gathering for single rows, so that each weight is a plain matrix that can be quantised.
     """
     graph = _Graph()
     inputs = [
@@ -35,7 +34,7 @@ def build(model: ModelFile, tensors: Mapping[str, np.ndarray], wide: bool = Fals
     members = members_of(model.network.model_dump(), tensors)
     found, routers = [], list[dict[str, str]]()
     for layers in members:
-        logits, routed = _network(graph, layers, x, wide)
+        logits, routed = _network(graph, layers, x)
         found.append(graph.add("Softmax", [logits], axis=1))
         routers += routed
     total = found[0]
@@ -120,7 +119,7 @@ def _scaled(graph: _Graph, model: ModelFile, tensors: Mapping[str, np.ndarray]) 
     return x
 
 
-def _network(graph: _Graph, layers: list[Layer], x: str, wide: bool) -> tuple[str, list[dict[str, str]]]:
+def _network(graph: _Graph, layers: list[Layer], x: str) -> tuple[str, list[dict[str, str]]]:
     """The logits, and the outputs of each memory."""
     routers: list[dict[str, str]] = []
     for index, layer in enumerate(layers):
@@ -130,7 +129,7 @@ def _network(graph: _Graph, layers: list[Layer], x: str, wide: bool) -> tuple[st
             weight_DO = _weights(graph, layer.weight_EDO[0], None if layer.scale_ED is None else layer.scale_ED[0])
             x = graph.add("Gemm", [x, weight_DO, graph.constant(layer.bias_EO[0])])
         else:
-            x = _mixture(graph, layer, x, routers[-1], wide)
+            x = _mixture(graph, layer, x, routers[-1])
         if index < len(layers) - 1:
             x = graph.add("Relu", [_norm(graph, layer, x)])
     return x, routers
@@ -150,12 +149,9 @@ def _router(graph: _Graph, layer: Layer, keys_PE: np.ndarray, x: str) -> dict[st
     return {"experts": experts, "weights": weights, "cosines": cosines}
 
 
-def _mixture(graph: _Graph, layer: Layer, x: str, router: dict[str, str], wide: bool) -> str:
+def _mixture(graph: _Graph, layer: Layer, x: str, router: dict[str, str]) -> str:
     experts, width, outputs = layer.weight_EDO.shape
     bias_EO = graph.constant(layer.bias_EO)
-    if wide:
-        weight_DP = graph.constant(layer.all_in_full().transpose(1, 0, 2).reshape(width, -1))
-        return _all_in_one(graph, layer, x, router, weight_DP, bias_EO)
     weight_EDO = _weights(graph, layer.weight_EDO, layer.scale_ED)
     # Outside the branch: what depends on no input is computed once there.
     turned = graph.add("Transpose", [weight_EDO], perm=[1, 0, 2])
