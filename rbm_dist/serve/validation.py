@@ -4,6 +4,7 @@ They are kept as the student learns them, that is scaled: what is measured is it
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import SPLIT_NAMES, VAL
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.serve.features import FeatureReader
 from rbm_dist.serve.format import ModelFile
 from rbm_dist.serve.loaded import NativeEngine
 from rbm_dist.serve.network import Network, Networks, Rows
@@ -51,31 +53,26 @@ def from_table(url: str, column: str, model: ModelFile, tensors: Mapping[str, np
 
     Raises `InputError` for a table that the student cannot read, without labels, or with unknown classes.
     """
-    from rbm_dist.config.source import TablesConfig
-    from rbm_dist.serve.features import FeatureReader
+    from rbm_dist.serve.tables import ReadOptions, open_tables, said_as_options
     from rbm_dist.sources import table_files
 
     if set(model.inputs) != {"feat"}:
         raise InputError(f"--nodes: student {model.name} learned from encodings, too, which no table has; give --run")
     reader, engine = FeatureReader(model.features), NativeEngine(model, tensors)
-    files = [file for file, _, _ in table_files.find(url, "--nodes")]
-    if table_files.format_of(files[0]) == "npy":
-        raise InputError(f"{url}: arrays have no columns; give a table (--nodes)")
-    text = table_files.format_of(files[0]) == "CSV"
     codes = {name: code for code, name in enumerate(model.class_names or map(str, range(model.num_classes)))}
     rows, labels = [], []
-    for table in table_files.scan(files, TablesConfig(nodes=url, edges=url), [*reader.names, column]):
-        if column not in table.columns:
-            raise InputError(f"{table.url}: no column '{column}' of classes; name it (--label)")
-        kinds = reader.column_types(table.columns, table.url, text)
-        for piece in table.pieces:
-            before = 0
-            for batch in table_files.batches(piece, {**kinds, column: table.columns[column]}, _ROWS):
-                label = np.array([_code(each, codes, table.url) for each in batch.column(column).to_pylist()], np.int64)
-                rows_BF = reader.from_batch(batch, lambda row, at=piece.at, before=before: at(before, row))
-                rows.append(engine.scaled({"feat": rows_BF.astype(np.float32)[label >= 0]}))
-                labels.append(label[label >= 0])
-                before += batch.num_rows
+    for table in open_tables(url, model, reader.column_types, ReadOptions(row_numbers=True)):
+        if column not in table.file.columns:
+            raise InputError(f"{table.file.url}: no column '{column}' of classes; name it (--label)")
+        types = {**table.types, column: table.file.columns[column]}
+        for piece in table.file.pieces:
+            with said_as_options():
+                for batch, start in table_files.placed_batches(piece, types, _ROWS):
+                    names = batch.column(column).to_pylist()
+                    label = np.array([_code(each, codes, table.file.url) for each in names], np.int64)
+                    rows_BF = reader.from_batch(batch, partial(piece.at, start))
+                    rows.append(engine.scaled({"feat": rows_BF.astype(np.float32)[label >= 0]}))
+                    labels.append(label[label >= 0])
     if not sum(map(len, labels)):
         raise InputError(f"{url}: no row has a class in column '{column}' (--label)")
     return Labelled(np.concatenate(rows), np.concatenate(labels))
