@@ -17,6 +17,9 @@ NO_NORM, AFFINE, LAYER_NORM = range(3)
 NO_ROWS, SUM, LENGTH = range(3)
 _EPS = 1e-5  # of torch.nn.LayerNorm
 _FLOOR = 1e-12  # of torch.nn.functional.normalize
+_BLOCK = 512  # rows at once, which stay in a cache between the layers
+# OpenBLAS copies large matrices before it multiplies: for a few rows that takes two to three times as long as they do.
+LARGE, WEIGHTS_PER_ROW = 1 << 18, 1 << 16
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
@@ -215,16 +218,6 @@ def thin_product(x_nD, weight_DO, out_nO):
 
 
 @njit(cache=True, nogil=True)
-def add_bias(y_BO, bias_O, kind, gain_2O, relu):
-    """In place: bias, norm and ReLU of one expert's rows."""
-    for b in range(len(y_BO)):
-        y_O = y_BO[b]
-        for o in range(len(y_O)):
-            y_O[o] += bias_O[o]
-        _norm_and_relu(y_O, kind, gain_2O, relu)
-
-
-@njit(cache=True, nogil=True)
 def add_weighed(out_nO, bias_O, row_n, weight_n, y_BO):
     """`y[row] += weight · (out + bias)` for one expert's rows."""
     for n in range(len(row_n)):
@@ -260,6 +253,60 @@ def sparse_product(indptr, column, value, row_n, weight_DO, out_nO):
             for o in range(outputs):
                 y_O[o] += v * row_v[o]
             i += 1
+
+
+@njit(cache=True, nogil=True)
+def expert_by_expert(x_BD, csr, row_R, start_E, flat, table_LT, logits_BC):
+    """Rows of one expert each through all layers at once: first those of the first expert, some at a time, and so on.
+
+    csr: of sparse rows `indptr`, `column` and `value`; `x_BD` has no rows then. The rows: see `sort_by_expert`.
+    """
+    indptr, column, value = csr
+    widest, weights = 0, 0
+    for layer in range(len(table_LT)):
+        at = table_LT[layer]
+        widest, weights = max(widest, at[WIDTH], at[OUTPUTS]), max(weights, at[WIDTH] * at[OUTPUTS])
+    buffer_2 = np.empty((2, min(len(row_R), _BLOCK) * widest), flat.dtype)
+    full = np.empty(weights if table_LT[0, SCALE] >= 0 else 0, flat.dtype)
+    as_int8 = flat.view(np.int8)
+    for expert in range(len(start_E) - 1):
+        for first in range(start_E[expert], start_E[expert + 1], _BLOCK):
+            row_n = row_R[first : min(first + _BLOCK, start_E[expert + 1])]
+            rows, width = len(row_n), table_LT[0, WIDTH]
+            x_nD = buffer_2[0, : rows * width].reshape(rows, width)
+            if len(x_BD):
+                for n in range(rows):
+                    x_nD[n] = x_BD[row_n[n]]
+            for layer in range(len(table_LT)):
+                at = table_LT[layer]
+                width, outputs = at[WIDTH], at[OUTPUTS]
+                size, last = width * outputs, layer == len(table_LT) - 1
+                if at[SCALE] < 0:
+                    start = at[WEIGHT] + expert * size
+                    weight_DO = flat[start : start + size].reshape(width, outputs)
+                else:
+                    start = at[WEIGHT] * flat.itemsize + expert * size
+                    weight_DO = full[:size].reshape(width, outputs)
+                    scale_D = flat[at[SCALE] + expert * width : at[SCALE] + (expert + 1) * width]
+                    in_full(as_int8[start : start + size].reshape(width, outputs), scale_D, weight_DO)
+                y_nO = buffer_2[(layer + 1) % 2, : rows * outputs].reshape(rows, outputs)
+                if layer == 0 and not len(x_BD):
+                    sparse_product(indptr, column, value, row_n, weight_DO, y_nO)
+                elif size >= max(LARGE, rows * WEIGHTS_PER_ROW):
+                    thin_product(x_nD, weight_DO, y_nO)
+                else:
+                    np.dot(x_nD, weight_DO, y_nO)
+                bias_O = flat[at[BIAS] + expert * outputs : at[BIAS] + (expert + 1) * outputs]
+                gain_2O = flat[at[GAIN] : at[GAIN] + 2 * outputs]
+                for n in range(rows):
+                    y_O = y_nO[n]
+                    for o in range(outputs):
+                        y_O[o] += bias_O[o]
+                    if not last:
+                        _norm_and_relu(y_O, at[NORM], gain_2O, True)
+                x_nD = y_nO
+            for n in range(rows):
+                logits_BC[row_n[n]] = x_nD[n]
 
 
 @njit(cache=True, nogil=True)

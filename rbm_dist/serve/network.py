@@ -25,8 +25,7 @@ Tensors = Mapping[str, np.ndarray]
 _MAX_SCALE = math.log(100)  # of exp(t), exp(c) and the vanilla mixture's temperature
 _MOST_ONE_BY_ONE = 64
 _SPARSE = 8
-# OpenBLAS copies large matrices before it multiplies: for a few rows that takes two to three times as long as they do.
-_LARGE, _WEIGHTS_PER_ROW = 1 << 18, 1 << 16
+_NO_CSR = np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
 _ROWS, _ROWS_PER_EXPERT = 4096, 128  # that are sorted at once
 
 
@@ -134,23 +133,20 @@ class Network:
         """An expert's rows go through all layers at once."""
         first = self._layers[0]
         if first.keys_PE is None:
-            self._through(0, x_BD, None, logits_BC)
+            every_row = np.arange(len_of(x_BD))
+            self._expert_by_expert(x_BD, every_row, np.array([0, len(every_row)]), logits_BC)
             return []
         routing = _route(first, first.keys_PE, x_BD)
-        for expert, row_n, _ in _by_expert(routing, len(first.weight_EDO)):
-            out_nC = np.empty((len(row_n), self.num_classes), self.dtype)
-            self._through(expert, x_BD, row_n, out_nC)
-            logits_BC[row_n] = out_nC
+        start_E, row_R, _ = _sorted_by_expert(routing, len(first.weight_EDO))
+        self._expert_by_expert(x_BD, row_R, start_E, logits_BC)
         return [routing]
 
-    def _through(self, expert: int, x_nD: Rows, row_n: np.ndarray | None, out_nC: np.ndarray) -> None:
-        for index, layer in enumerate(self._layers):
-            last = index == len(self._layers) - 1
-            y_nO = out_nC if last else np.empty((len(out_nC), layer.weight_EDO.shape[2]), self.dtype)
-            _product(x_nD, row_n if index == 0 else None, layer.in_full(expert), y_nO)
-            norm = kernels.NO_NORM if last else layer.norm
-            kernels.add_bias(y_nO, layer.bias_EO[expert], norm, layer.gain_2O, not last)
-            x_nD = y_nO
+    def _expert_by_expert(self, x_BD: Rows, row_R: np.ndarray, start_E: np.ndarray, logits_BC: np.ndarray) -> None:
+        csr = _NO_CSR
+        if not isinstance(x_BD, np.ndarray):
+            csr = x_BD.indptr, x_BD.indices, x_BD.data.astype(self.dtype, copy=False)
+            x_BD = np.empty((0, self.width), self.dtype)
+        kernels.expert_by_expert(x_BD, csr, row_R, start_E, self._flat, self._table_LT, logits_BC)
 
     def _layer_by_layer(self, x_BD: Rows, logits_BC: np.ndarray) -> list[Routing]:
         """In each layer, every expert's output is added to its rows."""
@@ -245,18 +241,24 @@ _one_thread = _OneThread()
 
 @functools.cache
 def _blas() -> ThreadpoolController:
+    import scipy.linalg.cython_blas  # noqa: F401  # loads the library that compiled loops multiply by
+
     return ThreadpoolController().select(user_api="blas")
 
 
-def _by_expert(routing: Routing, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Of each expert that has any: its number, its rows, and their weights."""
+def _sorted_by_expert(routing: Routing, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each expert's rows begin, `[E + 1]`, the rows, and their weights."""
     pairs = routing.expert_Bk.size
     start_E, row_R = np.empty(num_experts + 1, np.int64), np.empty(pairs, np.int64)
     weight_R = np.empty(pairs, routing.weight_Bk.dtype)
     kernels.sort_by_expert(routing.expert_Bk, routing.weight_Bk, start_E, row_R, weight_R)
-    spans = (
-        (expert, slice(start_E[expert], start_E[expert + 1])) for expert in np.flatnonzero(np.diff(start_E)).tolist()
-    )
+    return start_E, row_R, weight_R
+
+
+def _by_expert(routing: Routing, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each expert that has any: its number, its rows, and their weights."""
+    start_E, row_R, weight_R = _sorted_by_expert(routing, num_experts)
+    spans = ((e, slice(start_E[e], start_E[e + 1])) for e in np.flatnonzero(np.diff(start_E)).tolist())
     return [(expert, row_R[own], weight_R[own]) for expert, own in spans]
 
 
@@ -285,7 +287,7 @@ def _product(x_BD: Rows, row_n: np.ndarray | None, weight_DO: np.ndarray, out_nO
     """`x[rows] @ weight`, written to `out`; rows None: all."""
     if isinstance(x_BD, np.ndarray):
         x_nD = x_BD if row_n is None else x_BD.take(row_n, axis=0)
-        if weight_DO.size >= max(_LARGE, len(x_nD) * _WEIGHTS_PER_ROW):
+        if weight_DO.size >= max(kernels.LARGE, len(x_nD) * kernels.WEIGHTS_PER_ROW):
             kernels.thin_product(x_nD, weight_DO, out_nO)
             return out_nO
         return np.dot(x_nD, weight_DO, out=out_nO)
