@@ -161,7 +161,7 @@ def test_source_and_partition(source: dict[str, Any], tmp_path: Path, tiny: Path
         assert on_disk <= kept <= 1.1 * on_disk, folder
 
 
-@pytest.mark.parametrize("batch_size", [4096, 8192])
+@pytest.mark.parametrize("batch_size", [2048, 4096])  # of 6,000 nodes: others are ahead, as is counted
 def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, batch_size: int) -> None:
     source, url = wide
     warm = configured(tiny / f"teacher-{batch_size}", source | TINY, teacher={"epochs": 1})
