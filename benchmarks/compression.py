@@ -30,7 +30,8 @@ from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve import compress
 from rbm_dist.serve.from_run import read_run
-from rbm_dist.serve.network import Layer, members_of, network_of
+from rbm_dist.serve.layers import Layer, members_of
+from rbm_dist.serve.network import network_of
 from rbm_dist.serve.onnx_engine import OnnxEngine
 from rbm_dist.serve.onnx_graph import build
 from rbm_dist.serve.validation import Labelled, from_graph

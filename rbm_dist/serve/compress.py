@@ -16,7 +16,8 @@ from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph import quantised
 from rbm_dist.serve import export
 from rbm_dist.serve.format import ModelFile
-from rbm_dist.serve.network import Network, Networks, Rows, len_of, members_of, network_of
+from rbm_dist.serve.layers import members_of
+from rbm_dist.serve.network import Network, Networks, Rows, len_of, network_of
 from rbm_dist.serve.validation import Labelled
 
 Tensors = Mapping[str, np.ndarray]

@@ -6,10 +6,8 @@ once, to one expert, sorts its rows once for all layers.
 """
 
 import functools
-import math
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -18,11 +16,9 @@ import scipy.sparse as sp
 from threadpoolctl import ThreadpoolController
 
 from rbm_dist.serve import kernels
+from rbm_dist.serve.layers import Facts, Layer, Tensors, members_of
 
 Rows: TypeAlias = np.ndarray | sp.csr_array
-Facts = Mapping[str, Any]
-Tensors = Mapping[str, np.ndarray]
-_MAX_SCALE = math.log(100)  # of exp(t), exp(c) and the vanilla mixture's temperature
 _MOST_ONE_BY_ONE = 64
 _SPARSE = 8
 _NO_CSR = np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -36,38 +32,6 @@ class Routing:
     expert_Bk: np.ndarray  # int64, best first
     weight_Bk: np.ndarray
     cosine_Bk: np.ndarray
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer as it is computed: experts (one: a plain layer), who chooses among them, and the norm behind."""
-
-    weight_EDO: np.ndarray  # int8 if they have scales
-    bias_EO: np.ndarray
-    keys_PE: np.ndarray | None  # what a row is compared with; None: it goes where it went in the layer before
-    projection_DP: np.ndarray | None  # before it is compared
-    top_k: int
-    over_all: bool  # whether weights are a softmax over all experts, or over the chosen
-    norm: int
-    gain_2O: np.ndarray  # gain and offset of the norm behind it
-    temperature: float = 1.0  # that scores were divided by: times it they are cosines
-    scale_ED: np.ndarray | None = None  # what each row of the experts' weights is to be multiplied by
-
-    def in_full(self, expert: int) -> np.ndarray:
-        """`[D, O]`, those of one expert."""
-        if self.scale_ED is None:
-            return self.weight_EDO[expert]
-        full_DO = np.empty(self.weight_EDO.shape[1:], self.scale_ED.dtype)
-        kernels.in_full(self.weight_EDO[expert], self.scale_ED[expert], full_DO)
-        return full_DO
-
-    @property
-    def multiply_adds(self) -> int:
-        """Of the matrix products of one row, routing included."""
-        experts, width, outputs = self.weight_EDO.shape
-        routing = 0 if self.keys_PE is None else self.keys_PE.size
-        routing += 0 if self.projection_DP is None else self.projection_DP.size
-        return routing + min(self.top_k, experts) * width * outputs
 
 
 class Network:
@@ -195,19 +159,6 @@ def network_of(network: Facts, tensors: Tensors, few: int | None = None) -> Netw
     return Networks(members) if network["kind"] == "ensemble" else members[0]
 
 
-def members_of(network: Facts, tensors: Tensors) -> list[list[Layer]]:
-    """The layers of a student, or of each member of an ensemble; by the names of `models/student.py`."""
-    if network["kind"] != "ensemble":
-        make = {"mlp": _dense, "rbm": _routed, "moe": _gated}[network["kind"]]
-        return [[make(network, tensors, layer) for layer in range(network["num_layers"])]]
-    found = []
-    for member in range(network["ensemble_size"]):
-        prefix = f"members.{member}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        found += members_of({**network, "kind": "mlp"}, own)
-    return found
-
-
 def _is_mostly_zeros(x_BD: np.ndarray) -> bool:
     """Whether rows are such as bags of words: one by one only what is not zero is multiplied."""
     return bool(_SPARSE * np.count_nonzero(x_BD) < x_BD.size)
@@ -301,113 +252,38 @@ def len_of(rows: Rows) -> int:
     return int(rows.shape[0])
 
 
-def _dense(network: Facts, tensors: Tensors, layer: int) -> Layer:
-    weight_OD, bias_O = tensors[f"layers.{layer}.linear.weight"], tensors[f"layers.{layer}.linear.bias"]
-    scale_D = tensors.get(f"layers.{layer}.linear.scale_D")
-    return Layer(
-        weight_OD.T[None], bias_O[None], None, None, 1, False, *_norm(tensors, layer, len(bias_O)),
-        scale_ED=None if scale_D is None else scale_D[None],
-    )  # fmt: skip
-
-
-def _routed(network: Facts, tensors: Tensors, layer: int) -> Layer:
-    at = f"layers.{layer}"
-    scale = np.exp(np.minimum(tensors[f"{at}.log_scale"], _MAX_SCALE))
-    weight_EDO, bias_EO, scale_ED = _experts(tensors, at, scale)
-    memory_ED = tensors.get(f"{at}.memory_ED")
-    temperature = network["routing_temperature"]
-    keys = None if memory_ED is None else _unit(memory_ED).T / temperature
-    norm = _norm(tensors, layer, bias_EO.shape[1])
-    return Layer(weight_EDO, bias_EO * scale, keys, None, network["top_k"], False, *norm, temperature, scale_ED)
-
-
-def _gated(network: Facts, tensors: Tensors, layer: int) -> Layer:
-    at = f"layers.{layer}"
-    weight_EDO, bias_EO, scale_ED = _experts(tensors, at)
-    inverse = np.exp(np.minimum(tensors[f"{at}.log_inverse_temperature"], _MAX_SCALE))
-    keys = _unit(tensors[f"{at}.gate_EP"]).T * inverse
-    norm = _norm(tensors, layer, bias_EO.shape[1])
-    projection_DP = tensors[f"{at}.projection_DP"]
-    temperature = float(1 / inverse)
-    return Layer(weight_EDO, bias_EO, keys, projection_DP, network["top_k"], True, *norm, temperature, scale_ED)
-
-
-def _experts(tensors: Tensors, at: str, factor: Any = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Weights times `factor` and input attention, biases as they are, and the scales of weights in int8."""
-    weight_EDO, bias_EO = tensors[f"{at}.experts.weight_LDO"], tensors[f"{at}.experts.bias_LO"]
-    scale_ED = tensors.get(f"{at}.experts.scale_LD")
-    attention_ED = tensors.get(f"{at}.experts.log_attention_LD")
-    if attention_ED is not None:
-        factor = factor * np.exp(np.minimum(attention_ED, _MAX_SCALE))
-    if scale_ED is not None:
-        return weight_EDO, bias_EO, scale_ED * factor
-    return weight_EDO * (factor if attention_ED is None else factor[:, :, None]), bias_EO, None
-
-
-def _unit(rows_EP: np.ndarray) -> np.ndarray:
-    return rows_EP / np.maximum(np.linalg.norm(rows_EP, axis=1, keepdims=True), 1e-12)
-
-
-def _norm(tensors: Tensors, layer: int, outputs: int) -> tuple[int, np.ndarray]:
-    """The norm behind a layer as its kind and `[2, O]` gain and offset."""
-    weight = tensors.get(f"norms.{layer}.weight")
-    if weight is None:
-        return kernels.NO_NORM, np.zeros((2, outputs))
-    bias, mean = tensors[f"norms.{layer}.bias"], tensors.get(f"norms.{layer}.running_mean")
-    if mean is None:
-        return kernels.LAYER_NORM, np.stack([weight, bias])
-    gain = weight / np.sqrt(tensors[f"norms.{layer}.running_var"] + 1e-5)
-    return kernels.AFFINE, np.stack([gain, bias - mean * gain])
+_PLACES = {
+    "weight_EDO": kernels.WEIGHT, "bias_EO": kernels.BIAS, "gain_2O": kernels.GAIN, "keys_PE": kernels.KEYS,
+    "projection_DP": kernels.PROJECTION, "scale_ED": kernels.SCALE,
+}  # fmt: skip
+"""Arrays of a layer, and the column of the table that says where each begins."""
 
 
 def _packed(layers: list[Layer]) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
     """All weights as one flat array, the table of what is where, and the layers as views of it."""
     dtype, size = layers[0].bias_EO.dtype, 0
     table_LT = np.full((len(layers), kernels.TABLE_COLUMNS), -1, np.int64)
-    arrays: list[tuple[int, np.ndarray]] = []
-
-    def place(array: np.ndarray) -> int:
-        nonlocal size
-        items = -(-array.nbytes // dtype.itemsize) if array.dtype == np.int8 else array.size
-        start, size = size, size + -(-items // 16) * 16  # at cache lines
-        arrays.append((start, array))
-        return start
-
     for row, layer in zip(table_LT, layers, strict=True):
-        experts, width, outputs = layer.weight_EDO.shape
-        sizes = {kernels.WIDTH: width, kernels.OUTPUTS: outputs, kernels.EXPERTS: experts, kernels.TOP_K: layer.top_k}
-        places = {kernels.WEIGHT: layer.weight_EDO, kernels.BIAS: layer.bias_EO, kernels.GAIN: layer.gain_2O}
-        places |= {} if layer.keys_PE is None else {kernels.KEYS: layer.keys_PE}
-        places |= {} if layer.projection_DP is None else {kernels.PROJECTION: layer.projection_DP}
-        places |= {} if layer.scale_ED is None else {kernels.SCALE: layer.scale_ED}
-        for column, value in (sizes | {column: place(array) for column, array in places.items()}).items():
-            row[column] = value
+        row[kernels.EXPERTS], row[kernels.WIDTH], row[kernels.OUTPUTS] = layer.weight_EDO.shape
+        row[kernels.TOP_K], row[kernels.OVER_ALL], row[kernels.NORM] = layer.top_k, layer.over_all, layer.norm
         row[kernels.PROJECTED] = 0 if layer.projection_DP is None else layer.projection_DP.shape[1]
-        row[kernels.OVER_ALL], row[kernels.NORM] = int(layer.over_all), layer.norm
-    flat = np.zeros(size, dtype)
-    views = []
-    for start, array in arrays:
-        view = flat[start:].view(np.int8) if array.dtype == np.int8 else flat[start:]
-        views.append(view[: array.size].reshape(array.shape))
-        views[-1][...] = array
-    found = iter(views)
-    packed = []
-    for layer in layers:
-        weight, bias, gain = next(found), next(found), next(found)
-        keys = None if layer.keys_PE is None else next(found)
-        projection = None if layer.projection_DP is None else next(found)
-        scale = None if layer.scale_ED is None else next(found)
-        packed.append(
-            replace(
-                layer,
-                weight_EDO=weight,
-                bias_EO=bias,
-                keys_PE=keys,
-                projection_DP=projection,
-                gain_2O=gain.reshape(-1),
-                scale_ED=scale,
-            )
-        )
+        for name, column in _PLACES.items():
+            array = getattr(layer, name)
+            if array is not None:
+                items = -(-array.nbytes // dtype.itemsize) if array.dtype == np.int8 else array.size
+                row[column], size = size, size + -(-items // 16) * 16  # at cache lines
+    flat, packed = np.zeros(size, dtype), []
+    for row, layer in zip(table_LT, layers, strict=True):
+        views: dict[str, Any] = {}
+        for name, column in _PLACES.items():
+            array = getattr(layer, name)
+            if array is not None:
+                rest = flat[row[column] :]
+                views[name] = (rest.view(np.int8) if array.dtype == np.int8 else rest)[: array.size].reshape(
+                    array.shape
+                )
+                views[name][...] = array
+        packed.append(replace(layer, **views | {"gain_2O": views["gain_2O"].reshape(-1)}))
     return flat, table_LT, packed
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rbm_dist.serve import kernels
 from rbm_dist.serve.format import ModelFile
-from rbm_dist.serve.network import Layer, members_of
+from rbm_dist.serve.layers import Layer, members_of
 
 OPSET, _IR = 18, 10
 PROBABILITIES = "probabilities"
