@@ -61,7 +61,7 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
     start_ray $((SLURM_JOB_NUM_NODES - 1)) --exclude="$SLURMD_NODENAME" --address="$head:$port"
 fi
 
-# The run has a deadline of its own for nodes that are slow to join: cluster.timeout_s.
+# The run has a deadline of its own for nodes that are slow to join: cluster.start_timeout_s.
 rbm-dist run "$@" --address "$head:$port" &
 run=$!
 while kill -0 "$run" 2>/dev/null; do

@@ -196,7 +196,13 @@ class ClusterConfig(Section):
     )
     checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
     max_failures: Count = Field(3, description="times that lost workers are replaced")
-    timeout_s: Rate = Field(300.0, description="longest wait for another worker, in seconds")
+    start_timeout_s: Rate = Field(
+        600.0, description="longest wait, in seconds, for workers to start: for hosts, CPUs and GPUs to be there"
+    )
+    silence_timeout_s: Rate = Field(60.0, description="longest time, in seconds, without a sign of life of a worker")
+    collective_timeout_s: Rate = Field(
+        300.0, description="longest wait, in seconds, of a training worker for the others, for a batch, or for a server"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

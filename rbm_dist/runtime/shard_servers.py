@@ -115,10 +115,12 @@ def shard_servers(config: ClusterConfig, url: str) -> Iterator[ShardServers | No
     actors = [server_class.remote(url, owned) for owned in parts]
     try:
         try:
-            hosts = ray.get([actor.host.remote() for actor in actors], timeout=config.timeout_s)
+            hosts = ray.get([actor.host.remote() for actor in actors], timeout=config.start_timeout_s)
         except GetTimeoutError:
-            raise RunError(f"{url}: not all of {count} shard servers started within {config.timeout_s:g} s") from None
-        yield ShardServers(url, offsets, actors, parts, hosts, config.timeout_s)
+            raise RunError(
+                f"{url}: not all of {count} shard servers started within {config.start_timeout_s:g} s"
+            ) from None
+        yield ShardServers(url, offsets, actors, parts, hosts, config.collective_timeout_s)
     finally:
         for actor in actors:
             ray.kill(actor)

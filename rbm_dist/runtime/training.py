@@ -38,7 +38,7 @@ def run_training(
     """
     # Read by Ray Train when a group starts: see a lost worker at once, and give up on resources that never come.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.timeout_s))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.start_timeout_s))
     loop_config = {
         "stage": stage,
         "loop": loop,
@@ -70,7 +70,7 @@ def _fit(loop_config: dict[str, Any], config: ClusterConfig, scratch_url: str) -
         _worker,
         train_loop_config=loop_config,
         scaling_config=ScalingConfig(num_workers=config.train_workers, use_gpu=config.use_gpu),
-        torch_config=TorchConfig(timeout_s=int(config.timeout_s)),
+        torch_config=TorchConfig(timeout_s=int(config.collective_timeout_s)),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=storage.filesystem(scratch_url)[1],

@@ -51,8 +51,8 @@ class Run:
         return self.path("graph")
 
     @property
-    def timeout_s(self) -> float:
-        return self.config.cluster.timeout_s
+    def silence_timeout_s(self) -> float:
+        return self.config.cluster.silence_timeout_s
 
     def files_of(self, folder: str) -> Files:
         """What a finished stage wrote, with checksums; paths relative to the run."""

@@ -108,7 +108,7 @@ def _fill(
 def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
     cluster = run.config.cluster
     return run_on_parts(
-        "soft_labels", make_worker, parts, cluster.inference_workers, cluster.use_gpu, run.timeout_s
+        "soft_labels", make_worker, parts, cluster.inference_workers, cluster.use_gpu, run.silence_timeout_s
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _make_worker(
             functools.partial(read, config, store, ids[start : start + batch], device)
             for start in range(0, len(ids), batch)
         )
-        with Prefetch(f"soft labels: '{name}' of part {part}", jobs, config.cluster.timeout_s) as batches:
+        with Prefetch(f"soft labels: '{name}' of part {part}", jobs, config.cluster.collective_timeout_s) as batches:
             for compute in batches:
                 with torch.no_grad():
                     rows = compute(model).cpu().numpy()

@@ -164,7 +164,7 @@ class _Training:
             settings.routing_temperature, settings.input_attention,
         ).to(mesh.device)  # fmt: skip
         store = make_memory_store(
-            self.config.cluster.memory_store, mesh, self.config.cluster.timeout_s, settings.ema_decay,
+            self.config.cluster.memory_store, mesh, self.config.cluster.collective_timeout_s, settings.ema_decay,
             settings.self_similarity, settings.lr, settings.reseed_after,
         )  # fmt: skip
         store.init(memories, None)

@@ -218,7 +218,7 @@ def _ahead(
         for shares, draw in zip(steps, draws, strict=False)
         for seeds in filter(len, shares)
     )
-    return Prefetch(f"teacher: {what} batches", jobs, config.cluster.timeout_s)
+    return Prefetch(f"teacher: {what} batches", jobs, config.cluster.collective_timeout_s)
 
 
 def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh) -> Prefetch[Labelled]:

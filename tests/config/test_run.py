@@ -267,7 +267,7 @@ def test_a_bad_override_says_that_it_came_from_the_command_line(path: Path) -> N
         ("cluster: {use_gpu: maybe}", "cluster.use_gpu", "valid boolean.*found 'maybe'"),
         ("teacher: {sampler: dgl}", "teacher.sampler", "found 'dgl'"),
         ("cluster: {max_failures: -1}", "cluster.max_failures", "found -1"),
-        ("cluster: {timeout_s: 0}", "cluster.timeout_s", "greater than 0"),
+        ("cluster: {silence_timeout_s: 0}", "cluster.silence_timeout_s", "greater than 0"),
         ("3: x", "3", "Keys should be strings"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_job_that_hangs_is_an_error_that_names_it() -> None:
     release = threading.Event()
     start = time.perf_counter()
     with (
-        pytest.raises(RunError, match=r"numbers: none came for 1 s; .* raise cluster.timeout_s"),
+        pytest.raises(RunError, match=r"numbers: none came for 1 s; .* raise cluster.collective_timeout_s"),
         prefetch([*numbers(1), lambda: int(release.wait(patient(60)))], timeout_s=1) as results,
     ):
         list(results)

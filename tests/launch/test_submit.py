@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
 SHORT = [
     "partition.num_parts=2", "teacher.epochs=1", "student.epochs=1", "student.models=[mlp]",
-    "cluster.train_workers=1", "cluster.inference_workers=1", f"cluster.timeout_s={patient(300)}",
+    "cluster.train_workers=1", "cluster.inference_workers=1", f"cluster.silence_timeout_s={patient(300)}",
 ]  # fmt: skip
 
 

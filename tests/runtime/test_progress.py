@@ -207,7 +207,7 @@ def loop(mesh: Mesh, reporter: Reporter) -> None:
 def test_a_training_group(terminal: Terminal) -> None:
     """Its warnings name the rank, and the loss of the mailbox in the middle does it no harm."""
     with terminal.relay() as relay:
-        workers = ClusterConfig(train_workers=2, timeout_s=patient(300))
+        workers = ClusterConfig(train_workers=2, collective_timeout_s=patient(300), start_timeout_s=patient(300))
         run_training("teacher", loop, {}, workers, 2, relay.reporter, str(terminal.folder / "ray"))
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))

@@ -34,7 +34,9 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def servers(cluster: None, url: str) -> Iterator[ShardServers]:
     """Two servers of five parts."""
-    with shard_servers(ClusterConfig(shard_servers=SERVERS, timeout_s=patient(300)), url) as started:
+    with shard_servers(
+        ClusterConfig(shard_servers=SERVERS, collective_timeout_s=patient(300), start_timeout_s=patient(300)), url
+    ) as started:
         assert started is not None
         yield started
 
@@ -59,7 +61,9 @@ def test_rows_and_samples_are_those_of_the_mapped_graph(servers: ShardServers, u
 def test_sparse_rows(cluster: None, tmp_path: Path) -> None:
     graph = with_sparse_features(small_graph())
     url = write_graph(str(tmp_path), graph, np.arange(graph.csc.num_nodes) % 3).url
-    with shard_servers(ClusterConfig(shard_servers=9, timeout_s=patient(300)), url) as servers:  # more than parts
+    with shard_servers(
+        ClusterConfig(shard_servers=9, collective_timeout_s=patient(300), start_timeout_s=patient(300)), url
+    ) as servers:  # more than parts
         assert servers is not None
         ids = np.random.default_rng(0).integers(0, 240, 500)
         np.testing.assert_array_equal(elsewhere(servers).gather("feat", ids), GraphStore.open(url).gather("feat", ids))

@@ -28,7 +28,7 @@ def two_hosts() -> Iterator[str]:
 def test_it_gives_what_a_run_gives_that_maps_everything(two_hosts: str, finished_run: Path, tmp_path: Path) -> None:
     # Three, so that wherever servers and ranks come to lie, some rank lacks a part. With two, a host may have its
     # rank's parts and the other rank's from its server: then nobody asks for anything.
-    served = ["cluster.shard_servers=3", "cluster.cache_mb=1", f"cluster.timeout_s={patient(120)}"]
+    served = ["cluster.shard_servers=3", "cluster.cache_mb=1", f"cluster.collective_timeout_s={patient(120)}"]
     run = [
         "encodings",
         "configs/quickstart.yaml",

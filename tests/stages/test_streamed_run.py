@@ -45,7 +45,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[st
             "undirected": False, "normalize": "none",
         },
         "partition": {"num_parts": 3, "features": "int8"},
-        "cluster": {"timeout_s": patient(300)},
+        "cluster": {"silence_timeout_s": patient(300)},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder / "run.yaml", links
