@@ -4,6 +4,9 @@ Everything a person can cause (a bad file, a bad key, a full disk) is an `InputE
 """
 
 import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(Exception):
@@ -15,7 +18,18 @@ class RunError(Exception):
 
 
 def disk_full(error: OSError, path: str) -> InputError | None:
-    """The message for a disk (or quota) that filled up while `path` was written; None for any other `OSError`."""
+    """The message for this host's disk (or quota) that filled up while `path` was written; None for other errors."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"{path}: no space left on the device; free some and run the same command again")
+        return InputError(
+            f"{path}: no space left on the device of {socket.gethostname()}; free some and run the same command again"
+        )
     return None
+
+
+@contextmanager
+def disk_full_here() -> Iterator[None]:
+    """In this block a disk that fills up is an `InputError` that names this host, wherever it arrives."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_full(error, str(error.filename or "a file")) or error from None

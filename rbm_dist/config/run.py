@@ -177,7 +177,11 @@ class StudentConfig(Section):
 class ClusterConfig(Section):
     """How the run is carried out; changes nothing in what it computes."""
 
-    train_workers: Positive = Field(2, description="training workers; of a graph in one part: 1")
+    train_workers: Positive | tuple[Positive, Positive] = Field(
+        2,
+        description="training workers; of a graph in one part: 1. [fewest, most]: a group shrinks when hosts are lost, "
+        "and grows when hosts come",
+    )
     inference_workers: Positive = 2
     use_gpu: bool = Field(False, description="one GPU per training and inference worker")
     expert_parallel: Positive | None = Field(
@@ -206,11 +210,27 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.expert_parallel and self.train_workers % self.expert_parallel:
-            raise ValueError(
-                f"cluster.expert_parallel: {self.expert_parallel} does not divide train_workers: {self.train_workers}"
-            )
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"cluster.train_workers: {self.fewest_workers} at least is more than {self.most_workers}")
+        for workers in {self.fewest_workers, self.most_workers}:
+            if self.expert_parallel and workers % self.expert_parallel:
+                raise ValueError(
+                    f"cluster.expert_parallel: {self.expert_parallel} does not divide train_workers: {workers}"
+                )
         return self
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.train_workers if isinstance(self.train_workers, int) else self.train_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.train_workers if isinstance(self.train_workers, int) else self.train_workers[1]
+
+    def group_size(self, room: int) -> int:
+        """How many workers a group has where there is room for so many: whole sets of experts."""
+        shared = self.expert_parallel or 1
+        return min(room, self.most_workers) // shared * shared
 
 
 class Config(Section):
@@ -260,7 +280,7 @@ class Config(Section):
             raise ValueError("student.similarity: needs soft_labels.hidden: true")
         if self.soft_labels.hidden and len(self.teacher.fanout) < 2:
             raise ValueError("soft_labels.hidden: a teacher of one layer (teacher.fanout) has no hidden states")
-        workers, parts = self.cluster.train_workers, self.partition.num_parts
+        workers, parts = self.cluster.most_workers, self.partition.num_parts
         if workers > parts:
             raise ValueError(
                 f"partition.num_parts: {parts} part(s) for cluster.train_workers: {workers}, "
@@ -281,10 +301,8 @@ class Config(Section):
                 raise ValueError(f"student.inputs: '{name}' needs encodings.{key}")
         return self
 
-    @property
-    def expert_parallel(self) -> int:
-        """Workers that share one set of experts, as configured or by default."""
-        workers = self.cluster.train_workers
+    def expert_parallel(self, workers: int) -> int:
+        """How many of so many training workers share one set of experts, as configured or by default."""
         return self.cluster.expert_parallel or _with_an_expert_each(workers, self.student.num_experts)
 
 

@@ -108,5 +108,6 @@ class Prefetch(Generic[T]):
     def _miss(self) -> RunError:
         self._missed = True
         return RunError(
-            f"{self._what}: none came for {self._timeout_s:g} s; if storage is only slow, raise cluster.collective_timeout_s"
+            f"{self._what}: none came for {self._timeout_s:g} s; if storage is only slow, raise "
+            "cluster.collective_timeout_s"
         )

@@ -71,6 +71,12 @@ def latest(url: str) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
+def saved(url: str) -> set[str]:
+    """All whole checkpoints anywhere below a URL."""
+    fs, path = storage.filesystem(url)
+    return {name for name in fs.find(path) if name.endswith(f"/{_INDEX}")}
+
+
 def load(folder: str, state: dict[str, Tensor], mesh: Mesh | None = None) -> None:
     """Fill the tensors of `state` in place from a checkpoint, whatever number of ranks wrote it."""
     index = storage.read_json(storage.join(folder, _INDEX))

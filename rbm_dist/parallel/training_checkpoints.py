@@ -13,6 +13,11 @@ from rbm_dist.errors import InputError
 from rbm_dist.parallel import checkpoint
 from rbm_dist.parallel.mesh import Mesh
 
+
+class Left(Exception):  # noqa: N818
+    """A training loop saved a checkpoint and left, as it was ordered to."""
+
+
 _NO_SCORE = -math.inf
 
 

@@ -9,8 +9,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError
@@ -27,13 +29,18 @@ _CONNECT_S = 10.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
+def is_own(address: str | None) -> bool:
+    """Whether Ray is started for this driver alone, as no address is given."""
+    return not (address or os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     """Connect to `address` (or `RAY_ADDRESS`), else start Ray here; disconnect, or stop it, at the end.
 
     Raises `InputError` if no cluster answers there.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = None if is_own(address) else address or os.environ["RAY_ADDRESS"]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The driver prints its own progress; workers' warnings reach it through the mailbox, their errors as exceptions.
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -48,7 +55,7 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     else:
         # Logical CPUs: a laptop may run more workers than it has cores. One is spare: where all are taken, Ray lets
         # half a minute pass before it starts a lost actor again.
-        cpus = max(os.cpu_count() or 1, config.train_workers, config.inference_workers) + 1
+        cpus = max(os.cpu_count() or 1, config.most_workers + config.inference_workers) + 1
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
         )
@@ -59,6 +66,45 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Host:
+    """A node of the cluster that takes work: one that is about to be taken away does not."""
+
+    address: str
+    total: dict[str, float]  # by resource: CPU, GPU
+    free: dict[str, float]
+
+    def fits(self, resources: dict[str, float]) -> int:
+        """How many workers with these resources have room here now."""
+        return int(min(self.free.get(name, 0.0) // amount for name, amount in resources.items() if amount))
+
+
+def hosts() -> list[Host]:
+    """Every node that takes work, and what is free there now."""
+    free, leaving = available_resources_per_node(), leaving_hosts()
+    return [
+        Host(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    ]
+
+
+def leaving_hosts() -> set[str]:
+    """Ids of the nodes that are about to be taken away: preempted, or scaled down."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def describe_room(resources: dict[str, float]) -> str:
+    """For messages: what a worker wants, and what each host has."""
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    there = "; ".join(
+        f"{host.address}: "
+        + ", ".join(f"{host.free.get(name, 0):g} of {host.total.get(name, 0):g} {name} free" for name in resources)
+        for host in hosts()
+    )
+    return f"each wants {wanted}; there is {there or 'no host'}"
 
 
 def spare_cpus() -> int:

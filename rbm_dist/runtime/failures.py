@@ -1,14 +1,28 @@
-"""What went wrong in a task, an actor or a worker, as one of the two errors that a person sees."""
+"""What went wrong in a task, an actor or a worker, as an error that a person sees, and whether to try again."""
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import TrainingFailedError
+from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from rbm_dist.errors import InputError, RunError, disk_full
+from rbm_dist.errors import InputError, RunError
+
+RAY_FAILURES = (RayError, TrainingFailedError)
+
+# What a worker raises when it is another that died: torch has no class of its own for most of it.
+_OF_PEERS = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe", "process group", "reset by peer")
+_KILLED_FOR_MEMORY = "low on memory"  # in what Ray says of a process that it ended
+
+
+class LostError(RunError):
+    """A process, a host, or the way there was lost: the same may well succeed."""
 
 
 def explain(error: BaseException, stage: str) -> InputError | RunError:
-    """The error for a person; the original's text is kept when its cause is not one we know."""
+    """The error for a person; the original's text is kept when its cause is not one we know.
+
+    A `LostError` if the same may succeed when it is tried again.
+    """
     causes: dict[str, BaseException] = {"": error}
     if isinstance(error, WorkerGroupError):
         causes = {f"rank {rank}": failure for rank, failure in error.worker_failures.items()}
@@ -18,19 +32,39 @@ def explain(error: BaseException, stage: str) -> InputError | RunError:
     for cause in named.values():
         if isinstance(cause, InputError):
             return cause
-        if isinstance(cause, OSError) and (full := disk_full(cause, str(cause.filename or "the run directory"))):
-            return full
-    details = "; ".join(f"{who}: {_text(cause)}" if who else _text(cause) for who, cause in named.items())
-    return RunError(f"{stage}: {details}. Run the same command again to go on from the last checkpoint")
+    # Other ranks say no more than that one is gone: what is said first is what has a cause of its own.
+    own = {who: cause for who, cause in named.items() if not _is_loss(cause)}
+    details = "; ".join(f"{who}: {_text(cause)}" if who else _text(cause) for who, cause in (own or named).items())
+    if any(_is_out_of_memory(cause) for cause in named.values()):
+        return RunError(
+            f"{stage}: out of memory: {details}. Take a smaller batch_size or more workers; `rbm-dist plan` says what "
+            "each stage takes. The same command then goes on"
+        )
+    if own:
+        return RunError(f"{stage}: {details}. It would fail again; once mended, the same command goes on")
+    return LostError(f"{stage}: {details}. Run the same command again to go on from the last checkpoint")
 
 
-RAY_FAILURES = (RayError, TrainingFailedError)
+def _is_loss(cause: BaseException) -> bool:
+    """Whether this came from outside: a lost process or host, a peer's end, a deadline, storage."""
+    if isinstance(cause, (OSError, TimeoutError, RunError)):
+        return True
+    if isinstance(cause, (RayError, RayTrainError)):
+        return not _is_out_of_memory(cause)
+    return isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in _OF_PEERS)
+
+
+def _is_out_of_memory(cause: BaseException) -> bool:
+    # By name: those of torch and of Ray, neither of which has to be imported for it.
+    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(cause, (RayActorError, WorkerCrashedError)) and _KILLED_FOR_MEMORY in str(cause)
 
 
 def _root(error: BaseException) -> BaseException:
     while True:
         inner = error.cause if isinstance(error, RayTaskError) else getattr(error, "_base_exc", None)
-        inner = inner or error.__cause__
+        inner = inner or getattr(error, "health_check_failure", None) or error.__cause__
         if inner is None or inner is error:
             return error
         error = inner

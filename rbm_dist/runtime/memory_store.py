@@ -20,6 +20,7 @@ from rbm_dist.errors import RunError
 from rbm_dist.moe.memory import InProcessMemoryStore, MemoryStore, RoutingMemory
 from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.runtime.liveness import LifeSigns
 from rbm_dist.runtime.progress import forward_warnings
 
 _GRACE_S = 30.0  # the actor's own deadline comes first: its message names the missing ranks
@@ -95,6 +96,7 @@ class ActorMemoryStore:
 class _MemoryActor:
     def __init__(self, world_size: int, settings: dict[str, Any], timeout_s: float):
         torch.set_num_threads(1)
+        LifeSigns("memory actor").start()
         self._warnings = forward_warnings("memory actor")
         self._world_size, self._settings, self._timeout_s = world_size, settings, timeout_s
         self._pushed: dict[int, list[MemoryStatistics]] = {}

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -21,13 +21,17 @@ from rich.markup import escape
 
 from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
+from rbm_dist.runtime.liveness import MAILBOX, Sign, Signs
 
 _POLL_S = 0.25
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
-_NAME = "progress"  # of the mailbox, among the actors of one driver
 _SHOWN = 20  # different warnings of one place in the code that are shown; more are counted
 _log = logging.getLogger(__name__)
+
+
+Order = Literal["go", "leave"]
+"""What the driver wants of a training group: to go on, or to save a checkpoint and leave."""
 
 
 class Reporter:
@@ -42,6 +46,32 @@ class Reporter:
 
     def progress(self, loop: str, done: int, total: int, unit: str, note: str = "") -> None:
         self._actor.put.remote({"kind": "progress", "loop": loop, "bar": (done, total, unit, note)})
+
+    def order(self) -> Order:
+        """What the driver wants; asked by rank 0, about once a second."""
+        with contextlib.suppress(Exception):
+            return ray.get(self._actor.order.remote(), timeout=_ANSWER_S)
+        return "go"
+
+    def tell(self, order: Order) -> None:
+        """The driver's word, until it says another. A mailbox that starts again forgets it."""
+        self._actor.tell.remote(order)
+
+    def hand_out(self, number: int, job: Any) -> None:
+        """The driver's: the job of this number for a training group; None says that there will be no more."""
+        self._actor.hand_out.remote(number, job)
+
+    def job(self, number: int, rank: int) -> tuple[Any] | None:
+        """A training worker's: the job of this number, if it is there; asking says that those before are done."""
+        with contextlib.suppress(Exception):
+            return ray.get(self._actor.job.remote(number, rank), timeout=_ANSWER_S)
+        return None
+
+    def jobs_done(self) -> int:
+        """The driver's: the jobs of all lower numbers are done."""
+        with contextlib.suppress(Exception):
+            return ray.get(self._actor.jobs_done.remote(), timeout=_ANSWER_S)
+        return 0
 
     def add(self, loop: str, amount: int, total: int, unit: str) -> None:
         """Some more units are done, of a total that several workers share."""
@@ -93,7 +123,7 @@ class _Forwarder(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
         with contextlib.suppress(Exception):  # no driver listens
-            self._mailbox = self._mailbox or ray.get_actor(_NAME)
+            self._mailbox = self._mailbox or ray.get_actor(MAILBOX)
             text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
             place = f"{record.name}:{record.lineno}"
             self._sent = self._mailbox.put.remote({"kind": "warning", "who": self.who, "text": text, "place": place})
@@ -116,12 +146,45 @@ class _Forwarder(logging.StreamHandler):
 class _Mailbox:
     def __init__(self) -> None:
         self._messages: deque[dict[str, Any]] = deque()
+        self._order: Order = "go"
+        self._signs = Signs()
+        self._job: tuple[int, Any] = -1, None
+        self._asked: dict[int, int] = {}  # by rank, the number of the job that it asked for last
 
     def put(self, message: dict[str, Any]) -> None:
         self._messages.append(message)
 
     def drain(self) -> list[dict[str, Any]]:
         return [self._messages.popleft() for _ in range(len(self._messages))]
+
+    def tell(self, order: Order) -> None:
+        self._order = order
+
+    def order(self) -> Order:
+        return self._order
+
+    def hand_out(self, number: int, job: Any) -> None:
+        self._job = number, job
+
+    def job(self, number: int, rank: int) -> tuple[Any] | None:
+        self._asked[rank] = number
+        there, job = self._job
+        return (job,) if there == number else None
+
+    def jobs_done(self) -> int:
+        return self._asked.get(0, 0)
+
+    def sign(self, sign: Sign) -> None:
+        self._signs.add(sign)
+
+    def drop(self, node_id: str, pid: int) -> None:
+        self._signs.drop(node_id, pid)
+
+    def overdue(self, silence_s: float, idle_s: float) -> list[tuple[Sign, str]]:
+        return self._signs.overdue(silence_s, idle_s)
+
+    def working(self, stage: str) -> bool:
+        return self._signs.working(stage)
 
 
 def start_mailbox() -> Any:
@@ -131,7 +194,7 @@ def start_mailbox() -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
-    return mailbox.options(name=_NAME, scheduling_strategy=here).remote()
+    return mailbox.options(name=MAILBOX, scheduling_strategy=here).remote()
 
 
 class ProgressRelay:

@@ -20,6 +20,7 @@ from rbm_dist.errors import RunError
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.store import GraphStore, StoredRows
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.liveness import LifeSigns
 from rbm_dist.runtime.progress import forward_warnings
 
 _NODES = 8192  # asked for at a time: bounds an answer, which travels through Ray's object store
@@ -134,6 +135,7 @@ def open_graph(url: str, sampler: str = "numba", servers: ShardServers | None = 
 class _ShardServer:
     def __init__(self, url: str, parts: list[int]):
         forward_warnings(f"shard server of part {parts[0]}{' and others' * (len(parts) > 1)}")
+        LifeSigns(f"shard server of part {parts[0]}").start()
         self._url, self._parts = url, parts
         self._opened: GraphStore | None = None
         self._opening = Lock()

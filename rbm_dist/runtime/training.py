@@ -1,16 +1,20 @@
 """Training groups: Ray Train starts the workers and joins them in a process group; a group that breaks starts again.
 
 A loop knows nothing of Ray: it gets its `Mesh`, a reporter and its own arguments, and keeps its own checkpoints, so
-that a group that starts again (here or in the next run) goes on where the last checkpoint was.
+that a group that starts again (here or in the next run, with more workers or fewer) goes on where the last one was.
+The driver may order a group to save a checkpoint and leave: when it is to end, or when there is room for a larger one.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,94 +22,233 @@ import torch.distributed as dist
 
 from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig
-from rbm_dist.errors import InputError
+from rbm_dist.errors import RunError, disk_full_here
+from rbm_dist.parallel.checkpoint import saved
 from rbm_dist.parallel.mesh import Mesh
-from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.parallel.training_checkpoints import Left
+from rbm_dist.runtime.cluster import describe_room, hosts, leaving_hosts
+from rbm_dist.runtime.failures import RAY_FAILURES, LostError, explain
+from rbm_dist.runtime.liveness import Watch, signs_of_life
 from rbm_dist.runtime.progress import Reporter, warnings_of
 
 Loop = Callable[..., None]
+Job = tuple[str, Loop, dict[str, Any]]
+"""A stage's name, its loop, and the loop's own arguments."""
+_POLL_S = 1.0
+_SHORT_S = 0.1
+_SETTLE_S = 10.0  # a host that comes is rarely alone; one that is lost is free for a moment before Ray knows
+_LEAVE_S = 10.0  # to save a checkpoint and leave
 _log = logging.getLogger(__name__)
 
 
-def run_training(
-    stage: str, loop: Loop, arguments: dict[str, Any], config: ClusterConfig, expert_parallel: int, reporter: Reporter,
-    scratch_url: str,
-) -> None:  # fmt: skip
-    """Run `loop(mesh=…, reporter=…, **arguments)` on every worker, again from its checkpoints when a worker is lost.
+@dataclass
+class _Group:
+    """A training group at work, or waiting for a job."""
 
-    `expert_parallel` workers share one set of experts.
-    Raises `InputError` at once, and `RunError` when workers were lost more than `max_failures` times.
+    workers: int
+    shared: int  # workers that share one set of experts
+    scratch_url: str
+    outcome: Future[bool]
+
+
+class TrainingGroups:
+    """Runs the training loops of one driver, one after the other, each on a group of workers.
+
+    `keep` lets one group serve them all: most of the time it takes to start one goes into processes that import torch.
+    Where others need its CPUs and GPUs in between, a group ends with its loop. A context manager.
     """
-    # Read by Ray Train when a group starts: see a lost worker at once, and give up on resources that never come.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.start_timeout_s))
-    loop_config = {
-        "stage": stage,
-        "loop": loop,
-        "arguments": arguments,
-        "reporter": reporter,
-        "expert_parallel": expert_parallel,
-    }
-    try:
-        for failures in range(config.max_failures + 1):
+
+    def __init__(self, config: ClusterConfig, reporter: Reporter, keep: bool):
+        self._config, self._reporter, self._keep = config, reporter, keep
+        self._group: _Group | None = None
+        self._jobs = 0
+        # Read by Ray Train when a group starts. Hung workers are found by their signs of life; its own way is slower.
+        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * config.silence_timeout_s)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver watches
+
+    def __enter__(self) -> "TrainingGroups":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None:  # it ends with the driver's connection to Ray
+            self._forget(self._group)
+
+    def run(
+        self, stage: str, loop: Loop, arguments: dict[str, Any], expert_parallel: Callable[[int], int], url: str
+    ) -> None:
+        """Run `loop(mesh=…, reporter=…, **arguments)` on every worker, again from its checkpoints when one is lost.
+
+        Its checkpoints are somewhere below `url`. `expert_parallel` says how many of so many workers share one set of
+        experts. Raises `InputError`, and `RunError` for what would fail again, at once; `RunError` also when workers
+        were lost more than `max_failures` times in a row without a new checkpoint.
+        """
+        config, failures, before = self._config, 0, saved(url)
+        while True:
             try:
-                _fit(loop_config, config, scratch_url)
-                break
+                group = self._group_for(stage, expert_parallel, url)
+                if self._work(group, stage, (stage, loop, arguments)):
+                    return
+                _log.warning("%s: hosts came or are about to go; it goes on with another group", stage)
             except RAY_FAILURES as error:
                 failure = explain(error, stage)
-                # What the user must change fails again; so Ray Train's own retries, which cannot tell, stay off.
-                if isinstance(failure, InputError) or failures == config.max_failures:
+                checkpoints = saved(url)
+                failures, before = 1 if checkpoints != before else failures + 1, checkpoints
+                # What the user must change, and what is our own mistake, fails again.
+                if not isinstance(failure, LostError) or failures > config.max_failures:
                     raise failure from None
-                _log.warning("%s (done now, %d of at most %d times)", failure, failures + 1, config.max_failures)
-    finally:
-        with contextlib.suppress(OSError):
-            storage.remove(scratch_url)
+                _log.warning(
+                    "%s (%d of at most %d times since the last checkpoint)", failure, failures, config.max_failures
+                )
 
+    def _group_for(self, stage: str, expert_parallel: Callable[[int], int], url: str) -> _Group:
+        """The group that is there, if it has the right shape; else a new one."""
+        group = self._group
+        if group is not None:
+            if group.shared == expert_parallel(group.workers):
+                return group
+            self._dismiss(group)
+        workers = _room_for(stage, self._config)
+        self._group = self._start(workers, expert_parallel(workers), storage.join(url, "ray_train"))
+        return self._group
 
-def _fit(loop_config: dict[str, Any], config: ClusterConfig, scratch_url: str) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    def _start(self, workers: int, shared: int, scratch_url: str) -> _Group:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
 
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=loop_config,
-        scaling_config=ScalingConfig(num_workers=config.train_workers, use_gpu=config.use_gpu),
-        torch_config=TorchConfig(timeout_s=int(config.collective_timeout_s)),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex,
-            storage_path=storage.filesystem(scratch_url)[1],
-            storage_filesystem=_arrow_filesystem(scratch_url),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
-    )
-    # Not in the main thread, where Ray Train answers an interrupt by ending the process without a word. A daemon,
-    # because it waits for ever once the cluster is gone.
-    outcome: Future[object] = Future()
+        config = self._config
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"first": self._jobs, "expert_parallel": shared, "reporter": self._reporter},
+            # Workers that compute on GPUs talk fastest on one host; those on CPUs would only share its memory's rate.
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=config.use_gpu,
+                resources_per_worker=_worker_resources(config),
+                placement_strategy="PACK" if config.use_gpu else "SPREAD",
+            ),
+            torch_config=TorchConfig(timeout_s=int(config.collective_timeout_s)),
+            run_config=RunConfig(
+                name=uuid.uuid4().hex,
+                storage_path=storage.filesystem(scratch_url)[1],
+                storage_filesystem=_arrow_filesystem(scratch_url),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+        # Not in the main thread, where Ray Train answers an interrupt by ending the process without a word. A daemon,
+        # because it waits for ever once the cluster is gone.
+        outcome: Future[bool] = Future()
 
-    def fit() -> None:
+        def fit() -> None:
+            try:
+                outcome.set_result(bool(trainer.fit().return_value))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=fit, name="training", daemon=True).start()
+        return _Group(workers, shared, scratch_url, outcome)
+
+    def _work(self, group: _Group, stage: str, job: Job) -> bool:
+        """Let a group do a job; whether it came to its end, and the group did not leave for another."""
+        config, reporter, number = self._config, self._reporter, self._jobs
+        self._jobs += 1
+        reporter.tell("go")
+        watch, leaving = Watch(config, stage), leaving_hosts()
+        room_since: float | None = None
         try:
-            outcome.set_result(trainer.fit())
-        except BaseException as error:
-            outcome.set_exception(error)
+            while reporter.jobs_done() <= number:
+                reporter.hand_out(number, job)  # again and again: a mailbox that starts again has forgotten it
+                if wait([group.outcome], _POLL_S).done:
+                    return group.outcome.result()
+                watch.look()
+                grows = config.group_size(group.workers + _room(config)) > group.workers
+                room_since = (room_since or time.monotonic()) if grows else None
+                if (room_since and time.monotonic() - room_since > _SETTLE_S) or leaving_hosts() - leaving:
+                    reporter.tell("leave")
+            if not self._keep:
+                self._dismiss(group)
+            return True
+        except (KeyboardInterrupt, SystemExit):  # of the driver; what was computed since the last checkpoint is kept
+            end = time.monotonic() + _LEAVE_S
+            while not wait([group.outcome], _POLL_S).done and time.monotonic() < end:
+                reporter.tell("leave")
+            raise
+        finally:
+            if group.outcome.done():
+                self._forget(group)
 
-    threading.Thread(target=fit, name="training", daemon=True).start()
-    outcome.result()
+    def _dismiss(self, group: _Group) -> None:
+        """Let a group end, which frees its CPUs and GPUs."""
+        end = time.monotonic() + self._config.silence_timeout_s
+        while not wait([group.outcome], _SHORT_S).done and time.monotonic() < end:
+            self._reporter.hand_out(self._jobs, None)
+        self._jobs += 1
+        self._forget(group)
+
+    def _forget(self, group: _Group) -> None:
+        self._group = None
+        with contextlib.suppress(OSError):
+            storage.remove(group.scratch_url)
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker_resources(config: ClusterConfig) -> dict[str, float]:
+    return {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
+
+
+def _room(config: ClusterConfig) -> int:
+    """How many more training workers have room now."""
+    return sum(host.fits(_worker_resources(config)) for host in hosts())
+
+
+def _room_for(stage: str, config: ClusterConfig) -> int:
+    """How many workers to start: as many as wanted, fewer if that is allowed and no more room comes.
+
+    Raises `RunError` when there is no room for the fewest within the deadline.
+    """
+    fewest, most = config.fewest_workers, config.most_workers
+    start = time.monotonic()
+    while (room := _room(config)) < most:
+        waited = time.monotonic() - start
+        if room >= fewest and waited > _SETTLE_S:
+            break
+        if waited > config.start_timeout_s:
+            raise RunError(
+                f"{stage}: room for {room} of {fewest} workers after {config.start_timeout_s:g} s "
+                f"(cluster.start_timeout_s): {describe_room(_worker_resources(config))}. Add hosts, lower "
+                "cluster.train_workers, or give it as [fewest, most]"
+            )
+        time.sleep(_POLL_S)
+    return config.group_size(min(room, most))
+
+
+def _worker(config: dict[str, Any]) -> bool:
+    """Do jobs until there are no more; whether the last came to its end."""
     import ray.train.torch
 
     context = ray.train.get_context()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     mesh = Mesh.init(config["expert_parallel"], ray.train.torch.get_device())
-    try:
-        with warnings_of(f"{config['stage']}, rank {mesh.rank}"):
-            config["loop"](mesh=mesh, reporter=config["reporter"], **config["arguments"])
-    except BaseException:
-        # A rank that leaves its group makes the others raise within a second instead of waiting for the deadline.
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
-        raise
+    reporter: Reporter = config["reporter"]
+    for number in itertools.count(config["first"]):
+        # Without a deadline: the driver is at other stages, or gone, and this process with it.
+        while (job := reporter.job(number, mesh.rank)) is None:
+            time.sleep(_SHORT_S)
+        if job[0] is None:
+            break
+        stage, loop, arguments = job[0]
+        who = f"{stage}, rank {mesh.rank}"
+        try:
+            with warnings_of(who), signs_of_life(who), disk_full_here():
+                loop(mesh=mesh, reporter=reporter, **arguments)
+        except Left:
+            return False
+        except BaseException:
+            # A rank that leaves its group makes the others raise within a second instead of waiting for the deadline.
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+            raise
+    return True
 
 
 def _arrow_filesystem(url: str) -> Any:

@@ -49,7 +49,7 @@ def _over_tasks(run: Run, num_parts: int, servers: ShardServers | None, step: St
     parts = list(range(num_parts))
     groups = [parts] if step.together else [[part] for part in parts]
     arguments = [(run.graph_url, step, group, run.reporter, servers) for group in groups]
-    return [info for files in run_tasks("encodings", _fill, arguments, run.silence_timeout_s) for info in files]
+    return [info for files in run_tasks("encodings", _fill, arguments, run.config.cluster) for info in files]
 
 
 def _fill(

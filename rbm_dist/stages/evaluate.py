@@ -31,7 +31,7 @@ _TIMED_S = 0.5
 
 def run_evaluate(run: Run) -> Files:
     """Write `<run>/evaluate/figures.json`: all of `results.json` but the time each stage took."""
-    figures = run_tasks("evaluate", _evaluate, [(run.config, run.url)], run.silence_timeout_s)[0]
+    figures = run_tasks("evaluate", _evaluate, [(run.config, run.url)], run.config.cluster)[0]
     return {"evaluate/figures.json": storage.write_json(run.path("evaluate", "figures.json"), figures)}
 
 

@@ -1,5 +1,6 @@
 """The stages in order, and the loop that runs, skips or goes on with them."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -14,8 +15,9 @@ from rbm_dist.graph.shuffle import SPILL
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.source_table import source_table
-from rbm_dist.runtime.cluster import ray_cluster
-from rbm_dist.runtime.progress import ProgressRelay, start_mailbox
+from rbm_dist.runtime.cluster import is_own, ray_cluster
+from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
+from rbm_dist.runtime.training import TrainingGroups
 from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import run as run_
 from rbm_dist.stages import soft_labels
@@ -100,8 +102,13 @@ def _work(stages: list[Stage], config: Config, url: str, console: Console, addre
     upstream = run_.digest(every[before - 1], url) if before else None
     metrics = MetricsWriter(url)
     try:
-        with ray_cluster(config.cluster, address), ProgressBars(console) as bars:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ray_cluster(config.cluster, address))
+            bars = stack.enter_context(ProgressBars(console))
             mailbox = start_mailbox()
+            # A Ray of our own has as many CPUs as are wanted.
+            keep = is_own(address) and not config.cluster.use_gpu
+            groups = stack.enter_context(TrainingGroups(config.cluster, Reporter(mailbox), keep))
             for stage in stages:
                 state = run_.state(stage, url, upstream)
                 if state != "done":
@@ -109,7 +116,7 @@ def _work(stages: list[Stage], config: Config, url: str, console: Console, addre
                     if state == "new":
                         run_.begin(stage, config, url, upstream)
                     with ProgressRelay(mailbox, bars, metrics) as relay:
-                        files = stage.work(Run(config, url, relay.reporter))
+                        files = stage.work(Run(config, url, relay.reporter, groups))
                     relay.check()
                     spent = time.monotonic() - start
                     run_.finish(stage, url, files, spent)

@@ -111,7 +111,7 @@ def make_plan(config: Config, facts: SourceFacts, hosts: Hosts) -> Plan:
     workers = max(1, at_most) * (wanted or hosts.count)
     size = stages[1].kept
     # Two for each worker, so that parts can be dealt out evenly; no more than there are nodes.
-    parts = min(max(2 * config.cluster.train_workers, -(-size // _PART_BYTES), 4), facts.num_nodes)
+    parts = min(max(2 * config.cluster.most_workers, -(-size // _PART_BYTES), 4), facts.num_nodes)
     return Plan(facts, hosts, stages, _problems(config, facts, hosts, stages), parts, wanted, workers)
 
 
@@ -119,7 +119,7 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
     """The stages that a run would have, in order."""
     cluster, parts = config.cluster, config.partition.num_parts
     local = hosts.count == 1
-    slots = max(hosts.cores, cluster.train_workers, cluster.inference_workers) + 1 if local else hosts.cores
+    slots = max(hosts.cores, cluster.most_workers, cluster.inference_workers) + 1 if local else hosts.cores
     head = [Process("driver and Ray", 1, DRIVER_BASE + RAY_BASE, OBJECT_STORE)]
     cost = plan_cost.Costs(config, facts, hosts.count, hosts.count * hosts.cores)
     used = 0
@@ -165,14 +165,14 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
     ]
     stages.append(stage("partition", steps))
     hot = 0 if local else memory.hot_rows(config, facts)
-    teacher = workers("teacher worker", cluster.train_workers, memory.teacher_worker(config, facts) + hot)
+    teacher = workers("teacher worker", cluster.most_workers, memory.teacher_worker(config, facts) + hot)
     stages.append(stage("teacher", [served(teacher)]))
     actors, hot = min(cluster.inference_workers, parts), 0 if config.soft_labels.inference == "exact" else hot
     actor = workers("inference actor", actors, memory.inference_actor(config, facts) + hot)
     stages.append(stage("soft_labels", [served(actor)]))
     if arrays(config.encodings):
         stages.append(stage("encodings", [served(tasks("encoding task", parts, memory.encoding_task(config, facts)))]))
-    student = workers("student worker", cluster.train_workers, memory.student_worker(config, facts))
+    student = workers("student worker", cluster.most_workers, memory.student_worker(config, facts))
     if "rbm" in config.student.models and cluster.memory_store == "actor":
         student.append(Process("memory store", 1, TASK_BASE, 0))
     stages.append(stage("student", [served(student)]))
@@ -227,7 +227,7 @@ def _problems(config: Config, facts: SourceFacts, hosts: Hosts, stages: list[Sta
             f"{at.name}: the run directory needs {gigabytes(disk)} of disk, {gigabytes(hosts.disk)} are free; "
             f"set run_dir to another disk{' or partition.features: int8' * less}"
         )
-    wanted = max(config.cluster.train_workers, config.cluster.inference_workers)
+    wanted = max(config.cluster.most_workers, config.cluster.inference_workers)
     if config.cluster.use_gpu and wanted > hosts.count * hosts.gpus:
         problems.append(
             f"GPUs: {wanted} worker(s) want one each, there are {hosts.count * hosts.gpus}; set "
@@ -248,7 +248,7 @@ def _advice(stage: str, process: Process, config: Config, facts: SourceFacts, ho
         parts = 4 * config.partition.num_parts
         tries[f"partition.num_parts: {parts}"] = _with(config, "partition", num_parts=parts)
     if stage in ("teacher", "student"):
-        smaller = max(1, config.cluster.train_workers // 2)
+        smaller = max(1, config.cluster.most_workers // 2)
         tries[f"cluster.train_workers: {smaller}"] = _with(
             config, "cluster", train_workers=smaller, expert_parallel=None
         )

@@ -135,7 +135,7 @@ class Costs:
         _, edges, steps = self._teacher_samples()
         samples = steps * self.config.partition.num_parts * (1 + self.facts.num_val / max(self.facts.num_train, 1))
         spent = _BACKWARD * self._edges_s(edges) + _SAMPLE_S * samples
-        return spent / self._workers(self.config.cluster.train_workers)
+        return spent / self._workers(self.config.cluster.most_workers)
 
     def _soft_labels_s(self) -> float:
         return self._edges_s(self._inferred()[1]) / self._workers(self.config.cluster.inference_workers)
@@ -186,7 +186,7 @@ class Costs:
     def _routed(self, kind: str) -> float:
         """Rows to the experts of other hosts and back, forward and backward: once per worker, not per expert."""
         config, settings = self.config, self.config.student
-        group = config.expert_parallel
+        group = config.expert_parallel(config.cluster.most_workers)
         if group == 1 or self.hosts == 1:
             return 0.0
         copies = group * (1 - (1 - 1 / group) ** settings.top_k) * (1 - 1 / self.hosts)
@@ -207,7 +207,7 @@ class Costs:
             total += 6 * products * facts.num_nodes * (plain / _FLOPS + mixed * settings.top_k / _EXPERT_FLOPS)
             each = -(-facts.num_nodes // settings.batch_size)
             total += each * (plain * _STEP_S + mixed * _ROUTED_STEP_S)
-        total /= self._workers(config.cluster.train_workers)
+        total /= self._workers(config.cluster.most_workers)
         if "rbm" in settings.models:  # on rank 0
             columns = sum(memory.routed_widths(config, facts))
             rows = min(settings.kmeans_rows, facts.num_nodes)

@@ -137,7 +137,7 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     narrow, mapped = min(facts.num_features, teacher.hidden), facts.num_features > teacher.hidden
     messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
     states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)
-    ids = 8 * (facts.num_train + facts.num_val) * (1 + 1 / config.cluster.train_workers)
+    ids = 8 * (facts.num_train + facts.num_val) * (1 + 1 / config.cluster.most_workers)
     model = 4 * _STATES * teacher_parameters(config, facts)
     return 4 * facts.num_nodes + ids + _ALIVE * _batch(facts, nodes, edges) + messages + states + model
 
@@ -189,7 +189,7 @@ def layer_widths(config: Config, facts: SourceFacts, kind: str) -> list[tuple[in
 
 def student_worker(config: Config, facts: SourceFacts) -> float:
     """`train_students`: ids of all nodes and this rank's in another order; then k-means on rank 0, or a step."""
-    settings, workers = config.student, config.cluster.train_workers
+    settings, workers = config.student, config.cluster.most_workers
     ids = 8 * facts.num_nodes * (1 + 1 / workers) + 8 * facts.num_val
     rows = min(settings.batch_size, facts.num_nodes) / workers
     steps = []

@@ -27,7 +27,6 @@ from rbm_dist.sources import table_files
 from rbm_dist.sources.pieces import file_name, folder_of
 from rbm_dist.stages.prediction_jobs import Chunks, Job, PartJob, TableJob, known_graph
 
-_TIMEOUT_S = 3600.0  # for the next file of a cluster
 _LOOP = "predict"
 OnRows = Callable[[int], None]
 
@@ -236,13 +235,14 @@ def _on_cluster(todo: list[tuple[Output, str, Job]], total: int, console: Consol
     from rbm_dist.runtime.progress import ProgressRelay, start_mailbox
     from rbm_dist.runtime.tasks import run_tasks
 
+    cluster = ClusterConfig()
     with (
-        ray_cluster(ClusterConfig(), address),
+        ray_cluster(cluster, address),
         ProgressBars(console) as bars,
         ProgressRelay(start_mailbox(), bars) as relay,
     ):
         arguments = ((*each, relay.reporter, total) for each in todo)
-        return run_tasks(_LOOP, _task, arguments, _TIMEOUT_S)
+        return run_tasks(_LOOP, _task, arguments, cluster)
 
 
 def _task(output: Output, name: str, job: Job, reporter: Any, total: int) -> int:

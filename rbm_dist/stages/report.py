@@ -93,7 +93,7 @@ def _planned(tree: dict[str, Any], url: str) -> tuple[dict[str, float] | None, s
         facts = source_facts(config.source, config.seed)
     except (InputError, OSError, ImportError) as error:
         return None, f"not predicted, as the source cannot be read any more: {error}"
-    gpus = config.cluster.train_workers if config.cluster.use_gpu else 0
+    gpus = config.cluster.most_workers if config.cluster.use_gpu else 0
     hosts = these_hosts(url, 1, None, None, gpus)
     plan = make_plan(config, facts, hosts)
     cores = f"{hosts.cores} core{'s' * (hosts.cores > 1)}"

@@ -25,6 +25,7 @@ from rbm_dist.errors import InputError
 
 if TYPE_CHECKING:
     from rbm_dist.runtime.progress import Reporter
+    from rbm_dist.runtime.training import TrainingGroups
 
 _log = logging.getLogger(__name__)
 Files = dict[str, storage.FileInfo]
@@ -42,6 +43,7 @@ class Run:
     config: Config
     url: str
     reporter: "Reporter"
+    groups: "TrainingGroups | None" = None  # of workers that train; in one process there are none
 
     def path(self, *names: str) -> str:
         return storage.join(self.url, *names)
@@ -49,10 +51,6 @@ class Run:
     @property
     def graph_url(self) -> str:
         return self.path("graph")
-
-    @property
-    def silence_timeout_s(self) -> float:
-        return self.config.cluster.silence_timeout_s
 
     def files_of(self, folder: str) -> Files:
         """What a finished stage wrote, with checksums; paths relative to the run."""

@@ -54,7 +54,7 @@ def over_tasks(run: Run, stage: str) -> Over:
             if len(arguments) > 1:
                 run.reporter.progress(f"{stage}: {unit}", done, len(arguments), unit)
 
-        return run_tasks(stage, function, arguments, run.silence_timeout_s, show)
+        return run_tasks(stage, function, arguments, run.config.cluster, show)
 
     return over
 

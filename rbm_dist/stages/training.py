@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from rbm_dist.runtime.shard_servers import shard_servers
-from rbm_dist.runtime.training import run_training
 from rbm_dist.stages.run import Run
 
 
 def train_on_graph(run: Run, stage: str, loop: Callable[..., Any]) -> None:
     """Call `loop(mesh, reporter, config, graph_url, url, servers=…)` on every worker; `url` is the stage's folder."""
-    cluster, shared = run.config.cluster, run.config.expert_parallel
+    cluster = run.config.cluster
     with shard_servers(cluster, run.graph_url) as servers:
         arguments = {"config": run.config, "graph_url": run.graph_url, "url": run.path(stage), "servers": servers}
-        run_training(stage, loop, arguments, cluster, shared, run.reporter, run.path(stage, "ray_train"))
+        assert run.groups is not None, "this run has no workers"
+        run.groups.run(stage, loop, arguments, run.config.expert_parallel, run.path(stage))

@@ -23,7 +23,7 @@ from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.memory_store import ActorMemoryStore
 from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
-from rbm_dist.runtime.training import run_training
+from rbm_dist.runtime.training import TrainingGroups
 from tests.patience import patient
 
 _log = logging.getLogger("rbm_dist.somewhere")
@@ -86,7 +86,7 @@ def train(reporter: Reporter, lose_after: int | None) -> str:
 
 def test_metrics_arrive_in_order(terminal: Terminal) -> None:
     with terminal.relay() as relay:
-        run_tasks("teacher", train, [(relay.reporter, None)], timeout_s=patient(60))
+        run_tasks("teacher", train, [(relay.reporter, None)], cluster=ClusterConfig())
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
     with terminal.relay() as relay:  # of the next stage
@@ -98,7 +98,7 @@ def test_metrics_arrive_in_order(terminal: Terminal) -> None:
 
 def test_a_lost_mailbox_costs_neither_the_stage_nor_metrics(terminal: Terminal) -> None:
     with terminal.relay() as relay:
-        assert run_tasks("teacher", train, [(relay.reporter, 4)], timeout_s=patient(120)) == ["done"]
+        assert run_tasks("teacher", train, [(relay.reporter, 4)], cluster=ClusterConfig()) == ["done"]
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
 
@@ -157,7 +157,7 @@ def warn(number: int) -> None:
 
 def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) -> None:
     with terminal.relay():
-        run_tasks("partition", warn, ((number,) for number in range(6)), timeout_s=patient(60))
+        run_tasks("partition", warn, ((number,) for number in range(6)), cluster=ClusterConfig())
     shown = terminal.warnings()
     texts = [each.partition(": ")[2] for each in shown]
     assert sorted(texts[:3]) == [
@@ -166,7 +166,7 @@ def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) ->
     assert "partition, task 3: it went on: ValueError('a cause')" in shown
     assert shown[3] == "4 more warning(s) like: checkpoint passed over: [part 0]"
     with terminal.relay():
-        run_on_parts("soft_labels", lambda: warn, [7], 1, use_gpu=False, timeout_s=patient(60))
+        run_on_parts("soft_labels", lambda: warn, [7], 1, use_gpu=False, cluster=ClusterConfig())
     assert terminal.warnings()[4:] == ["soft_labels, part 7: checkpoint passed over: [part 1]"], "of this stage"
 
 
@@ -177,7 +177,7 @@ def flood() -> None:
 
 def test_a_flood_is_counted(terminal: Terminal) -> None:
     with terminal.relay():
-        run_tasks("student", flood, [()], timeout_s=patient(60))
+        run_tasks("student", flood, [()], cluster=ClusterConfig())
     shown = terminal.warnings()
     assert shown[:20] == [f"student, task 0: step {step} is odd" for step in range(20)]
     assert shown[20:] == ["980 more warning(s) like: step 0 is odd"]
@@ -208,7 +208,8 @@ def test_a_training_group(terminal: Terminal) -> None:
     """Its warnings name the rank, and the loss of the mailbox in the middle does it no harm."""
     with terminal.relay() as relay:
         workers = ClusterConfig(train_workers=2, collective_timeout_s=patient(300), start_timeout_s=patient(300))
-        run_training("teacher", loop, {}, workers, 2, relay.reporter, str(terminal.folder / "ray"))
+        with TrainingGroups(workers, relay.reporter, keep=False) as groups:
+            groups.run("teacher", loop, {}, lambda workers: workers, str(terminal.folder))
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
     assert "teacher, rank 1: rank 1 alone says so" in terminal.warnings()

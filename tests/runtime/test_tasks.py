@@ -1,16 +1,19 @@
 """Tasks and part actors on a real Ray cluster: order, errors, losses, deadlines."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
+from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
+from rbm_dist.runtime.progress import start_mailbox
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
-from tests.patience import patient
 
 
 def square(x: int) -> int:
@@ -25,12 +28,8 @@ def fail(kind: str) -> None:
     raise ZeroDivisionError("a bug")
 
 
-def sleep(seconds: float) -> None:
-    time.sleep(seconds)
-
-
 def test_results_in_order(cluster: None) -> None:
-    assert run_tasks("partition", square, ((x,) for x in range(5)), timeout_s=patient(60)) == [0, 1, 4, 9, 16]
+    assert run_tasks("partition", square, ((x,) for x in range(5)), cluster=ClusterConfig()) == [0, 1, 4, 9, 16]
 
 
 def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
@@ -42,7 +41,7 @@ def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
             taken.append(x)
             yield (x,)
 
-    done = run_tasks("partition", square, arguments(), patient(60), lambda done: waiting.append(len(taken) - done))
+    done = run_tasks("partition", square, arguments(), ClusterConfig(), lambda done: waiting.append(len(taken) - done))
     assert done == [x * x for x in range(60)]
     assert 0 < max(waiting) < 30
     assert waiting[-1] == 0
@@ -53,19 +52,57 @@ def test_tasks_are_handed_over_as_others_end(cluster: None) -> None:
     [
         ("input", InputError, "^x.npz: labels: out of range$"),
         ("disk", InputError, "/data/run/feat.npy: no space left on the device"),
-        ("bug", RunError, "partition: ZeroDivisionError: a bug. Run the same command again"),
+        ("bug", RunError, "partition: ZeroDivisionError: a bug. It would fail again"),
     ],
 )
 def test_errors_reach_the_driver_as_themselves(cluster: None, kind: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        run_tasks("partition", fail, [(kind,)], timeout_s=patient(60))
+        run_tasks("partition", fail, [(kind,)], cluster=ClusterConfig())
     with pytest.raises(error, match=message):
-        run_on_parts("partition", lambda: lambda part: fail(kind), [0, 1], 2, use_gpu=False, timeout_s=patient(60))
+        run_on_parts("partition", lambda: lambda part: fail(kind), [0, 1], 2, use_gpu=False, cluster=ClusterConfig())
 
 
-def test_a_wait_has_a_deadline(cluster: None) -> None:
-    with pytest.raises(RunError, match=r"soft_labels: .*no result for 1 s, 1 pending"):
-        run_tasks("soft_labels", sleep, [(30,)], timeout_s=1)
+def test_work_that_finds_no_room_ends_with_what_is_missing(cluster: None) -> None:
+    with pytest.raises(RunError, match=r"no worker started within 2 s .* each wants 1 CPU and 1 GPU; .* 0 of 0 GPU"):
+        run_on_parts("soft_labels", lambda: square, [0], 1, use_gpu=True, cluster=ClusterConfig(start_timeout_s=2))
+
+
+def stop_once(mark: Path, signal_number: int) -> str:
+    """The first time it is called the process is stopped, or waits for ever."""
+    if mark.exists():
+        return "done"
+    mark.touch()
+    if signal_number:
+        os.kill(os.getpid(), signal_number)
+    time.sleep(10_000)
+    return "woke"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGSTOP, 0])
+def test_a_hung_task_is_found_and_done_again(
+    cluster: None, tmp_path: Path, signal_number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    mailbox = start_mailbox()
+    deadlines = ClusterConfig(silence_timeout_s=8, collective_timeout_s=16)
+    assert run_tasks("encodings", stop_once, [(tmp_path / "mark", signal_number)], deadlines) == ["done"]
+    reason = "no sign of life for 8 s" if signal_number else "did nothing for 16 s"
+    assert re.search(rf"encodings, task 0 on .*: {reason}; its process \(\d+\) was ended, and its work", caplog.text)
+    ray.kill(mailbox)
+
+
+def test_a_long_task_is_not_cut_off(cluster: None) -> None:
+    mailbox = start_mailbox()
+
+    def compute(seconds: float) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sum(range(10_000))
+        return "done"
+
+    assert run_tasks("partition", compute, [(15,)], ClusterConfig(silence_timeout_s=6, collective_timeout_s=6)) == [
+        "done"
+    ]
+    ray.kill(mailbox)
 
 
 def make_worker(folder: Path) -> Callable[[int], tuple[int, int]]:
@@ -83,7 +120,7 @@ def make_worker(folder: Path) -> Callable[[int], tuple[int, int]]:
 
 def test_parts_stay_with_their_actor_and_survive_its_loss(cluster: None, tmp_path: Path) -> None:
     results = run_on_parts(
-        "soft_labels", lambda: make_worker(tmp_path), list(range(6)), 2, use_gpu=False, timeout_s=patient(60)
+        "soft_labels", lambda: make_worker(tmp_path), list(range(6)), 2, use_gpu=False, cluster=ClusterConfig()
     )
     assert (tmp_path / "died").exists()
     assert [part for part, _ in results] == list(range(6))
