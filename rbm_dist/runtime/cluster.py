@@ -15,6 +15,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from rbm_dist.config.run import ClusterConfig
+from rbm_dist.cpus import usable_cpus
 from rbm_dist.errors import InputError
 
 # Only handles and small arrays enter the object store; features and embeddings never do.
@@ -55,7 +56,7 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
     else:
         # Logical CPUs: a laptop may run more workers than it has cores. One is spare: where all are taken, Ray lets
         # half a minute pass before it starts a lost actor again.
-        cpus = max(os.cpu_count() or 1, config.most_workers + config.inference_workers) + 1
+        cpus = max(usable_cpus(), config.most_workers + config.inference_workers) + 1
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
         )

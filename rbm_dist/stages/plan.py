@@ -5,7 +5,6 @@ the base of each process there and what it holds (`plan_memory.py`). Mapped file
 """
 
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
+from rbm_dist.cpus import usable_cpus
 from rbm_dist.graph.encodings import arrays
 from rbm_dist.graph.partition import available_memory, most_memory_needed
 from rbm_dist.sources.edges import MERGED_EDGES
@@ -100,7 +100,7 @@ def these_hosts(run_dir: str, count: int, memory_gib: float | None, cores: int |
         folder = Path(storage.absolute(run_dir))
         disk = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
     memory = available_memory() if memory_gib is None else round(memory_gib * 2**30)
-    return Hosts(count, memory, cores or os.cpu_count() or 1, gpus, disk)
+    return Hosts(count, memory, cores or usable_cpus(), gpus, disk)
 
 
 def make_plan(config: Config, facts: SourceFacts, hosts: Hosts) -> Plan:
@@ -249,9 +249,7 @@ def _advice(stage: str, process: Process, config: Config, facts: SourceFacts, ho
         tries[f"partition.num_parts: {parts}"] = _with(config, "partition", num_parts=parts)
     if stage in ("teacher", "student"):
         smaller = max(1, config.cluster.most_workers // 2)
-        tries[f"cluster.train_workers: {smaller}"] = _with(
-            config, "cluster", train_workers=smaller, expert_parallel=None
-        )
+        tries[f"cluster.train_workers: {smaller}"] = _with(config, "cluster", train_workers=smaller)
         batch = max(1, getattr(config, stage).batch_size // 4)
         tries[f"{stage}.batch_size: {batch}"] = _with(config, stage, batch_size=batch)
     if stage == "soft_labels":
