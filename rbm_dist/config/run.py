@@ -182,11 +182,10 @@ class ClusterConfig(Section):
         description="training workers; of a graph in one part: 1. [fewest, most]: a group shrinks when hosts are lost, "
         "and grows when hosts come",
     )
-    inference_workers: Positive = 2
+    inference_workers: Positive = Field(2, description="actors that predict part by part; of a graph in one part: 1")
     use_gpu: bool = Field(False, description="one GPU per training and inference worker")
-    expert_parallel: Positive | None = Field(
-        None,
-        description="workers that share a set of experts; divides train_workers. Default: as many as get one",
+    expert_parallel: Positive = Field(
+        1, description="workers that share a set of experts; divides train_workers. 1: all experts on each"
     )
     memory_store: Literal["actor", "in_process"] = Field(
         "actor",
@@ -213,7 +212,7 @@ class ClusterConfig(Section):
         if self.fewest_workers > self.most_workers:
             raise ValueError(f"cluster.train_workers: {self.fewest_workers} at least is more than {self.most_workers}")
         for workers in {self.fewest_workers, self.most_workers}:
-            if self.expert_parallel and workers % self.expert_parallel:
+            if workers % self.expert_parallel:
                 raise ValueError(
                     f"cluster.expert_parallel: {self.expert_parallel} does not divide train_workers: {workers}"
                 )
@@ -229,8 +228,7 @@ class ClusterConfig(Section):
 
     def group_size(self, room: int) -> int:
         """How many workers a group has where there is room for so many: whole sets of experts."""
-        shared = self.expert_parallel or 1
-        return min(room, self.most_workers) // shared * shared
+        return min(room, self.most_workers) // self.expert_parallel * self.expert_parallel
 
 
 class Config(Section):
@@ -249,15 +247,15 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_worker_for_one_part(cls, tree: Any) -> Any:
-        # Nobody asked for the second worker that would have nothing to do.
+        # Nobody asked for second workers that would have nothing to do.
         if (
             isinstance(tree, dict)
             and isinstance(tree.get("partition"), dict)
             and tree["partition"].get("num_parts") == 1
         ):
             cluster = tree.get("cluster", {})
-            if isinstance(cluster, dict) and "train_workers" not in cluster:
-                return {**tree, "cluster": {**cluster, "train_workers": 1}}
+            if isinstance(cluster, dict):
+                return {**tree, "cluster": {"train_workers": 1, "inference_workers": 1} | cluster}
         return tree
 
     @model_validator(mode="after")
@@ -280,19 +278,21 @@ class Config(Section):
             raise ValueError("student.similarity: needs soft_labels.hidden: true")
         if self.soft_labels.hidden and len(self.teacher.fanout) < 2:
             raise ValueError("soft_labels.hidden: a teacher of one layer (teacher.fanout) has no hidden states")
-        workers, parts = self.cluster.most_workers, self.partition.num_parts
-        if workers > parts:
-            raise ValueError(
-                f"partition.num_parts: {parts} part(s) for cluster.train_workers: {workers}, "
-                f"{workers - parts} of which would have nothing to do; "
-                f"set num_parts to at least {workers}, or train_workers to at most {parts}"
-            )
-        experts, group = self.student.num_experts, self.cluster.expert_parallel or 1
+        parts = self.partition.num_parts
+        wanted = {"train_workers": self.cluster.most_workers, "inference_workers": self.cluster.inference_workers}
+        for name, workers in wanted.items():
+            if workers > parts:
+                raise ValueError(
+                    f"partition.num_parts: {parts} part(s) for cluster.{name}: {workers}, "
+                    f"{workers - parts} of which would have nothing to do; "
+                    f"set num_parts to at least {workers}, or {name} to at most {parts}"
+                )
+        experts, group = self.student.num_experts, self.cluster.expert_parallel
         most = _with_an_expert_each(group, experts)
         if most < group and {"rbm", "moe"} & set(self.student.models):
             raise ValueError(
                 f"cluster.expert_parallel: {group} workers share student.num_experts: {experts}, and some would have "
-                f"none; set it to {most}, or leave it out"
+                f"none; set it to {most}, or to 1"
             )
         made = {"feat": True, "pos": self.encodings.positional != "none", "prop": self.encodings.label_propagation}
         for name in self.student.inputs:
@@ -300,10 +300,6 @@ class Config(Section):
                 key = {"pos": "positional", "prop": "label_propagation"}[name]
                 raise ValueError(f"student.inputs: '{name}' needs encodings.{key}")
         return self
-
-    def expert_parallel(self, workers: int) -> int:
-        """How many of so many training workers share one set of experts, as configured or by default."""
-        return self.cluster.expert_parallel or _with_an_expert_each(workers, self.student.num_experts)
 
 
 def _with_an_expert_each(workers: int, experts: int) -> int:

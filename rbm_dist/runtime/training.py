@@ -46,7 +46,6 @@ class _Group:
     """A training group at work, or waiting for a job."""
 
     workers: int
-    shared: int  # workers that share one set of experts
     scratch_url: str
     outcome: Future[bool]
 
@@ -75,20 +74,19 @@ class TrainingGroups:
         if self._group is not None:  # it ends with the driver's connection to Ray
             self._forget(self._group)
 
-    def run(
-        self, stage: str, loop: Loop, arguments: dict[str, Any], expert_parallel: Callable[[int], int], url: str
-    ) -> None:
+    def run(self, stage: str, loop: Loop, arguments: dict[str, Any], url: str) -> None:
         """Run `loop(mesh=…, reporter=…, **arguments)` on every worker, again from its checkpoints when one is lost.
 
-        Its checkpoints are somewhere below `url`. `expert_parallel` says how many of so many workers share one set of
-        experts. Raises `InputError`, and `RunError` for what would fail again, at once; `RunError` also when workers
-        were lost more than `max_failures` times in a row without a new checkpoint.
+        Its checkpoints are somewhere below `url`. Raises `InputError`, and `RunError` for what would fail again, at
+        once; `RunError` also when workers were lost more than `max_failures` times without a new checkpoint.
         """
         config, failures, before = self._config, 0, saved(url)
         while True:
             try:
-                group = self._group_for(stage, expert_parallel, url)
-                if self._work(group, stage, (stage, loop, arguments)):
+                if self._group is None:
+                    workers = _room_for(stage, config)
+                    self._group = self._start(workers, storage.join(url, "ray_train"))
+                if self._work(self._group, stage, (stage, loop, arguments)):
                     return
                 _log.warning("%s: hosts came or are about to go; it goes on with another group", stage)
             except RAY_FAILURES as error:
@@ -102,25 +100,18 @@ class TrainingGroups:
                     "%s (%d of at most %d times since the last checkpoint)", failure, failures, config.max_failures
                 )
 
-    def _group_for(self, stage: str, expert_parallel: Callable[[int], int], url: str) -> _Group:
-        """The group that is there, if it has the right shape; else a new one."""
-        group = self._group
-        if group is not None:
-            if group.shared == expert_parallel(group.workers):
-                return group
-            self._dismiss(group)
-        workers = _room_for(stage, self._config)
-        self._group = self._start(workers, expert_parallel(workers), storage.join(url, "ray_train"))
-        return self._group
-
-    def _start(self, workers: int, shared: int, scratch_url: str) -> _Group:
+    def _start(self, workers: int, scratch_url: str) -> _Group:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         config = self._config
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"first": self._jobs, "expert_parallel": shared, "reporter": self._reporter},
+            train_loop_config={
+                "first": self._jobs,
+                "expert_parallel": config.expert_parallel,
+                "reporter": self._reporter,
+            },
             # Workers that compute on GPUs talk fastest on one host; those on CPUs would only share its memory's rate.
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -147,7 +138,7 @@ class TrainingGroups:
                 outcome.set_exception(error)
 
         threading.Thread(target=fit, name="training", daemon=True).start()
-        return _Group(workers, shared, scratch_url, outcome)
+        return _Group(workers, scratch_url, outcome)
 
     def _work(self, group: _Group, stage: str, job: Job) -> bool:
         """Let a group do a job; whether it came to its end, and the group did not leave for another."""

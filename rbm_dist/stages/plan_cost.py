@@ -186,7 +186,7 @@ class Costs:
     def _routed(self, kind: str) -> float:
         """Rows to the experts of other hosts and back, forward and backward: once per worker, not per expert."""
         config, settings = self.config, self.config.student
-        group = config.expert_parallel(config.cluster.most_workers)
+        group = config.cluster.expert_parallel
         if group == 1 or self.hosts == 1:
             return 0.0
         copies = group * (1 - (1 - 1 / group) ** settings.top_k) * (1 - 1 / self.hosts)

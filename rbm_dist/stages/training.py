@@ -13,4 +13,4 @@ def train_on_graph(run: Run, stage: str, loop: Callable[..., Any]) -> None:
     with shard_servers(cluster, run.graph_url) as servers:
         arguments = {"config": run.config, "graph_url": run.graph_url, "url": run.path(stage), "servers": servers}
         assert run.groups is not None, "this run has no workers"
-        run.groups.run(stage, loop, arguments, run.config.expert_parallel, run.path(stage))
+        run.groups.run(stage, loop, arguments, run.path(stage))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from rbm_dist.config.load import flatten, load, locations
-from rbm_dist.config.run import ClusterConfig, Config
+from rbm_dist.config.run import Config
 from rbm_dist.config.source import DigitsConfig
 from rbm_dist.errors import InputError
 from rbm_dist.parallel.mesh import Mesh
@@ -166,7 +167,7 @@ def test_a_path_that_is_a_default_is_absolute(path: Path) -> None:
         ("teacher.fanout=[15, 10, 5]", "teacher.fanout", [15, 10, 5]),
         ("student.models=[mlp]", "student.models", ["mlp"]),
         ("cluster.use_gpu=true", "cluster.use_gpu", True),
-        ("cluster.expert_parallel=null", "cluster.expert_parallel", None),
+        ("teacher.patience=null", "teacher.patience", None),
         ("source={kind: digits, neighbors: 3}", "source.neighbors", 3),
     ],
 )
@@ -193,7 +194,7 @@ def test_an_override_that_is_no_yaml_is_shown(path: Path, value: str) -> None:
 
 def test_one_part_has_one_worker_unless_more_are_asked_for(path: Path) -> None:
     path.write_text("run_dir: a\npartition: {num_parts: 1}\n")
-    assert load(path).cluster.train_workers == 1
+    assert load(path).cluster.train_workers == load(path).cluster.inference_workers == 1
     assert load(path, ["partition.num_parts=2"]).cluster.train_workers == 2
     with pytest.raises(InputError, match="1 part"):
         load(path, ["cluster.train_workers=2"])
@@ -296,8 +297,13 @@ def test_a_wrong_value_is_refused_by_its_key(path: Path, text: str, key: str, re
             "set num_parts to at least 64, or train_workers to at most 4",
         ),
         (
+            "cluster: {inference_workers: 5}",
+            "partition.num_parts: 4 part(s) for cluster.inference_workers: 5, 1 of which would have nothing to do",
+        ),
+        (
             "cluster: {train_workers: 64, expert_parallel: 64}\npartition: {num_parts: 64}",
-            "cluster.expert_parallel: 64 workers share student.num_experts: 16, and some would have none; set it to 16",
+            "cluster.expert_parallel: 64 workers share student.num_experts: 16, and some would have none; "
+            "set it to 16, or to 1",
         ),
         (  # two each: none is left for the fourth
             "cluster: {train_workers: 4, expert_parallel: 4}\nstudent: {num_experts: 5}",
@@ -413,22 +419,17 @@ def test_a_configuration_cannot_be_changed(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("workers", "experts"), [(1, 1), (2, 8), (6, 8), (8, 8), (64, 8), (12, 7), (7, 3), (16, 16)])
-def test_by_default_no_worker_is_left_without_an_expert(workers: int, experts: int) -> None:
-    config = Config.model_validate(
-        {
-            "run_dir": "a", "partition": {"num_parts": workers}, "cluster": {"train_workers": workers},
-            "student": {"num_experts": experts, "top_k": 1},
-        }
-    )  # fmt: skip
+def test_refused_is_just_what_leaves_a_worker_without_an_expert(workers: int, experts: int) -> None:
+    tree = {"run_dir": "a", "partition": {"num_parts": max(workers, 2)}, "student": {"num_experts": experts}}
+    assert Config.model_validate(tree).cluster.expert_parallel == 1, "every worker has all"
     for group in range(1, workers + 1):
         mesh = replace(Mesh.single(), expert_parallel=group)
         each = [len(replace(mesh, rank=rank).local_experts(experts)) for rank in range(group)]
         assert sum(each) == experts
         good = workers % group == 0 and min(each) > 0
-        assert group <= config.expert_parallel or not good, "a larger group would do"
-        assert group != config.expert_parallel or good
-    given = config.model_copy(update={"cluster": ClusterConfig(train_workers=workers, expert_parallel=1)})
-    assert given.expert_parallel == 1
+        cluster = {"cluster": {"train_workers": workers, "expert_parallel": group}}
+        with nullcontext() if good else pytest.raises(ValueError, match=r"does not divide|would have none"):
+            Config.model_validate(tree | cluster)
 
 
 def test_workers_without_experts_matter_only_where_there_are_any() -> None:

@@ -207,9 +207,11 @@ def loop(mesh: Mesh, reporter: Reporter) -> None:
 def test_a_training_group(terminal: Terminal) -> None:
     """Its warnings name the rank, and the loss of the mailbox in the middle does it no harm."""
     with terminal.relay() as relay:
-        workers = ClusterConfig(train_workers=2, collective_timeout_s=patient(300), start_timeout_s=patient(300))
+        workers = ClusterConfig(
+            train_workers=2, expert_parallel=2, collective_timeout_s=patient(300), start_timeout_s=patient(300)
+        )
         with TrainingGroups(workers, relay.reporter, keep=False) as groups:
-            groups.run("teacher", loop, {}, lambda workers: workers, str(terminal.folder))
+            groups.run("teacher", loop, {}, str(terminal.folder))
     relay.check()
     assert terminal.epochs("teacher") == list(range(10))
     assert "teacher, rank 1: rank 1 alone says so" in terminal.warnings()

@@ -18,7 +18,8 @@ from tests.patience import patient
 ROOT = Path(__file__).parents[2]
 SHORT = [
     "partition.num_parts=4", "teacher.epochs=6", "student.epochs=30", "student.pretrain_epochs=4",
-    "cluster.checkpoint_every=1", f"cluster.silence_timeout_s={patient(300)}", "source.unseen_share=0.1",
+    "cluster.checkpoint_every=1", "cluster.expert_parallel=2", f"cluster.silence_timeout_s={patient(300)}",
+    "source.unseen_share=0.1",
     "encodings.positional=fastrp", "encodings.label_propagation=true", "student.inputs=[feat, pos, prop]",
     "student.routing=layers", "student.top_k=3", "student.merge_tolerance=null",
 ]  # fmt: skip

@@ -118,7 +118,8 @@ def test_the_student_goes_on_with_another_number_of_workers(finished_run: Path, 
     for path in (run / "student" / "rbm").glob("model.*"):
         path.unlink()
     shutil.rmtree(run / "student" / "rbm" / "checkpoints" / f"step-{ROUTED:08d}")
-    done = rbm_dist("student", QUICKSTART, f"run_dir={run}", *SHORT, f"cluster.train_workers={workers}")
+    layout = [f"cluster.train_workers={workers}", f"cluster.expert_parallel={workers}"]
+    done = rbm_dist("student", QUICKSTART, f"run_dir={run}", *SHORT, *layout)
     assert done.returncode == 0, done.stderr
     assert "went on from where it was" in done.stdout
     found, expected = (load_file(each / "student" / "rbm" / "model.safetensors") for each in (run, finished_run))
