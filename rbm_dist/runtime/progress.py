@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
+from rbm_dist.report.status import RunStatus
 from rbm_dist.runtime.liveness import MAILBOX, Sign, Signs
 
 _POLL_S = 0.25
@@ -76,6 +77,18 @@ class Reporter:
     def add(self, loop: str, amount: int, total: int, unit: str) -> None:
         """Some more units are done, of a total that several workers share."""
         self._actor.put.remote({"kind": "add", "loop": loop, "amount": amount, "total": total, "unit": unit})
+
+    def heartbeat(self, loop: str, epoch: int, step: int, steps: int, figures: dict[str, float]) -> None:
+        """A training loop is alive: `step` of all its `steps`, over all epochs, are done; it is in `epoch`, from 0.
+
+        About once a second, from rank 0. `figures`: of all ranks, measured since the last one; `rows_per_s` is shown.
+        """
+        beat = {"epoch": epoch, "step": step, "steps": steps, "figures": figures}
+        self._actor.put.remote({"kind": "heartbeat", "loop": loop, **beat})
+
+    def saved(self, loop: str, step: int) -> None:
+        """A training loop has a whole checkpoint of its state after so many steps."""
+        self._actor.put.remote({"kind": "saved", "loop": loop, "step": step})
 
     def metrics(self, loop: str, row: Row) -> None:
         """One epoch's figures."""
@@ -203,12 +216,15 @@ class ProgressRelay:
     A context manager; one at a time.
     """
 
-    def __init__(self, mailbox: Any, bars: ProgressBars, metrics: MetricsWriter | None = None):
-        self._mailbox, self._bars, self._metrics = mailbox, bars, metrics
+    def __init__(
+        self, mailbox: Any, bars: ProgressBars, metrics: MetricsWriter | None = None, status: RunStatus | None = None
+    ):
+        self._mailbox, self._bars, self._metrics, self._status = mailbox, bars, metrics, status
         self._asked: Any = None  # a question to the mailbox that is not answered yet
         self.reporter = Reporter(mailbox)
         self._added: Counter[str] = Counter()
         self._loops: set[str] = set()
+        self._epochs: dict[str, str] = {}  # by training loop that sends heartbeats, what its last epoch gave
         self._warned: dict[str, set[str]] = {}  # by place, what is shown
         self._repeated: Counter[str] = Counter()  # by place, what is not
         self._stop = threading.Event()
@@ -228,8 +244,8 @@ class ProgressRelay:
                 time.sleep(_POLL_S)
         if handled != 0 and error is None:
             _log.warning("progress: no answer from the mailbox; metrics.jsonl may lack the last epochs")
-        for loop in self._loops:
-            self._bars.finish(loop)
+        for loop in list(self._loops):
+            self._finish(loop)
         for place, count in self._repeated.items():
             like = textwrap.shorten(min(self._warned[place]), 60, placeholder=" …")
             self._bars.print(f"  [yellow]![/] {count:,} more warning(s) like: {escape(like)}")
@@ -242,6 +258,7 @@ class ProgressRelay:
     def _run(self) -> None:
         while not self._stop.wait(_POLL_S):
             self._poll()
+            self._bars.tick()
 
     def _poll(self) -> int | None:
         """Handle what is in the mailbox; gives the number of messages, or None if there is no answer yet."""
@@ -267,27 +284,58 @@ class ProgressRelay:
         if kind == "warning":
             self._warn(**{key: message[key] for key in ("who", "text", "place")})
         elif kind in ("begin", "metrics", "end"):
-            assert self._metrics is not None
-            try:
-                if kind == "metrics":
-                    self._metrics.write(message["loop"], message["row"])
-                elif kind == "begin":
-                    self._metrics.begin(message["loop"], message["history"])
-                else:
-                    self._metrics.end(message["loop"], message["history"])
-            except OSError as error:  # handed to the driver by `check`
-                self._error = self._error or error
+            self._keep(kind, message)
+        elif kind == "saved":
+            if self._status:
+                self._status.checkpoint(message["loop"], message["step"])
         else:
-            loop = message["loop"]
-            if kind == "add":
-                self._added[loop] += message["amount"]
-                bar = (self._added[loop], message["total"], message["unit"], "")
+            self._show(kind, message["loop"], message)
+
+    def _keep(self, kind: str, message: dict[str, Any]) -> None:
+        """Write a training loop's epochs to the metrics."""
+        loop = message["loop"]
+        if kind == "end":
+            self._finish(loop)
+        assert self._metrics is not None
+        try:
+            if kind == "metrics":
+                self._metrics.write(loop, message["row"])
+            elif kind == "begin":
+                self._metrics.begin(loop, message["history"])
             else:
-                bar = message["bar"]
-            self._loops.add(loop)
-            self._bars.update(loop, *bar)
-            if bar[0] >= bar[1]:
-                self._bars.finish(loop)
+                self._metrics.end(loop, message["history"])
+        except OSError as error:  # handed to the driver by `check`
+            self._error = self._error or error
+
+    def _show(self, kind: str, loop: str, message: dict[str, Any]) -> None:
+        """Show how far a loop is."""
+        figures: dict[str, float] = {}
+        if kind == "heartbeat":
+            figures = message["figures"]
+            rows = f", {figures['rows_per_s']:,.0f} rows/s" if "rows_per_s" in figures else ""
+            said = self._epochs.setdefault(loop, "")
+            bar = (message["step"], message["steps"], "steps", f"epoch {message['epoch']}{rows} {said}".rstrip())
+        elif kind == "add":
+            self._added[loop] += message["amount"]
+            bar = (self._added[loop], message["total"], message["unit"], "")
+        else:
+            bar = message["bar"]
+            if loop in self._epochs and bar[0] < bar[1]:  # its bar is that of its steps
+                self._epochs[loop] = bar[3]
+                return
+        self._loops.add(loop)
+        self._bars.update(loop, *bar)
+        if self._status:
+            self._status.progress(loop, self._bars.loops[loop], figures)
+        if bar[0] >= bar[1] and kind != "heartbeat":
+            self._finish(loop)
+
+    def _finish(self, loop: str) -> None:
+        self._loops.discard(loop)
+        self._epochs.pop(loop, None)
+        self._bars.finish(loop)
+        if self._status:
+            self._status.end_loop(loop)
 
     def _warn(self, who: str, text: str, place: str) -> None:
         shown = self._warned.setdefault(place, set())

@@ -57,6 +57,12 @@ class MetricsRecorder(Reporter):
     def add(self, loop: str, amount: int, total: int, unit: str) -> None:
         """Not shown."""
 
+    def heartbeat(self, loop: str, epoch: int, step: int, steps: int, figures: dict[str, float]) -> None:
+        """Nobody waits for a sign of life."""
+
+    def saved(self, loop: str, step: int) -> None:
+        """Not shown."""
+
     def metrics(self, loop: str, row: Row) -> None:
         self.loops.setdefault(loop, []).append(row)
         if self._on_epoch:

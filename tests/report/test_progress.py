@@ -80,3 +80,29 @@ def test_text_is_printed_beside_the_bars() -> None:
     with ProgressBars(out) as bars:
         bars.print("[bold]done[/]")
     assert shown(out) == "done\n"
+
+
+def test_a_loop_at_work_has_a_line_every_half_minute(clock: Clock) -> None:
+    out = console(terminal=False)
+    with ProgressBars(out) as bars:
+        bars.update("teacher", 0, 1000, "steps", "epoch 0")
+        for _ in range(70):
+            clock.now += 1
+            bars.update("mlp", 10, 10, "epochs")  # is done, and needs no line
+            bars.tick()
+        bars.update("teacher", 100, 1000, "steps", "epoch 1")
+    assert shown(out).splitlines() == [
+        "  teacher: 0/1,000 steps epoch 0",
+        "  teacher: 0/1,000 steps epoch 0 (no word for 31 s)",
+        "  teacher: 0/1,000 steps epoch 0 (no word for 62 s)",
+    ]
+
+
+def test_a_group_that_goes_on_from_its_checkpoint_is_timed_anew(clock: Clock) -> None:
+    out = console(terminal=False)
+    with ProgressBars(out) as bars:
+        for done in (0, 500, 400, 450):
+            bars.update("teacher", done, 1000, "steps")
+            clock.now += 10
+        assert bars.loops["teacher"].rate == 5.0
+        assert bars.loops["teacher"].left_s == 110.0

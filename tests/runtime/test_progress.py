@@ -20,6 +20,7 @@ from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
+from rbm_dist.report.status import RunStatus
 from rbm_dist.runtime.memory_store import ActorMemoryStore
 from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
@@ -143,6 +144,35 @@ def test_a_bar_that_cannot_be_drawn_is_none(terminal: Terminal) -> None:
         relay.reporter.metrics("teacher", row(0))
     relay.check()
     assert terminal.epochs("teacher") == [0]
+
+
+def test_heartbeats_show_steps_with_what_the_last_epoch_gave(terminal: Terminal) -> None:
+    status = RunStatus(str(terminal.folder), {"teacher": None}, {})
+    with ProgressRelay(terminal.mailbox, terminal.bars, terminal.writer, status) as relay:
+        relay.reporter.begin("teacher", [])
+        relay.reporter.heartbeat("teacher", 0, 5, 20, {"rows_per_s": 1234.0})
+        relay.reporter.progress("teacher", 1, 2, "epochs", "val loss 0.5")
+        relay.reporter.heartbeat("teacher", 1, 12, 20, {"rows_per_s": 1250.0, "wait_share": 0.25})
+        ray.get(terminal.mailbox.put.remote({"kind": "saved", "loop": "teacher", "step": 10}))
+        with status:
+            deadline = time.monotonic() + patient(60)
+            while not (terminal.folder / "status.json").exists() or "note" not in read_loop(terminal):
+                assert time.monotonic() < deadline
+                status.begin("teacher")
+                time.sleep(0.05)
+            assert terminal.bars.loops["teacher"].unit == "steps"
+            relay.reporter.end("teacher", [])
+    assert "  teacher: 5/20 steps epoch 0, 1,234 rows/s\n" in terminal.out.getvalue()
+    assert not terminal.bars.loops, "a loop that ended early is not waited for"
+
+
+def read_loop(terminal: Terminal) -> Any:
+    loops = json.loads((terminal.folder / "status.json").read_text())["loops"]
+    if loops.get("teacher", {}).get("done") != 12:
+        return {}
+    assert loops["teacher"]["note"] == "epoch 1, 1,250 rows/s val loss 0.5"
+    assert loops["teacher"]["figures"] == {"rows_per_s": 1250.0, "wait_share": 0.25}
+    return loops["teacher"]
 
 
 def warn(number: int) -> None:
