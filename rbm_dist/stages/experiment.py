@@ -36,8 +36,7 @@ from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.progress import ProgressRelay, start_mailbox, warnings_of
 from rbm_dist.sources.ogb import ogb_folder
-from rbm_dist.stages import local
-from rbm_dist.stages.run import locked
+from rbm_dist.stages import lease, local
 
 _RETRIES = 3  # of work lost with its node or process
 _POLL_S = 1.0
@@ -54,7 +53,7 @@ def run_experiment(
     """
     url = storage.absolute(experiment.run_dir)
     _refuse_other_files(url)
-    with locked(url):
+    with lease.held(url, console):
         storage.remove_temporary(url, r"results\.(md|csv|parquet)")
         for folder in {_run_url(url, trial).rsplit("/", 1)[0] for trial in trials}:
             storage.remove_temporary(folder, r"seed-\d+\.json")

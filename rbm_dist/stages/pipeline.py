@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -15,12 +16,13 @@ from rbm_dist.graph.shuffle import SPILL
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.source_table import source_table
+from rbm_dist.report.status import RunStatus
 from rbm_dist.runtime.cluster import is_own, ray_cluster
 from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
 from rbm_dist.runtime.training import TrainingGroups
 from rbm_dist.stages import encodings as encodings_
+from rbm_dist.stages import lease, soft_labels
 from rbm_dist.stages import run as run_
-from rbm_dist.stages import soft_labels
 from rbm_dist.stages.evaluate import run_evaluate
 from rbm_dist.stages.inputs import check_input
 from rbm_dist.stages.partition import run_partition
@@ -63,7 +65,7 @@ def run_stages(
     last = [stage.name for stage in STAGES].index(until)
     wanted = [stage for stage in stages_of(config) if STAGES.index(stage) <= last]
     run_.refuse_other_files(STAGES, url)
-    with run_.locked(url):
+    with lease.held(url, console) as owner:
         run_.remove_temporary(STAGES, url)
         if overwrite:
             run_.discard_other_configuration(STAGES, config, url)
@@ -72,8 +74,11 @@ def run_stages(
         try:
             _write_config(config, url)
             todo = _skip_done(wanted, url, console)
+            done = run_.seconds([stage for stage in wanted if stage not in todo], url)
+            with RunStatus(url, {stage.name: done.get(stage.name) for stage in wanted}, asdict(owner)) as status:
+                if todo:
+                    _work(todo, config, url, console, address, owner.token, status)
             if todo:
-                _work(todo, config, url, console, address)
                 run_.remove_temporary(STAGES, url)  # again: a killed driver's workers end a little later than it
             return _results(url) if until == STAGES[-1].name else None
         except OSError as error:
@@ -96,7 +101,9 @@ def _skip_done(stages: list[Stage], url: str, console: Console) -> list[Stage]:
     return []
 
 
-def _work(stages: list[Stage], config: Config, url: str, console: Console, address: str | None) -> None:
+def _work(
+    stages: list[Stage], config: Config, url: str, console: Console, address: str | None, token: int, status: RunStatus
+) -> None:
     every = stages_of(config)
     before = every.index(stages[0])
     upstream = run_.digest(every[before - 1], url) if before else None
@@ -113,10 +120,11 @@ def _work(stages: list[Stage], config: Config, url: str, console: Console, addre
                 state = run_.state(stage, url, upstream)
                 if state != "done":
                     start = time.monotonic()
+                    status.begin(stage.name)
                     if state == "new":
                         run_.begin(stage, config, url, upstream)
-                    with ProgressRelay(mailbox, bars, metrics) as relay:
-                        files = stage.work(Run(config, url, relay.reporter, groups))
+                    with ProgressRelay(mailbox, bars, metrics, status) as relay:
+                        files = stage.work(Run(config, url, relay.reporter, token, groups))
                     relay.check()
                     spent = time.monotonic() - start
                     run_.finish(stage, url, files, spent)
@@ -126,6 +134,7 @@ def _work(stages: list[Stage], config: Config, url: str, console: Console, addre
                     if stage.name == "source":
                         summary = storage.read_json(storage.join(url, "source", "source.json"))["summary"]
                         console.print(source_table(summary), highlight=False)
+                status.finish(stage.name, run_.seconds([stage], url)[stage.name])
                 upstream = run_.digest(stage, url)
     finally:
         metrics.close()

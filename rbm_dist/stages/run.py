@@ -5,17 +5,12 @@ with), `manifest.json` last (what it wrote, with checksums). So the same command
 A folder of such a name without such a `config.json` is the user's: it is refused, not written to.
 """
 
-import fcntl
 import hashlib
 import json
-import logging
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbm_dist import __version__, storage
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
     from rbm_dist.runtime.progress import Reporter
     from rbm_dist.runtime.training import TrainingGroups
 
-_log = logging.getLogger(__name__)
 Files = dict[str, storage.FileInfo]
 
 # By these keys a run knows its own files: those of every version's config.json, of a run and of a stage.
@@ -43,6 +37,7 @@ class Run:
     config: Config
     url: str
     reporter: "Reporter"
+    token: int = 0  # of the driver at work, see `stages.lease`; 0: it needs none
     groups: "TrainingGroups | None" = None  # of workers that train; in one process there are none
 
     def path(self, *names: str) -> str:
@@ -104,7 +99,7 @@ def refuse_other_files(stages: list[Stage], url: str) -> None:
         if not _has_keys(path, _OF_A_RUN.issubset):
             raise InputError(f"{path}: is not a run's, and a run would write its own there. {_ANOTHER}")
     else:
-        for name in ("results.json", "metrics.jsonl", "tensorboard"):
+        for name in ("results.json", "metrics.jsonl", "status.json", "tensorboard"):
             if storage.exists(storage.join(url, name)):
                 raise InputError(f"{storage.join(url, name)}: is not a run's (there is no {path}). {_ANOTHER}")
     for stage in stages:
@@ -121,7 +116,7 @@ def refuse_other_files(stages: list[Stage], url: str) -> None:
 
 def remove_temporary(stages: list[Stage], url: str) -> None:
     """Delete what killed writers left of a run's own files."""
-    storage.remove_temporary(url, r"(config|results)\.json|metrics\.jsonl")
+    storage.remove_temporary(url, r"(config|results|owner|status)\.json|metrics\.jsonl")
     for stage in stages:
         storage.remove_temporary(storage.join(url, stage.folder), rf"(config|manifest)\.json|{stage.makes}")
 
@@ -213,36 +208,6 @@ def seconds(stages: list[Stage], url: str) -> dict[str, float]:
     """How long each finished stage took."""
     finished = {stage.name: manifest(stage, url) for stage in stages}
     return {name: each["seconds"] for name, each in finished.items() if each is not None}
-
-
-@contextmanager
-def locked(url: str) -> Iterator[None]:
-    """Hold a local run directory: two drivers would undo each other's work. Raises `InputError` if it is held.
-
-    Where the file system has no locks (Lustre is often mounted so), that is said, and the run goes on.
-    """
-    if not storage.is_local(url):
-        yield
-        return
-    try:
-        Path(url).mkdir(parents=True, exist_ok=True)
-        handle = os.open(Path(url) / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"{url}: cannot write to the run directory (run_dir): {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"{url}: another rbm-dist is at work in this run directory") from None
-    except OSError as error:
-        _log.warning(
-            "%s: the run directory cannot be locked (%s); see to it that no other rbm-dist works in it",
-            url, error.strerror,
-        )  # fmt: skip
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _has_keys(url: str, are_right: Callable[[Any], bool]) -> bool:

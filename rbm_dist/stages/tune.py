@@ -35,8 +35,7 @@ from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.progress import ProgressRelay, start_mailbox, warnings_of
 from rbm_dist.runtime.search import Draws, refuse_missing_library, run_trials
-from rbm_dist.stages import local
-from rbm_dist.stages.run import locked
+from rbm_dist.stages import lease, local
 from rbm_dist.stages.trials import begin, read_rows, refuse_other_files, write_results, write_row
 
 _RETRIES = 3  # of a graph whose process was lost
@@ -57,7 +56,7 @@ def run_search(
     refuse_missing_library(search.settings.search == "tpe")
     for candidate in search.candidates:
         _look_ahead(search, candidate, console)
-    with locked(url):
+    with lease.held(url, console):
         begin(search, overwrite)
         rows = {each.name: read_rows(url, each.name, search.settings.trials) for each in search.candidates}
         try:

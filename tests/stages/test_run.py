@@ -1,8 +1,5 @@
 """The rule by which a stage is skipped, gone on with, or started; and what of a run directory is the user's."""
 
-import errno
-import fcntl
-import os
 from pathlib import Path
 
 import pytest
@@ -120,24 +117,3 @@ def test_temporary_files_are_removed_where_a_run_writes(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     run_.remove_temporary(STAGES, str(tmp_path))
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(keep)
-
-
-def test_a_held_run_directory_is_refused(tmp_path: Path) -> None:
-    url = str(tmp_path / "run")
-    with run_.locked(url), pytest.raises(InputError, match="another rbm-dist is at work"), run_.locked(url):
-        pytest.fail("it is held")
-    with run_.locked(url):
-        """Free again."""
-
-
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_no_reason_not_to_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
-) -> None:
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with run_.locked(str(tmp_path / "run")):
-        (warning,) = caplog.records
-    assert f"{tmp_path}/run: the run directory cannot be locked ({os.strerror(code)})" in warning.getMessage()

@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_to_the_same_graph(
     assert done.returncode == 0, done.stdout + done.stderr
     manifests = [storage.read_json(f"{run}/{folder}/manifest.json")["files"] for folder in ("source", "graph")]
     every = {f"{folder}/{name}.json" for folder in ("source", "graph") for name in KEPT}
-    every |= {"config.json", ".lock", "source/inputs.json"}
+    every |= {"config.json", "owner.json", "status.json", ".lock", "source/inputs.json"}
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert found == every.union(*manifests), "nothing is left of what was cut off"
     assert list(tmp_path.iterdir()) == []
