@@ -341,6 +341,24 @@ def inspect(
 
 
 @app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; any fsspec URL.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known, for programs.")] = False,
+) -> None:
+    """Say how far a run is, also while it is at work. Exit code 1: it is unfinished, and nobody is at work on it."""
+    from rbm_dist.report.status_table import status_table
+    from rbm_dist.stages.status import run_status
+
+    found = run_status(run)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console().print(status_table(found), highlight=False)
+    if found["state"] in ("stopped", "gone"):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
     out: Annotated[str | None, typer.Option(help="The HTML file to write; default: RUN/report.html.")] = None,
