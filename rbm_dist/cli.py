@@ -359,6 +359,23 @@ def status(
 
 
 @app.command()
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster to look at; default: this machine alone.")
+    ] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Also write and read there; any fsspec URL.")] = None,
+) -> None:
+    """Look at every host of a cluster: versions, GPUs, network, disks, clocks, storage. Exit code 1: one is wrong."""
+    from rbm_dist.report.doctor_table import WRONG, doctor_table, judged
+    from rbm_dist.runtime.doctor import examine
+
+    lines = judged(examine(address, run_dir))
+    Console().print(doctor_table(lines), highlight=False)
+    if any(line.verdict == WRONG for each in lines.values() for line in each):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run directory.", show_default=False)],
     out: Annotated[str | None, typer.Option(help="The HTML file to write; default: RUN/report.html.")] = None,

@@ -10,9 +10,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote
 
+import fsspec
 from fsspec import asyn
-
-from rbm_dist import storage
 
 _ANSWER_S = 20.0  # longest wait for one answer of the storage
 
@@ -58,13 +57,13 @@ def is_kept(url: str, found: bytes) -> bool:
 
 
 def _kind(url: str) -> str | None:
-    protocol = storage.filesystem(url)[0].protocol
+    protocol = fsspec.core.url_to_fs(url)[0].protocol
     names = {protocol} if isinstance(protocol, str) else set(protocol)
     return next((name for name in ("s3", "gs") if name in names), None)
 
 
 def _call(url: str, function: Any, *arguments: Any) -> Any:
-    fs, path = storage.filesystem(url)
+    fs, path = fsspec.core.url_to_fs(url)
     bucket, key, _ = fs.split_path(path)
     return asyn.sync(fs.loop, function, fs, bucket, key, *arguments, timeout=_ANSWER_S)
 
