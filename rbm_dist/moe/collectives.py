@@ -3,6 +3,7 @@
 Every rank of the group must call them in the same order, forward and backward, with no rows if it has none.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+
+
+class Traffic:
+    """Counts the bytes that this process sends to others, for who wants to know how busy the network is."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        self._bytes += count
+
+    def take(self) -> int:
+        """The bytes since this was last asked."""
+        count, self._bytes = self._bytes, 0
+        return count
+
+
+traffic = Traffic()
+"""Rows of experts elsewhere, there and back, and what is pushed to the routing memory."""
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
@@ -50,5 +70,7 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     received = x.new_empty((sum(receive), *x.shape[1:]))
+    row = x.element_size() * math.prod(x.shape[1:])
+    traffic.add(row * (sum(send) - send[dist.get_rank(group)]))
     dist.all_to_all_single(received, x.contiguous(), receive, send, group=group)
     return received

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from rbm_dist import storage
+from rbm_dist.report.metrics import Row
 from rbm_dist.report.progress import LoopProgress
 
 _EVERY_S, _EVERY_REMOTE_S = 5.0, 30.0
@@ -27,11 +28,13 @@ class RunStatus:
     """
 
     def __init__(self, run_url: str, stages: dict[str, float | None], owner: dict[str, Any]):
+        self.run_url = run_url
         self._url = storage.join(run_url, "status.json")
         self._every_s = _EVERY_S if storage.is_local(run_url) else _EVERY_REMOTE_S
         self._stages, self._owner = stages, owner
         self._begun: tuple[str, float] | None = None
         self._loops: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, Row] = {}  # of the last epoch, by loop
         self._checkpoint: dict[str, Any] | None = None
         self._end: dict[str, Any] = {"state": "at work", "error": None}
         self._lock = threading.Lock()
@@ -65,24 +68,33 @@ class RunStatus:
             self._stages[stage], self._begun, self._loops = seconds, None, {}
         self._due.set()
 
-    def progress(self, loop: str, at: LoopProgress, figures: Figures | None = None) -> None:
-        """How far a loop is; `figures` are those of its last heartbeat."""
+    def progress(self, loop: str, at: LoopProgress, epoch: int | None = None, figures: Figures | None = None) -> None:
+        """How far a loop is; `epoch` and `figures` are those of its last heartbeat."""
         left_s = None if at.left_s is None else round(at.left_s, 1)
         shown = {"done": at.done, "total": at.total, "unit": at.unit, "rate": at.rate, "left_s": left_s}
         with self._lock:
-            self._loops[loop] = {**shown, "note": at.note, "figures": figures or {}, "heard": time.time()}
+            last = self._rows.get(loop, {})
+            said = {"note": at.note, "epoch": epoch, "figures": figures or {}, "last_epoch": last}
+            self._loops[loop] = {**shown, **said, "heard": time.time()}
+
+    def epoch(self, loop: str, row: Row) -> None:
+        """A training loop finished an epoch, with these figures."""
+        with self._lock:
+            self._rows[loop] = row
 
     def end_loop(self, loop: str) -> None:
         """A loop is no longer at work."""
         with self._lock:
             self._loops.pop(loop, None)
+            self._rows.pop(loop, None)
 
     def checkpoint(self, loop: str, step: int) -> None:
         """A training loop has just saved a checkpoint."""
         with self._lock:
             self._checkpoint = {"loop": loop, "step": step, "time": time.time()}
 
-    def _now(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
+        """What the file would say now."""
         with self._lock:
             stages = [
                 {"name": name, "state": "waiting" if took is None else "done", "seconds": took}
@@ -105,7 +117,7 @@ class RunStatus:
             self._due.clear()
             closed = self._closed
             try:
-                storage.write_json(self._url, self._now())
+                storage.write_json(self._url, self.snapshot())
             except Exception as error:
                 if not self._warned:
                     _log.warning("%s: cannot be written, and rbm-dist status will not know of this run: %s",

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError
 from torch import Tensor
 
 from rbm_dist.errors import RunError
+from rbm_dist.moe.collectives import traffic
 from rbm_dist.moe.memory import InProcessMemoryStore, MemoryStore, RoutingMemory
 from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
@@ -75,6 +76,7 @@ class ActorMemoryStore:
 
     def push(self, version: int, statistics: list[MemoryStatistics]) -> None:
         packed = [(_pack(layer.sum_ED), _pack(layer.mass_E)) for layer in statistics]
+        traffic.add(sum(array.nbytes for layer in packed for array in layer))
         # The answer is the next version; it arrives while the backward pass runs.
         self._pending = self._actor.push.remote(version, self._mesh.rank, packed)
         self._version = version + 1

@@ -23,6 +23,7 @@ from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.status import RunStatus
 from rbm_dist.runtime.liveness import MAILBOX, Sign, Signs
+from rbm_dist.runtime.prometheus import ExportedMetrics
 
 _POLL_S = 0.25
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
@@ -220,6 +221,7 @@ class ProgressRelay:
         self, mailbox: Any, bars: ProgressBars, metrics: MetricsWriter | None = None, status: RunStatus | None = None
     ):
         self._mailbox, self._bars, self._metrics, self._status = mailbox, bars, metrics, status
+        self._exported = ExportedMetrics(status.run_url) if status else None
         self._asked: Any = None  # a question to the mailbox that is not answered yet
         self.reporter = Reporter(mailbox)
         self._added: Counter[str] = Counter()
@@ -259,6 +261,9 @@ class ProgressRelay:
         while not self._stop.wait(_POLL_S):
             self._poll()
             self._bars.tick()
+            if self._status and self._exported:
+                with contextlib.suppress(Exception):  # they only report
+                    self._exported.publish(self._status.snapshot())
 
     def _poll(self) -> int | None:
         """Handle what is in the mailbox; gives the number of messages, or None if there is no answer yet."""
@@ -296,6 +301,8 @@ class ProgressRelay:
         loop = message["loop"]
         if kind == "end":
             self._finish(loop)
+        elif kind == "metrics" and self._status:
+            self._status.epoch(loop, message["row"])
         assert self._metrics is not None
         try:
             if kind == "metrics":
@@ -326,7 +333,7 @@ class ProgressRelay:
         self._loops.add(loop)
         self._bars.update(loop, *bar)
         if self._status:
-            self._status.progress(loop, self._bars.loops[loop], figures)
+            self._status.progress(loop, self._bars.loops[loop], message.get("epoch"), figures)
         if bar[0] >= bar[1] and kind != "heartbeat":
             self._finish(loop)
 

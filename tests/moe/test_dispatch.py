@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rbm_dist.moe.collectives import all_to_all_rows, traffic
 from rbm_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from tests.gloo import run_ranks
 
@@ -76,3 +77,16 @@ def test_all_to_all(world: int) -> None:
         torch.testing.assert_close(results[rank]["weights"], grad_weights)
     torch.testing.assert_close(torch.cat([result["matrices"] for result in results]), matrix_grads)
     assert sorted(pair for result in results for pair in result["received"]) == sorted(pairs), "each pair once"
+
+
+def sent(rank: int) -> int:
+    """Bytes that a rank is counted to send: one row to itself, three to the other rank, and their gradients back."""
+    traffic.take()
+    x = torch.ones(4, D, dtype=torch.float64, requires_grad=True)
+    split = [1, 3] if rank == 0 else [3, 1]
+    all_to_all_rows(x, split, split, torch.distributed.group.WORLD).sum().backward()
+    return traffic.take()
+
+
+def test_what_is_sent_to_others_is_counted() -> None:
+    assert run_ranks(sent, 2) == [2 * 3 * D * 8] * 2

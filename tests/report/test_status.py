@@ -40,7 +40,7 @@ def test_a_run_from_its_beginning_to_its_end(url: str, monkeypatch: pytest.Monke
     with RunStatus(url, {"source": 1.5, "teacher": None, "student": None}, OWNER) as status:
         assert wait_for(url, lambda found: found["state"] == "at work")["owner"] == OWNER
         status.begin("teacher")
-        status.progress("teacher", LoopProgress(300, 1000, "steps", "epoch 2", 0.0, 100, 50.0), {"rows_per_s": 7.0})
+        status.progress("teacher", LoopProgress(300, 1000, "steps", "epoch 2", 0.0, 100, 50.0), 2, {"rows_per_s": 7.0})
         status.checkpoint("teacher", 250)
         found = wait_for(url, lambda found: found["checkpoint"])
         assert [(stage["name"], stage["state"]) for stage in found["stages"]] == [
@@ -48,7 +48,8 @@ def test_a_run_from_its_beginning_to_its_end(url: str, monkeypatch: pytest.Monke
         ]  # fmt: skip
         assert found["stages"][0]["seconds"] == 1.5
         loop = found["loops"]["teacher"]
-        assert (loop["done"], loop["rate"], loop["left_s"], loop["figures"]) == (300, 4.0, 175.0, {"rows_per_s": 7.0})
+        assert (loop["done"], loop["rate"], loop["left_s"], loop["epoch"]) == (300, 4.0, 175.0, 2)
+        assert loop["figures"] == {"rows_per_s": 7.0}
         assert (found["checkpoint"]["loop"], found["checkpoint"]["step"]) == ("teacher", 250)
         status.finish("teacher", 2.5)
     found = read(url)

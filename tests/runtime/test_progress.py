@@ -147,32 +147,32 @@ def test_a_bar_that_cannot_be_drawn_is_none(terminal: Terminal) -> None:
 
 
 def test_heartbeats_show_steps_with_what_the_last_epoch_gave(terminal: Terminal) -> None:
-    status = RunStatus(str(terminal.folder), {"teacher": None}, {})
-    with ProgressRelay(terminal.mailbox, terminal.bars, terminal.writer, status) as relay:
+    with (
+        RunStatus(str(terminal.folder), {"teacher": None}, {}) as status,
+        ProgressRelay(terminal.mailbox, terminal.bars, terminal.writer, status) as relay,
+    ):
         relay.reporter.begin("teacher", [])
         relay.reporter.heartbeat("teacher", 0, 5, 20, {"rows_per_s": 1234.0})
+        relay.reporter.metrics("teacher", row(0))
         relay.reporter.progress("teacher", 1, 2, "epochs", "val loss 0.5")
         relay.reporter.heartbeat("teacher", 1, 12, 20, {"rows_per_s": 1250.0, "wait_share": 0.25})
-        ray.get(terminal.mailbox.put.remote({"kind": "saved", "loop": "teacher", "step": 10}))
-        with status:
-            deadline = time.monotonic() + patient(60)
-            while not (terminal.folder / "status.json").exists() or "note" not in read_loop(terminal):
-                assert time.monotonic() < deadline
-                status.begin("teacher")
-                time.sleep(0.05)
-            assert terminal.bars.loops["teacher"].unit == "steps"
-            relay.reporter.end("teacher", [])
+        relay.reporter.saved("teacher", 10)
+        deadline = time.monotonic() + patient(60)
+        while not status.snapshot()["checkpoint"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        loop = status.snapshot()["loops"]["teacher"]
+        assert (loop["done"], loop["total"], loop["unit"], loop["epoch"]) == (12, 20, "steps", 1)
+        assert loop["note"] == "epoch 1, 1,250 rows/s val loss 0.5"
+        assert loop["figures"] == {"rows_per_s": 1250.0, "wait_share": 0.25}
+        assert loop["last_epoch"] == row(0)
+        assert status.snapshot()["checkpoint"]["step"] == 10
+        relay.reporter.end("teacher", [row(0)])
+        while terminal.bars.loops:
+            assert time.monotonic() < deadline, "a loop that ended early is not waited for"
+            time.sleep(0.05)
     assert "  teacher: 5/20 steps epoch 0, 1,234 rows/s\n" in terminal.out.getvalue()
-    assert not terminal.bars.loops, "a loop that ended early is not waited for"
-
-
-def read_loop(terminal: Terminal) -> Any:
-    loops = json.loads((terminal.folder / "status.json").read_text())["loops"]
-    if loops.get("teacher", {}).get("done") != 12:
-        return {}
-    assert loops["teacher"]["note"] == "epoch 1, 1,250 rows/s val loss 0.5"
-    assert loops["teacher"]["figures"] == {"rows_per_s": 1250.0, "wait_share": 0.25}
-    return loops["teacher"]
+    assert json.loads((terminal.folder / "status.json").read_text())["loops"] == {}
 
 
 def warn(number: int) -> None:

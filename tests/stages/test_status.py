@@ -21,6 +21,7 @@ from rbm_dist.report.progress import LoopProgress
 from rbm_dist.report.status import RunStatus
 from rbm_dist.stages import lease
 from rbm_dist.stages.status import run_status
+from tests.patience import patient
 
 STAGES = {"source": 2.0, "teacher": None, "evaluate": None}
 
@@ -31,14 +32,19 @@ def run_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @contextmanager
-def at_work(url: str) -> Iterator[RunStatus]:
-    """A driver in its stage teacher; the file is written when it ends, or at once."""
-    with lease.held(url, Console()) as owner, RunStatus(url, dict(STAGES), asdict(owner)) as status:
+def at_work(url: str) -> Iterator[None]:
+    """A driver in its stage teacher, which has written how far it is."""
+    with lease.held(url, Console()) as owner:
+        status = RunStatus(url, dict(STAGES), asdict(owner))
         status.begin("teacher")
         status.progress("teacher", LoopProgress(300, 1000, "steps", "epoch 2", 0.0, 100, 50.0))
         status.checkpoint("teacher", 250)
-        storage.write_json(f"{url}/status.json", status._now())
-        yield status
+        with status:
+            deadline = time.monotonic() + patient(20)
+            while not storage.exists(f"{url}/status.json"):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield
 
 
 def asked(url: str, *options: str) -> tuple[int, str]:
