@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 _EVENTS = "events.out.tfevents."  # what TensorBoard's files begin with
@@ -53,6 +56,7 @@ class MetricsWriter:
             fs.get_file(path, str(self._jsonl))
         self._boards: dict[str, Any] = {}
         self._written: dict[str, set[int]] = {}  # epochs, by loop
+        self._said = False
 
     def begin(self, loop: str, history: list[Row]) -> None:
         """A loop starts, or goes on after the epochs of `history` (rows with `epoch`, `time` and figures)."""
@@ -101,17 +105,29 @@ class MetricsWriter:
         return self._boards[loop]
 
     def flush(self) -> None:
-        """Bring everything to the run's storage."""
-        for board in self._boards.values():
-            board.flush()
-        if not self._local:
-            for path in self._folder.rglob("*"):
-                if path.is_file():
-                    storage.copy_in(path, storage.join(self._run_url, path.relative_to(self._folder).as_posix()))
+        """Bring everything to the run's storage, as far as it can be written."""
+        try:
+            for board in self._boards.values():
+                board.flush()
+            if not self._local:
+                for path in self._folder.rglob("*"):
+                    if path.is_file():
+                        storage.copy_in(path, storage.join(self._run_url, path.relative_to(self._folder).as_posix()))
+        except Exception as error:
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Say, once, that some metrics could not be written; no work is lost for that."""
+        if not self._said:
+            _log.warning("%s: metrics cannot be written, and may lack epochs: %s", self._run_url, error)
+        self._said = True
 
     def close(self) -> None:
         self.flush()
         for board in self._boards.values():
-            board.close()
+            try:
+                board.close()
+            except Exception as error:
+                self.failed(error)
         if not self._local:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -51,7 +51,8 @@ class RunStatus:
             self._loops = {}
             self._end = {"state": "done", "error": None}
             if kind is not None:
-                self._end = {"state": "stopped", "error": f"{kind.__name__}: {error}"}
+                signals = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
+                self._end = {"state": "stopped", "error": signals.get(kind) or str(error) or kind.__name__}
         self._closed = True
         self._due.set()
         self._thread.join(_LAST_S)

@@ -1,7 +1,7 @@
 """Progress, metrics and warnings from workers to the driver, through one small actor that the driver polls.
 
 None of it can fail a stage whose work succeeded: a mailbox that is late is asked again, one that is lost starts again,
-and what a training loop's rows missed is written when the loop ends. Only metrics that cannot be written do.
+and what a training loop's rows missed is written when the loop ends. What cannot be written is said, once.
 """
 
 import asyncio
@@ -230,7 +230,6 @@ class ProgressRelay:
         self._warned: dict[str, set[str]] = {}  # by place, what is shown
         self._repeated: Counter[str] = Counter()  # by place, what is not
         self._stop = threading.Event()
-        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def __enter__(self) -> "ProgressRelay":
@@ -251,11 +250,6 @@ class ProgressRelay:
         for place, count in self._repeated.items():
             like = textwrap.shorten(min(self._warned[place]), 60, placeholder=" …")
             self._bars.print(f"  [yellow]![/] {count:,} more warning(s) like: {escape(like)}")
-
-    def check(self) -> None:
-        """Raise what went wrong while writing metrics (a full disk, say)."""
-        if self._error is not None:
-            raise self._error
 
     def _run(self) -> None:
         while not self._stop.wait(_POLL_S):
@@ -311,8 +305,8 @@ class ProgressRelay:
                 self._metrics.begin(loop, message["history"])
             else:
                 self._metrics.end(loop, message["history"])
-        except OSError as error:  # handed to the driver by `check`
-            self._error = self._error or error
+        except Exception as error:
+            self._metrics.failed(error)
 
     def _show(self, kind: str, loop: str, message: dict[str, Any]) -> None:
         """Show how far a loop is."""

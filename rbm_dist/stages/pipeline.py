@@ -125,7 +125,6 @@ def _work(
                         run_.begin(stage, config, url, upstream)
                     with ProgressRelay(mailbox, bars, metrics, status) as relay:
                         files = stage.work(Run(config, url, relay.reporter, token, groups))
-                    relay.check()
                     spent = time.monotonic() - start
                     run_.finish(stage, url, files, spent)
                     metrics.flush()

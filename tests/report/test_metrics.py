@@ -124,3 +124,18 @@ def test_the_end_of_a_loop_brings_what_did_not_arrive(url: str, tmp_path: Path, 
     fs, path = storage.filesystem(f"{url}/tensorboard/teacher")
     fs.get(path, str(tmp_path / "fetched"), recursive=True)
     assert scalars(tmp_path / "fetched", "loss") == [(epoch, epoch / 4, 1000.0 + epoch) for epoch in range(5)]
+
+
+def test_storage_that_is_away_fails_nothing(s3_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(s3_url)
+    writer.begin("teacher", [])
+    writer.write("teacher", history(1)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "copy_in", lambda path, url: (_ for _ in ()).throw(TimeoutError("no answer")))
+        writer.flush()
+        writer.flush()
+    assert [record.getMessage() for record in caplog.records if record.name == "rbm_dist.report.metrics"] == [
+        f"{s3_url}: metrics cannot be written, and may lack epochs: no answer"
+    ]
+    writer.close()
+    assert len(rows(s3_url)) == 1

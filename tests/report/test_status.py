@@ -65,7 +65,7 @@ def test_how_a_run_ended(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         fail()
     found = read(str(tmp_path))
-    assert (found["state"], found["error"]) == ("stopped", "InputError: nodes.csv: row 3")
+    assert (found["state"], found["error"]) == ("stopped", "nodes.csv: row 3")
     assert found["stages"][0]["state"] == "stopped"
 
 

@@ -81,7 +81,7 @@ def test_a_run_that_stopped_says_why(run_url: str) -> None:
         raise RunError("teacher: rank 1 was lost")
     code, said = asked(run_url)
     assert code == 1
-    assert "it stopped: RunError: teacher: rank 1 was lost; the same command again goes on from there" in said
+    assert "it stopped: teacher: rank 1 was lost; the same command again goes on from there" in said
 
 
 def gone(url: str) -> Any:
