@@ -1,13 +1,14 @@
 """`rbm-dist` as a job on a Ray cluster: send the package, show the log, and end as the command itself would.
 
 `ray job submit` turns every failure into exit code 1; this gives the command's own. 1 is also a cluster that does not
-answer, 130 an interrupt: the job then goes on without us.
+answer, 130 an interrupt: the job then goes on without us, 143 a job that was stopped.
 """
 
 import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,8 @@ JobServer = Annotated[
     str, typer.Option(help="The job server (dashboard) of the cluster.", envvar="RAY_API_SERVER_ADDRESS")
 ]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ENTRYPOINT = ["python", "-m", "rbm_dist"]
+STOPPED = 128 + signal.SIGTERM
 
 
 def run_job(arguments: list[str], files: list[Path], address: str, results: str) -> int:
@@ -38,14 +41,10 @@ def run_job(arguments: list[str], files: list[Path], address: str, results: str)
     results: where they will be, for the user. Raises `RunError`.
     """
     address = with_scheme(address)
-    client = _connect(address)
+    client = connect(address)
     job = _send(client, arguments, files, address)
-    try:
-        print(f"job {job} at {address}; results in {results}", flush=True)
-        return _follow(client, job, address)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the job goes on. {_how_to_go_on(job, address)}", file=sys.stderr)
-        return 130
+    print(f"job {job} at {address}; results in {results}", flush=True)
+    return follow(client, job, address)
 
 
 def main(app: Callable[[], None]) -> None:
@@ -55,6 +54,11 @@ def main(app: Callable[[], None]) -> None:
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def runtime_environment() -> dict[str, Any]:
+    """That of every job, from `runtime_env.yaml`."""
+    return yaml.safe_load(Path(__file__).with_name("runtime_env.yaml").read_text(encoding="utf-8"))
 
 
 def with_scheme(address: str) -> str:
@@ -70,7 +74,7 @@ def use_token_for(address: str) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _connect(address: str) -> Any:
+def connect(address: str) -> Any:
     """A client of the job server. Raises `RunError` if none answers there."""
     use_token_for(address)
     from ray.exceptions import AuthenticationError
@@ -97,7 +101,6 @@ def _connect(address: str) -> Any:
 
 def _send(client: Any, arguments: list[str], files: list[Path], address: str) -> str:
     """Send the package and some files, and start the job. Raises `RunError`."""
-    environment = yaml.safe_load(Path(__file__).with_name("runtime_env.yaml").read_text(encoding="utf-8"))
     # A folder of exactly these: whatever else lies beside them stays here, and files may come from anywhere.
     with tempfile.TemporaryDirectory() as folder:
         package = Path(rbm_dist.__file__).parent
@@ -106,19 +109,25 @@ def _send(client: Any, arguments: list[str], files: list[Path], address: str) ->
             shutil.copy(file, folder)
         try:
             return client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "rbm_dist", *arguments]),
-                runtime_env=environment | {"working_dir": folder},
+                entrypoint=shlex.join([*ENTRYPOINT, *arguments]),
+                runtime_env=runtime_environment() | {"working_dir": folder},
             )
         except request_errors() as error:
             raise RunError(f"{address} did not confirm the job: {first_line(error)}") from None
 
 
-def _follow(client: Any, job: str, address: str) -> int:
-    """Print the job's log until it ends; its exit code. Raises `RunError` if the server is silent for too long.
+def follow(client: Any, job: str, address: str) -> int:
+    """Print the job's log until it ends; its exit code. Raises `RunError` if the server is silent for too long."""
+    try:
+        return _follow(client, job, address)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the job goes on. {_how_to_go_on(job, address)}", file=sys.stderr)
+        return 130
 
-    Reads the log again and again instead of holding a stream open: a lost connection then costs nothing, and a
-    server that goes away is never mistaken for a job that ended.
-    """
+
+def _follow(client: Any, job: str, address: str) -> int:
+    # The log is read again and again instead of holding a stream open: a lost connection then costs nothing, and a
+    # server that goes away is never mistaken for a job that ended.
     shown, heard = 0, time.monotonic()
     while True:
         try:
@@ -137,22 +146,24 @@ def _follow(client: Any, job: str, address: str) -> int:
             print(log[shown:], end="", flush=True)
             shown = len(log)
             if details.status.is_terminal():
-                return _exit_code(details)
+                return exit_code(details)
         time.sleep(_POLL_S + shown / _LOG_CHARS_PER_S)
 
 
-def _exit_code(details: Any) -> int:
+def exit_code(details: Any) -> int:
+    """That of a job that has ended."""
     code: int | None = details.driver_exit_code
-    if code is None:  # stopped by someone, or never started
+    if code is None:  # Ray keeps none of a job that was stopped, or never started
         print(f"error: the job ended as {details.status}: {details.message}", file=sys.stderr)
-        return 1
+        return STOPPED if details.status == "STOPPED" else 1
     return code if code >= 0 else 128 - code  # killed by a signal: what a shell would say
 
 
 def _how_to_go_on(job: str, address: str) -> str:
+    script = shlex.quote(str(Path(__file__).with_name("job.sh")))
     return (
-        f"Follow it:\n  ray job logs --address {address} --follow {job}\n"
-        f"Stop it:\n  ray job stop --address {address} {job}"
+        f"Follow it:\n  {script} logs {job} --follow --address {address}\n"
+        f"Stop it:\n  {script} stop {job} --address {address}"
     )
 
 

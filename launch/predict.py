@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch.jobs import DEFAULT_ADDRESS, JobServer, main, run_job
-from rbm_dist import storage
+from rbm_dist.config.load import absolute_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,12 +24,12 @@ def predict(
     address: JobServer = DEFAULT_ADDRESS,
 ) -> None:
     """Predict on a Ray cluster, and show the log. Submit it again to go on."""
-    arguments = ["predict", storage.absolute(run), *context.args, "--address", "auto"]
+    arguments = ["predict", absolute_path(run), *context.args, "--address", "auto"]
     # A path means here what it means in the folder of the submission.
     for option, path in (("--out", out), ("--nodes", nodes), ("--edges", edges), ("--graph", graph)):
         if path is not None:
-            arguments += [option, storage.absolute(path) + "/" * path.endswith("/")]
-    raise typer.Exit(run_job(arguments, [], address, storage.absolute(out)))
+            arguments += [option, absolute_path(path) + "/" * path.endswith("/")]
+    raise typer.Exit(run_job(arguments, [], address, absolute_path(out)))
 
 
 if __name__ == "__main__":

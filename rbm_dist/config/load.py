@@ -50,7 +50,8 @@ def absolute(config: Config) -> Config:
 
 def absolute_path(path: str) -> str:
     """A local path made absolute; a URL as it is: what it takes to open it may be there in other processes only."""
-    return path if "://" in path else storage.absolute(path)
+    is_url = "://" in path and not path.startswith(("file://", "local://"))
+    return path if is_url else storage.absolute(path)
 
 
 def read_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:

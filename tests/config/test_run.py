@@ -122,6 +122,7 @@ def test_a_small_number_is_a_number_however_it_is_written(path: Path, text: str)
         ("./b/", "{here}/b"),
         ("part-[0-9]*/e?.csv", "{here}/part-[0-9]*/e?.csv"),
         ("~/a", "{home}/a"),
+        ("file://a/b", "{here}/a/b"),
         ("/a/*.csv", "/a/*.csv"),
         ("s3://bucket/a/*.csv", "s3://bucket/a/*.csv"),
         ("no-such-scheme://a", "no-such-scheme://a"),

@@ -3,7 +3,6 @@
 import http.server
 import json
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -175,7 +174,7 @@ def test_a_server_that_says_nothing_has_a_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         script = (
             "from launch import jobs; jobs._REQUEST_TIMEOUT_S = (1, 1)\n"
-            f"try: jobs._connect('http://127.0.0.1:{mute.getsockname()[1]}')\n"
+            f"try: jobs.connect('http://127.0.0.1:{mute.getsockname()[1]}')\n"
             "except jobs.RunError as error: print(error)"
         )
         command = [sys.executable, "-c", script]
@@ -282,23 +281,46 @@ def test_a_killed_run_exits_as_a_killed_process_does(cluster: Cluster, tmp_path:
     assert code == 128 + signal.SIGKILL, out + errors
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(patient(120))
-def test_after_an_interrupt_the_job_goes_on_and_can_be_stopped(cluster: Cluster, tmp_path: Path) -> None:
-    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out"]
-    submitted = Submitted(*arguments, address=cluster.address, folder=tmp_path, environment=cluster.environment)
-    submitted.wait_for_line("results in")
+def test_after_an_interrupt_the_job_goes_on_until_it_is_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    """With the commands that are printed, from a folder of no importance."""
+    options = {"address": cluster.address, "folder": tmp_path, "environment": cluster.environment}
+
+    def job(*arguments: str) -> tuple[int, str, str]:
+        return Submitted(*arguments, **options, script="job.sh").wait()
+
+    submitted = Submitted(str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out", **options)
+    submitted.wait_for_line("rbm-dist quickstart.yaml")
     submitted.process.send_signal(signal.SIGINT)
     code, _, errors = submitted.wait()
     assert code == 130
     assert "the job goes on" in errors
-    stop = re.search(r"Stop it:\n +(ray job stop .*)", errors)
-    assert stop
-    done = subprocess.run(
-        shlex.split(stop[1]), env=cluster.environment, capture_output=True, text=True, timeout=patient(60), check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "was stopped" in done.stdout + done.stderr
+    followed, stopped = (shlex.split(line) for line in errors.splitlines() if "job.sh" in line)
+    assert {followed[0], stopped[0]} == {str(ROOT / "launch" / "job.sh")}
+    name = stopped[2]
+
+    code, out, _ = job("status", name)
+    assert (code, out.split()[:2]) == (0, [name, "RUNNING"])
+    assert f'run_dir="{tmp_path}/out"' in out
+    follower = Submitted(*followed[1:], **options, script="job.sh")
+    follower.wait_for_line("rbm-dist quickstart.yaml")
+    code, out, errors = job(*stopped[1:])
+    assert (code, out.split()[:2]) == (0, [name, "STOPPED"]), errors
+    assert follower.wait()[0] == 128 + signal.SIGTERM, "a job that was stopped did not do its work"
+    assert job("status", name)[0] == 128 + signal.SIGTERM
+    code, out, _ = job("logs")
+    assert code == 0
+    assert "Running entrypoint" in out, "the latest job, where none is named"
+    assert name in job("ls")[1].split()
+    code, _, errors = job("stop", "nobody")
+    assert code == 2
+    assert f"nobody: no such job of rbm-dist at {cluster.address}; the latest are {name}" in errors
+
+
+def test_no_cluster_lists_no_jobs(tmp_path: Path) -> None:
+    code, out, errors = Submitted("ls", address=NOWHERE, folder=tmp_path, script="job.sh").wait(timeout=patient(30))
+    assert (code, out) == (1, "")
+    assert errors.startswith(f"error: no Ray job server answers at {NOWHERE}")
 
 
 def test_a_wrong_token_is_one_message(cluster: Cluster, bad_input: Path, tmp_path: Path) -> None:
