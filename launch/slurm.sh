@@ -5,11 +5,16 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=rbm-dist-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
 #
 # Run the pipeline on the nodes of a Slurm job, in a Ray cluster that lives as long as the job:
 #   sbatch --nodes=4 --gpus-per-node=2 launch/slurm.sh CONFIG [KEY=VALUE ...]
 # run_dir and the input must lie on a file system that all nodes mount; rbm-dist must be on the PATH of all nodes.
-# The job's exit code is that of the run. After a lost node or the time limit: the same sbatch again, and it goes on.
+# The job's exit code is that of the run. Two minutes before the time limit Slurm tells this script, and so the run, which
+# saves and ends with 143 (now: scancel --batch --signal=TERM JOB); the same sbatch again, and it goes on. A job that
+# lost a node, or was preempted, is queued again by Slurm.
 set -euo pipefail
 
 fail() {
@@ -32,6 +37,9 @@ export COLUMNS=120 # the log has no terminal whose width it could ask for
 steps=() # the srun of the first node, and that of the others
 run=
 trap 'kill "${steps[@]}" $run 2>/dev/null || true' EXIT
+# Slurm's signal comes to this script alone. Without a run there is nothing to save.
+trap 'terminated=1; if [[ $run ]]; then kill "$run" 2>/dev/null || true; else exit 143; fi' TERM
+terminated=
 
 # start_ray COUNT SRUN_OPTION RAY_OPTION...: Ray on COUNT nodes, one process each, until it is killed.
 start_ray() {
@@ -65,7 +73,9 @@ fi
 rbm-dist run "$@" --address "$head:$port" &
 run=$!
 while kill -0 "$run" 2>/dev/null; do
-    check_ray
-    sleep 2
+    # A run that was told to end is not cut short: without Ray it gives up by itself.
+    [[ $terminated ]] || check_ray
+    sleep 2 &
+    wait $! || true # unlike sleep itself, it does not keep a signal waiting
 done
 wait "$run"

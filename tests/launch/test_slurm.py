@@ -1,12 +1,14 @@
 """The Slurm script with stand-ins for srun, ray and rbm-dist: what it starts, what it waits for, how it ends."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.patience import patient
 
@@ -30,7 +32,7 @@ exec {sys.executable} -c "import socket, time; s = socket.create_server(('', $po
 """
 
 
-def run(folder: Path, *, ray: str = RAY, rbm_dist: str, nodes: int = 3) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, *, ray: str = RAY, rbm_dist: str, nodes: int = 3) -> subprocess.Popen[str]:
     for name, body in {"srun": SRUN, "ray": ray, "rbm-dist": rbm_dist}.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -42,9 +44,15 @@ def run(folder: Path, *, ray: str = RAY, rbm_dist: str, nodes: int = 3) -> subpr
         "SLURMD_NODENAME": "n1",
     }
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "a.yaml", "seed=1", "run_dir=a b"]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=patient(60), check=False
-    )  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(folder: Path, *, ray: str = RAY, rbm_dist: str, nodes: int = 3) -> subprocess.CompletedProcess[str]:
+    script = start(folder, ray=ray, rbm_dist=rbm_dist, nodes=nodes)
+    out, errors = script.communicate(timeout=patient(60))
+    return subprocess.CompletedProcess(script.args, script.returncode, out, errors)
 
 
 @pytest.mark.timeout(patient(90))
@@ -78,3 +86,37 @@ def test_a_run_does_not_wait_for_a_ray_node_that_ended(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "error: Ray ended on a node" in done.stderr
     assert time.monotonic() - began < patient(40)
+
+
+@pytest.mark.timeout(patient(90))
+def test_before_the_time_limit_the_run_is_told_and_has_time(tmp_path: Path) -> None:
+    saves = 'trap "sleep 1; echo saved; exit 143" TERM; touch running; while :; do sleep 0.1; done'
+    script = start(tmp_path, rbm_dist=saves, nodes=1)
+    deadline = time.monotonic() + patient(60)
+    while not (tmp_path / "running").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    script.terminate()
+    out, errors = script.communicate(timeout=patient(60))
+    assert (script.returncode, out, errors) == (143, "saved\n", "")
+
+
+@pytest.mark.timeout(patient(90))
+def test_what_was_told_before_the_run_began_ends_at_once(tmp_path: Path) -> None:
+    script = start(tmp_path, ray="touch started; exec sleep 100", rbm_dist="touch ran")
+    deadline = time.monotonic() + patient(60)
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    script.terminate()
+    script.communicate(timeout=patient(60))
+    assert script.returncode == 143
+    assert not (tmp_path / "ran").exists()
+
+
+def test_slurm_tells_the_script_alone_and_in_time() -> None:
+    """With less time than a stopped job has elsewhere, the run would be killed as it saves."""
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    (seconds,) = re.findall(r"^#SBATCH --signal=B:TERM@(\d+)$", text, re.MULTILINE)
+    environment = yaml.safe_load((ROOT / "launch" / "runtime_env.yaml").read_text())["env_vars"]
+    assert int(seconds) >= int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
