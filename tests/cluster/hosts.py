@@ -1,0 +1,306 @@
+"""Hosts that differ, on this machine: each has its own network address, processes, name, /tmp and /dev/shm.
+
+A host is a set of Linux namespaces around a process of ours, its init. The switch that joins them is a bridge in a
+network namespace of its own, so that nothing of a bed is seen outside, and beds never meet. Every init ends when its
+standard input does, that is with this process, however that ends; with it the kernel ends all else of its host.
+Needs root and iproute2.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from tests.patience import patient
+
+ROOT = Path(__file__).parents[2]
+SHARED = "/mnt/shared"  # a folder that all hosts of a bed have
+SCRATCH = "/mnt/scratch"  # a small disk of each host, where temporary files go
+_NETWORK = "10.77.0"
+_CLONE_NEWNET = 0x40000000
+# Collects what others leave, says that it runs, and ends with its input.
+_INIT_CODE = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print(flush=True); input()"
+_INIT = (sys.executable, "-S", "-c", _INIT_CODE)
+_SHM_MB = 256
+_T = TypeVar("_T")
+
+
+class Switch:
+    """A bridge in a network namespace of its own, with the address 10.77.0.1."""
+
+    def __init__(self) -> None:
+        self._unshare, self._init = _start_init(["unshare", "--net", "--pid", "--fork", "--kill-child", *_INIT])
+        self._threads = ThreadPoolExecutor(1, initializer=_enter_network, initargs=(self._init,))
+        self.ip("link add bridge type bridge")
+        self.ip(f"address add {_NETWORK}.1/24 dev bridge")
+        self.ip("link set bridge up")
+
+    def ip(self, arguments: str, program: str = "ip") -> None:
+        run("nsenter", f"--target={self._init}", "--net", program, *arguments.split())
+
+    def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Call a function in a thread whose sockets are on the network of the hosts."""
+        return self._threads.submit(function, *arguments).result()
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        _end_init(self._unshare, self._init)
+
+
+class Host:
+    """One host, running from the start. Its folder is its disk, which outlives `kill`.
+
+    `scratch_mb` is the size of the disk of temporary files (TMPDIR).
+    """
+
+    def __init__(
+        self, switch: Switch, number: int, name: str, folder: Path, shared: Path, environment: dict[str, str],
+        scratch_mb: int,
+    ):  # fmt: skip
+        self.name, self.address, self.folder = name, f"{_NETWORK}.{number}", folder
+        self._switch, self._shared, self._scratch_mb = switch, shared, scratch_mb
+        for each in ("tmp/home", "scratch"):
+            (folder / each).mkdir(parents=True, exist_ok=True)
+        (folder / "tmp").chmod(0o1777)
+        self._environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "HOME": "/tmp/home",
+            "TMPDIR": SCRATCH,
+            "RAY_TMPDIR": "/tmp",
+            **environment,
+        }
+        self.start()
+
+    def start(self) -> None:
+        """Power on."""
+        setup = f"""
+            hostname {self.name}
+            mount -t tmpfs -o size={_SHM_MB}m,mode=1777 tmpfs /dev/shm
+            mount -t tmpfs tmpfs /mnt
+            mkdir {SHARED} {SCRATCH}
+            mount --bind {self._shared} {SHARED}
+            mount -t tmpfs -o size={self._scratch_mb}m tmpfs {SCRATCH}
+            mount --bind {self.folder}/tmp /tmp
+            echo '127.0.0.1 localhost\n{self.address} {self.name}' > /mnt/hosts
+            : > /mnt/resolv.conf
+            mount --bind /mnt/hosts /etc/hosts
+            mount --bind /mnt/resolv.conf /etc/resolv.conf
+            ip link set lo up
+            exec "$@"
+        """
+        unshared = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        self._unshare, self._init = _start_init([*unshared, "sh", "-ec", setup, "sh", *_INIT])
+        self._port = f"to-{self.name}"
+        self._switch.ip(f"link add {self._port} type veth peer name eth0 netns {self._init}")
+        self._switch.ip(f"link set {self._port} master bridge up")
+        self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
+        self.run("ip", "link", "set", "eth0", "up")
+        self.run("ip", "route", "add", "default", "via", f"{_NETWORK}.1")
+
+    def kill(self) -> None:
+        """SIGKILL to all processes. Their peers see closed connections; `cut` before, and they see nothing."""
+        _end_init(self._unshare, self._init)
+
+    def is_up(self) -> bool:
+        return self._unshare.poll() is None
+
+    def popen(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+        """A process of this host, in its /tmp. What this gives is its parent outside: see `process_of`."""
+        entered = ["nsenter", f"--target={self._init}", "--mount", "--uts", "--ipc", "--net", "--pid"]
+        options = {"text": True, "stdin": subprocess.DEVNULL, **options}
+        return subprocess.Popen([*entered, "env", "-C", "/tmp", *command], env=self._environment, **options)
+
+    def run(self, *command: str, timeout: float = patient(60)) -> str:
+        """Run a command on this host; gives its standard output. Fails with its errors."""
+        process = self.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process_of(process).kill()
+            raise
+        assert process.returncode == 0, f"{self.name}: {' '.join(command)}: {out}{errors}"
+        return out
+
+    def processes(self, having: str = "") -> list[psutil.Process]:
+        """Processes of this host whose command lines have this text, oldest first; without its init."""
+        space = os.readlink(f"/proc/{self._init}/ns/pid")
+        found = [each for each in psutil.process_iter(["cmdline"]) if each.pid != self._init and _space(each) == space]
+        return [each for each in found if having in " ".join(each.info["cmdline"] or [])]
+
+    def cut(self) -> None:
+        """From now on packets from and to this host vanish: no connection is closed, no link is seen to be down."""
+        self._switch.ip(f"link set dev {self._port} state disabled", "bridge")
+
+    def restore(self) -> None:
+        """End a cut."""
+        self._switch.ip(f"link set dev {self._port} state forwarding", "bridge")
+
+    def shape(self, mbit: float | None) -> None:
+        """Bound the rate of this host's link, in each direction; None: no bound."""
+        shape = f"root tbf rate {mbit}mbit burst 64kb latency 200ms"
+        for do in (self._switch.ip, lambda arguments, program: self.run(program, *arguments.split())):
+            device = self._port if do == self._switch.ip else "eth0"
+            do(f"qdisc replace dev {device} {shape}" if mbit else f"qdisc delete dev {device} root", "tc")
+
+
+class Bed:
+    """A switch, an object storage on a host of its own (`store`, with the bucket `bucket`), and hosts by name.
+
+    The first of `names` is the head of their Ray cluster, see `start_ray`.
+    """
+
+    def __init__(self, folder: Path, names: list[str], scratch_mb: int = 256):
+        self.switch = Switch()
+        self.shared = folder / "shared"
+        self.shared.mkdir()
+        self.hosts: dict[str, Host] = {}
+        self.storage_url = f"http://{_NETWORK}.2:5000"
+        self._environment = {
+            "AWS_ENDPOINT_URL": self.storage_url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RBM_DIST_TEST_PATIENCE": os.environ.get("RBM_DIST_TEST_PATIENCE", "5"),
+        }
+        self._folder, self._scratch_mb = folder, scratch_mb
+        try:
+            for name in ("store", *names):
+                self.add(name)
+            self.store, self.head = self.hosts["store"], self.hosts[names[0]]
+            self.store.popen("python", "-m", "moto.server", "-H", "0.0.0.0", "-p", "5000", stderr=subprocess.DEVNULL)
+            self._s3: Any = None
+            self.wait(self._make_bucket, "object storage")
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, name: str) -> Host:
+        """One more host."""
+        host = Host(
+            self.switch, len(self.hosts) + 2, name, self._folder / name, self.shared, self._environment,
+            self._scratch_mb,
+        )  # fmt: skip
+        self.hosts[name] = host
+        return host
+
+    def start_ray(self, *hosts: Host, num_cpus: int = 2) -> None:
+        """Start Ray as on real hosts, the head's first where it is among them; returns when all are in the cluster."""
+        common = ["--num-cpus", str(num_cpus), "--object-store-memory", "100000000", "--disable-usage-stats"]
+        if self.head in hosts:
+            self.head.run("ray", "start", "--head", "--node-ip-address", self.head.address, "--dashboard-host=0.0.0.0",
+                          "--include-dashboard=true", *common)  # fmt: skip
+        others = [host for host in hosts if host is not self.head]
+        with ThreadPoolExecutor(max(1, len(others))) as threads:
+            list(threads.map(lambda host: host.run("ray", "start", "--address", f"{self.head.address}:6379",
+                                                   "--node-ip-address", host.address, *common), others))  # fmt: skip
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys in the bucket."""
+        pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        return self.switch.call(lambda: [each["Key"] for page in pages for each in page.get("Contents", [])])
+
+    def read(self, key: str) -> bytes:
+        return self.switch.call(lambda: self._s3.get_object(Bucket="bucket", Key=key)["Body"].read())
+
+    def write(self, key: str, content: bytes) -> None:
+        self.switch.call(lambda: self._s3.put_object(Bucket="bucket", Key=key, Body=content))
+
+    @staticmethod
+    def wait(condition: Callable[[], object], what: str, timeout: float = patient(60)) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s"
+            time.sleep(0.1)
+
+    def _make_bucket(self) -> bool:
+        boto3 = pytest.importorskip("boto3", reason="moto is not installed")
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        settings = Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1})
+        self._s3 = self._s3 or boto3.client(
+            "s3", endpoint_url=self.storage_url, aws_access_key_id="testing", aws_secret_access_key="testing",
+            region_name="us-east-1", config=settings,
+        )  # fmt: skip
+        try:
+            self.switch.call(lambda: self._s3.create_bucket(Bucket="bucket"))
+        except BotoCoreError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End all hosts; what is on their disks stays."""
+        for host in self.hosts.values():
+            host.kill()
+        self.switch.close()
+
+
+def require_namespaces() -> None:
+    """Skip the test where this user cannot make hosts."""
+    for program in ("unshare", "nsenter", "ip", "tc", "bridge"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no hosts can be made here: {program} is not installed (util-linux, iproute2)")
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "ip", "link", "add", "bridge", "type", "bridge"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if tried.returncode:
+        pytest.skip(f"no hosts can be made here: {tried.stderr.strip()}")
+
+
+def process_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process that `Host.popen` started, to send signals to."""
+    children: list[psutil.Process] = []
+    Bed.wait(lambda: children.extend(psutil.Process(process.pid).children()) or children, "a process on a host")
+    return children[0]
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+
+
+def _start_init(command: list[str]) -> tuple[subprocess.Popen[str], int]:
+    """Start a namespace's first process; gives its parent, which ends with it, and its number as seen from here."""
+    unshare = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert unshare.stdout
+    assert unshare.stderr
+    if not unshare.stdout.readline():
+        raise AssertionError(unshare.stderr.read())
+    return unshare, psutil.Process(unshare.pid).children()[0].pid
+
+
+def _end_init(unshare: subprocess.Popen[str], init: int) -> None:
+    if unshare.poll() is None:
+        os.kill(init, signal.SIGKILL)
+        unshare.communicate()
+
+
+def _enter_network(process: int) -> None:
+    """Move the calling thread into the network of a process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/proc/{process}/ns/net") as space:
+        if libc.setns(space.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+
+
+def _space(process: psutil.Process) -> str:
+    try:
+        return os.readlink(f"/proc/{process.pid}/ns/pid")
+    except OSError:
+        return ""
