@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 _THERE = ("encodings", "exported_run", "inspect", "kill", "pipeline", "predict", "report", "served_run")
 FINISHED_RUN = [f"tests/stages/test_{name}.py" for name in _THERE]
 
-pytest.register_assert_rewrite("tests.graph.reference")
+pytest.register_assert_rewrite("tests.graph.reference", "tests.cluster.submitted")
 settings.register_profile("rbm-dist", deadline=None, max_examples=60, derandomize="CI" in os.environ)
 settings.load_profile("rbm-dist")
 

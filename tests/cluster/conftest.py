@@ -1,10 +1,11 @@
 """Beds of hosts for the tests of this folder, one per module."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.cluster.hosts import Bed, require_namespaces
+from tests.cluster.submitted import Submitted, Undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +16,24 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     bed = Bed(tmp_path_factory.mktemp("bed"), ["head", "a", "b"])
     yield bed
     bed.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def submit(bed: Bed) -> Iterator[Callable[..., Submitted]]:
+    """Submits the small run to the bed's cluster, which is whole before; ends what is left of it."""
+    bed.mend()
+    submitted: list[Submitted] = []
+
+    def start(*overrides: str, run: str | None = None) -> Submitted:
+        submitted.append(Submitted(bed, *overrides, run=run))
+        return submitted[-1]
+
+    yield start
+    for each in submitted:
+        each.stop()
+    bed.mend()

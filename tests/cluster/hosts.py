@@ -175,7 +175,7 @@ class Bed:
             "RAY_worker_niceness": "0",
             "RBM_DIST_TEST_PATIENCE": os.environ.get("RBM_DIST_TEST_PATIENCE", "5"),
         }
-        self._folder, self._scratch_mb = folder, scratch_mb
+        self.folder, self._scratch_mb = folder, scratch_mb
         try:
             for name in ("store", *names):
                 self.add(name)
@@ -190,7 +190,7 @@ class Bed:
     def add(self, name: str) -> Host:
         """One more host."""
         host = Host(
-            self.switch, len(self.hosts) + 2, name, self._folder / name, self.shared, self._environment,
+            self.switch, len(self.hosts) + 2, name, self.folder / name, self.shared, self._environment,
             self._scratch_mb,
         )  # fmt: skip
         self.hosts[name] = host
@@ -206,6 +206,20 @@ class Bed:
         with ThreadPoolExecutor(max(1, len(others))) as threads:
             list(threads.map(lambda host: host.run("ray", "start", "--address", f"{self.head.address}:6379",
                                                    "--node-ip-address", host.address, *common), others))  # fmt: skip
+
+    def mend(self) -> None:
+        """Power, links and Ray as they were; what is whole is left alone."""
+        hosts = [host for host in self.hosts.values() if host is not self.store]
+        if not self.head.is_up() or not self.head.processes("gcs_server"):
+            broken = hosts  # Ray does not outlive its head
+        else:
+            broken = [host for host in hosts if not host.is_up() or not host.processes("raylet/raylet ")]
+        for host in self.hosts.values():
+            if host in broken:
+                host.kill()
+                host.start()
+            host.restore()
+        self.start_ray(*broken)
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys in the bucket."""
