@@ -23,8 +23,8 @@ from tests.patience import patient
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 # Little work, and yet many epochs and checkpoints, so that there is always something to hit.
 SMALL = [
-    "partition.num_parts=6", "teacher.epochs=40", "teacher.batch_size=64", "student.models=[rbm]",
-    "student.epochs=40", "student.pretrain_epochs=10", "student.merge_tolerance=null",
+    "partition.num_parts=6", "teacher.epochs=30", "teacher.batch_size=64", "student.models=[rbm]",
+    "student.epochs=30", "student.pretrain_epochs=8", "student.merge_tolerance=null",
 ]  # fmt: skip
 ON_THREE_HOSTS = [
     "cluster.train_workers=3", "cluster.inference_workers=3", "cluster.shard_servers=3", "cluster.checkpoint_every=1",
@@ -129,7 +129,10 @@ class Undisturbed:
         for found, expected in ((result["teacher"], self.teacher), (result["students"]["rbm"], self.student)):
             for split in ("val", "test"):
                 assert found[split] == pytest.approx(expected[split], abs=1e-3), split
-        for name, folder in (("teacher", "prepared/teacher"), ("student/rbm", "student/rbm")):
+        # A row of the student that is as near to two experts may go to the other one.
+        for name, folder, atol in (("teacher", "prepared/teacher", 1e-4), ("student/rbm", "student/rbm", 5e-3)):
             expected = load_file(self._folder / folder / "model.safetensors")
             for key, tensor in submitted.weights(name).items():
-                torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
+                torch.testing.assert_close(
+                    tensor, expected[key], rtol=1e-3, atol=atol, msg=lambda text, at=f"{name}: {key}": f"{at}: {text}"
+                )
