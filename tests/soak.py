@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tests.cluster.hosts import SCRATCH, Bed, Host
+from tests.cluster.bed import Bed
+from tests.cluster.hosts import SCRATCH, Host
 from tests.cluster.submitted import MAILBOX, MEMORY, SERVER, WORKER, Submitted, Undisturbed
 
 _PROGRESS_S = 600.0  # without a new checkpoint or a finished stage: the soak has failed

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.cluster.hosts import Bed, require_namespaces
+from tests.cluster.bed import Bed
+from tests.cluster.hosts import require_namespaces
 from tests.cluster.submitted import Submitted, Undisturbed
 
 

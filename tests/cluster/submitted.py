@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from rbm_dist.config.load import load as load_config
 from rbm_dist.stages import local
-from tests.cluster.hosts import ROOT, Bed
+from tests.cluster.bed import Bed
+from tests.cluster.hosts import ROOT
 from tests.patience import patient
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")

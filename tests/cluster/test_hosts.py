@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.hosts import ROOT, Bed, process_of, require_namespaces
+from tests.cluster.bed import Bed
+from tests.cluster.hosts import ROOT, process_of, require_namespaces, wait_for
 from tests.patience import patient
 
 ANSWER = "import socket, sys; s = socket.create_server(('', 7)); c, _ = s.accept(); print(c.recv(9)); print(c.recv(9))"
@@ -22,7 +23,7 @@ DOWNLOAD = """if True:
     start = time.monotonic(); urllib.request.urlopen(sys.argv[1]).read(); print(time.monotonic() - start)
 """
 OWNER = """if True:
-    import sys; from pathlib import Path; from tests.cluster.hosts import Bed
+    import sys; from pathlib import Path; from tests.cluster.bed import Bed
     bed = Bed(Path(sys.argv[1]), ["head"]); bed.head.popen("sleep", "1000")
     print([each.pid for host in bed.hosts.values() for each in host.processes()], flush=True); input()
 """
@@ -58,7 +59,7 @@ def test_packets_of_a_cut_link_vanish_and_come_again(bed: Bed) -> None:
     """A connection that is open stays so, and what was said meanwhile arrives afterwards."""
     a, b = bed.hosts["a"], bed.hosts["b"]
     answering = a.popen("python", "-c", ANSWER, stdout=subprocess.PIPE)
-    bed.wait(lambda: ":7 " in a.run("ss", "-ltn"), "a listener")
+    wait_for(lambda: ":7 " in a.run("ss", "-ltn"), "a listener")
     asking = b.popen("python", "-c", ASK, a.address, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert asking.stdout
     assert answering.stdout
@@ -78,7 +79,7 @@ def test_a_shaped_link_is_slower(bed: Bed) -> None:
     a, b = bed.hosts["a"], bed.hosts["b"]
     b.run("sh", "-c", "head -c 1000000 /dev/zero > /tmp/file")
     serving = b.popen("python", "-m", "http.server", "80", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    bed.wait(lambda: ":80 " in b.run("ss", "-ltn"), "a listener")
+    wait_for(lambda: ":80 " in b.run("ss", "-ltn"), "a listener")
     for host in (a, b):
         host.shape(4)
         assert float(a.run("python", "-c", DOWNLOAD, f"http://{b.address}/file")) > 1, "8 Mbit at 4 Mbit/s"

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.hosts import Bed, Host
+from tests.cluster.bed import Bed
+from tests.cluster.hosts import Host
 from tests.cluster.submitted import PART, WORKER, Submitted, Undisturbed
 from tests.patience import patient
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.cluster.hosts import Bed
+from tests.cluster.bed import Bed
 from tests.cluster.submitted import MAILBOX, MEMORY, PART, SERVER, WORKER, Submitted, Undisturbed
 from tests.patience import patient
 

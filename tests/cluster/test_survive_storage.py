@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.hosts import SCRATCH, Bed
+from tests.cluster.bed import Bed
+from tests.cluster.hosts import SCRATCH
 from tests.cluster.submitted import Submitted, Undisturbed
 from tests.patience import patient
 
@@ -23,6 +24,21 @@ def test_a_storage_that_halts_for_ten_seconds(
         server.send_signal(signal.SIGSTOP)
         time.sleep(10)
         server.send_signal(signal.SIGCONT)
+        run.wait_for_progress(loop)
+    assert run.end() == 0, run.log
+    undisturbed.assert_same(run)
+
+
+def test_a_storage_that_is_gone_for_ten_seconds(
+    bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
+) -> None:
+    """Connections are closed, and refused until it is back."""
+    run = submit()
+    for loop in ("teacher", "student/rbm"):
+        run.wait_for_step(loop)
+        bed.store.processes("tests.cluster.relay")[0].kill()
+        time.sleep(10)
+        bed.start_relay()
         run.wait_for_progress(loop)
     assert run.end() == 0, run.log
     undisturbed.assert_same(run)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.hosts import Bed
+from tests.cluster.bed import Bed
 from tests.cluster.submitted import WORKER, Submitted, Undisturbed
 from tests.patience import patient
 
