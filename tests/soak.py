@@ -18,10 +18,11 @@ import typer
 
 from tests.cluster.bed import Bed
 from tests.cluster.hosts import SCRATCH, Host
-from tests.cluster.submitted import MAILBOX, MEMORY, SERVER, WORKER, Submitted, Undisturbed
+from tests.cluster.submitted import DRIVER, MAILBOX, MEMORY, SERVER, WORKER, Submitted, Undisturbed
 
 _PROGRESS_S = 600.0  # without a new checkpoint or a finished stage: the soak has failed
 _STAGES = ("source", "partition", "teacher", "soft_labels", "student", "evaluate")
+_NOTHING = "nothing to hit"  # in this stage
 Event = Callable[["Soak"], str]
 
 
@@ -42,7 +43,7 @@ class Soak:
     def signal_process(self, name: str, number: signal.Signals) -> str:
         found = [(host, each) for host in self.bed.hosts.values() for each in host.processes(name)]
         if not found:
-            return f"no {name} to hit"
+            return _NOTHING
         host, process = self.random.choice(found)
         process.send_signal(number)
         return f"{number.name} to {name.removeprefix('ray::')} on {host.name}"
@@ -137,8 +138,10 @@ def _disk_is_full(soak: Soak) -> str:
 
 def _driver_ends(number: signal.Signals) -> Event:
     def end(soak: Soak) -> str:
+        if not soak.bed.head.processes(DRIVER):
+            return _NOTHING
         soak.run.driver().send_signal(number)
-        soak.run.process.wait()
+        soak.run.end()
         return f"{number.name} to the driver, which ended with {soak.run.process.returncode}"
 
     return end
@@ -173,6 +176,8 @@ def main(
             row: dict[str, Any] = {"at_s": round(time.monotonic() - start, 1), "stage": soak.stage()}
             codes = len(soak.exit_codes)
             row["event"] = bag.pop()(soak)
+            if row["event"] == _NOTHING:
+                continue
             row["progress_after_s"] = round(soak.wait_for_progress(), 1)
             row["submitted_again"] = len(soak.exit_codes) - codes
             rows.append(row)

@@ -134,6 +134,8 @@ class Host:
 
     def processes(self, having: str = "") -> list[psutil.Process]:
         """Processes of this host whose command lines have this text, oldest first; without its init."""
+        if not self.is_up():
+            return []
         space = os.readlink(f"/proc/{self._init}/ns/pid")
         found = [each for each in psutil.process_iter(["cmdline"]) if each.pid != self._init and _space(each) == space]
         return [each for each in found if having in " ".join(each.info["cmdline"] or [])]
