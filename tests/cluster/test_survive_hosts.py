@@ -55,7 +55,6 @@ def test_the_cluster_dies_and_the_same_submission_goes_on_with_fewer_hosts(
     undisturbed.assert_same(second)
 
 
-@pytest.mark.xfail(strict=True, reason="cluster.train_workers=[min, max]: groups that shrink and grow")
 def test_a_group_shrinks_with_the_cluster_and_grows_with_it(
     bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
 ) -> None:

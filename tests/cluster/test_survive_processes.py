@@ -36,7 +36,6 @@ def test_processes_die_in_every_stage(bed: Bed, submit: Callable[..., Submitted]
     undisturbed.assert_same(run)
 
 
-@pytest.mark.xfail(strict=True, reason="cluster.silence_timeout_s: training workers without a sign of life are replaced")
 def test_a_worker_that_hangs_is_found_and_named(
     bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
 ) -> None:
