@@ -32,6 +32,8 @@ logs=rbm-dist-$SLURM_JOB_ID-ray
 # Only who has the token can use the cluster; srun hands the environment on to the other nodes.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# By default Ray closes a connection of which it hears nothing for 20 s.
+export RAY_grpc_keepalive_timeout_ms=45000 RAY_health_check_timeout_ms=5000
 export COLUMNS=120 # the log has no terminal whose width it could ask for
 
 steps=() # the srun of the first node, and that of the others
