@@ -127,7 +127,7 @@ def test_remove_temporary_removes_what_a_killed_writer_left_and_nothing_else(tmp
 def test_what_a_killed_writer_leaves_is_what_is_removed(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr(storage, "_discard", lambda *_: None)
+        patch.setattr(storage.files, "_discard", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             storage.write_json(f"{tmp_path}/a.json", 1)
     (left,) = tmp_path.iterdir()
@@ -140,7 +140,7 @@ def test_of_finished_work_the_records_are_removed_first(url: str, monkeypatch: p
     for name in ("a", "b"):
         storage.once(f"{url}/{name}.json", lambda name=name: storage.write_array(f"{url}/{name}/x.npy", np.arange(3)))
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(storage.files, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             storage.remove_work(url)
     assert not any(storage.exists(f"{url}/{name}.json") for name in ("a", "b"))

@@ -1,0 +1,143 @@
+"""Files that are written whole or not at all, with a checksum, and JSON in them.
+
+They are written under a temporary name and renamed; object stores commit on close.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from rbm_dist.errors import InputError, disk_full
+from rbm_dist.storage.checksums import CHUNK, FileInfo
+from rbm_dist.storage.locations import TEMPORARY, exists, filesystem, remove, remove_each
+
+# File systems that show a file only when it is committed. On all others it is written under another name first.
+_COMMITTING = {"s3", "gs", "abfs"}
+
+
+class HashingWriter:
+    """A binary stream that counts and hashes what passes through it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        self._stream.write(data)
+        self._sha256.update(data)
+        self._bytes += len(data)
+        return len(data)
+
+    @property
+    def info(self) -> FileInfo:
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+
+@contextmanager
+def atomic_writer(url: str) -> Iterator[HashingWriter]:
+    """Write a file that appears complete when the block ends, and not at all if the block raises.
+
+    Raises `InputError` if the disk is full or the place cannot be written to.
+    """
+    fs, path = filesystem(url)
+    local = isinstance(fs, LocalFileSystem)
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    commits = bool(protocols & _COMMITTING)
+    temporary = path if commits else f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
+    stream: Any = None
+    try:
+        with explained(url):
+            if local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            stream = fs.open(temporary, "wb", autocommit=not commits)
+        yield HashingWriter(stream)
+        with explained(url):
+            stream.close()
+            if commits:
+                stream.commit()
+            elif local:
+                os.replace(temporary, path)
+            else:
+                fs.mv(temporary, path)
+    except BaseException as error:
+        if stream is not None:
+            _discard(fs, stream, temporary, commits)
+        if isinstance(error, OSError):
+            raise disk_full(error, url) or error from None
+        raise
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what the user can cause (a folder that is not there or not theirs) into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        kinds = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+        if isinstance(error, kinds) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
+            raise InputError(f"{url}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def _discard(fs: fsspec.AbstractFileSystem, stream: Any, temporary: str, commits: bool) -> None:
+    """Leave nothing of an unfinished file."""
+    with suppress(OSError):  # such as a full disk, when the rest of a buffer is written
+        if commits:
+            stream.discard()
+            stream.closed = True  # or it would begin another upload when it is collected
+        else:
+            stream.close()
+    if not commits and fs.exists(temporary):
+        fs.rm_file(temporary)
+
+
+def write_json(url: str, value: Any) -> FileInfo:
+    with atomic_writer(url) as stream:
+        stream.write(json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
+    return stream.info
+
+
+def read_json(url: str) -> Any:
+    """Raises `InputError` if the file is missing or is not JSON."""
+    fs, path = filesystem(url)
+    try:
+        return json.loads(fs.cat_file(path))
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{url}: not valid JSON ({error}); the file was changed or cut off") from None
+
+
+def once(url: str, work: Callable[[], Any]) -> Any:
+    """What `work` gives, kept as JSON at `url`: work that was finished before is not done again."""
+    if exists(url):
+        return read_json(url)
+    result = work()
+    write_json(url, result)
+    return result
+
+
+def remove_work(url: str) -> None:
+    """Delete a folder of work that `once` kept. What it kept goes first: it must not outlive the files it speaks of."""
+    fs, path = filesystem(url)
+    remove_each(fs, [name for name in fs.find(path) if name.endswith(".json")])
+    remove(url)
+
+
+def copy_in(local: str | Path, url: str) -> FileInfo:
+    """Copy a local file to a URL, atomically."""
+    with open(local, "rb") as source, atomic_writer(url) as stream:
+        while chunk := source.read(CHUNK):
+            stream.write(chunk)
+    return stream.info
