@@ -58,10 +58,11 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary folder of this test's own, so that what is cached from remote storage is gone afterwards."""
+    """A temporary folder and a cache in it of this test's own, so that what is fetched is gone afterwards."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("RBM_DIST_CACHE", str(folder / "cache"))
     return folder
 
 

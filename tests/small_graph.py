@@ -60,15 +60,16 @@ def write_shards(
 ) -> None:
     """Write a staged source as a graph of parts, in this process."""
     numbering, spill_url = Numbering.of(part_N, num_parts), storage.join(url, shuffle.SPILL)
+    csc = source.edges(slice(0, source.num_nodes))
     spills = [
         shuffle.spill_chunk(spill_url, chunk, int(first), int(stop), source, numbering)
-        for chunk, (first, stop) in enumerate(itertools.pairwise(shuffle.chunk_bounds(source.csc.indptr)))
+        for chunk, (first, stop) in enumerate(itertools.pairwise(shuffle.chunk_bounds(csc.indptr)))
     ]
     layout = Layout.of(source, features, np.max([spill.feat_max for spill in spills], axis=0))
     files: dict[str, storage.FileInfo] = {}
     for part in range(num_parts):
         files |= shuffle.write_part(url, part, spill_url, shuffle.plan_part(spills, part), layout)
-    report = partition_report(source.csc, part_N, num_parts)
+    report = partition_report(csc, part_N, num_parts)
     shuffle.write_index(url, numbering.offsets.tolist(), source, {"num_classes": num_classes}, files, report, layout)
     storage.remove(spill_url)
 

@@ -25,7 +25,7 @@ _CHUNK_EDGES = 1 << 22
 class Numbering:
     """The renumbering that makes each part's nodes contiguous, in the order of the source within a part."""
 
-    part: np.ndarray  # [N] the part of each of the source's ids
+    part: storage.Rows  # [N] the part of each of the source's ids
     new_id: np.ndarray  # [N] the new id of each of the source's ids
     offsets: np.ndarray  # [P + 1] part p owns the new ids offsets[p] to offsets[p + 1]
 
@@ -66,7 +66,7 @@ class Layout:
 
         Raises `InputError` if they do not fit it.
         """
-        dtypes = {"indptr": "int64", "indices": str(source.csc.indices.dtype)}
+        dtypes = {"indptr": "int64", "indices": str(source.indices.dtype)}
         dtypes |= {name: str(array.dtype) for name, array in source.per_row.items()}
         if isinstance(source.feat, RowPieces):
             dtypes["feat"] = features
@@ -102,9 +102,7 @@ def _spill(folder: str, at: slice, source: StagedSource, numbering: Numbering) -
     order = np.argsort(part_n, kind="stable")
     num_parts = len(numbering.offsets) - 1
     row_starts = np.searchsorted(part_n[order], np.arange(num_parts + 1))
-    low = source.csc.indptr[first]
-    rows = Csc(source.csc.indptr[first : stop + 1] - low, source.csc.indices[low : source.csc.indptr[stop]])
-    degree, sources = _in_edges(rows, order, numbering.new_id)
+    degree, sources = _in_edges(source.edges(at), order, numbering.new_id)
     arrays = {"degree": degree, "indices": sources}
     starts = {"rows": row_starts, "indices": np.concatenate([[0], np.cumsum(degree)])[row_starts]}
     feat = source.features(at)[order]
@@ -151,7 +149,7 @@ def _merge(url: str, part: int, slices: Slices, layout: Layout) -> dict[str, sto
 
     def pieces(name: str) -> Iterator[np.ndarray]:
         for file, info, first, stop in slices[name]:
-            yield storage.open_array(file, info)[first:stop]
+            yield storage.open_rows(file, info)[first:stop]
 
     def total(name: str) -> int:
         return sum(stop - first for _, _, first, stop in slices[name])
@@ -202,8 +200,8 @@ def write_index(
         storage.join(url, "graph.json"),
         {
             "version": VERSION if layout.dtypes.get("feat", "float32") == "float32" else QUANTISED,
-            "num_nodes": source.csc.num_nodes,
-            "num_edges": source.csc.num_edges,
+            "num_nodes": source.num_nodes,
+            "num_edges": source.num_edges,
             "num_features": layout.num_features,
             "sparse_features": "feat" not in layout.dtypes,
             **about,

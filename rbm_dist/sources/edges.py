@@ -110,9 +110,7 @@ def merge(url: str, wanted: Merge, num_nodes: int) -> tuple[Csc, int]:
 
     url: the folder of the runs. Sources ascend per node; there are neither self-loops nor duplicates.
     """
-    slices = [
-        storage.open_array(storage.join(url, name), info)[first:stop] for name, info, first, stop in wanted.slices
-    ]
+    slices = [storage.open_rows(storage.join(url, name), info)[first:stop] for name, info, first, stop in wanted.slices]
     words = np.concatenate(slices) if slices else np.empty(0, np.int64)
     words.sort()
     given = int(np.sum((words & _REVERSE == 0) & _is_first(words)))

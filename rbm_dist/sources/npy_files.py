@@ -1,6 +1,5 @@
 """Tables as `.npy` arrays: rows that are read in slices, on any fsspec URL, without mapping the file."""
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,13 +8,11 @@ import pyarrow as pa
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.sources import pieces
-from rbm_dist.sources.pieces import Piece, TableFile, file_name, folder_of, in_threads, reading
-
-_HEADER = 1 << 14  # bytes in which an array's header ends
+from rbm_dist.sources.pieces import Piece, TableFile, file_name, folder_of, in_threads
 
 
 class NpyArray:
-    """An array in a `.npy` file whose rows are read in slices: without mapping it, so that it may be remote.
+    """A table's array in a `.npy` file, of numbers or text, one- or two-dimensional, read in slices of rows.
 
     `axis`: along which rows follow each other. `scalar`: the type of its values. `type`: of a column of its rows.
     Raises `InputError`.
@@ -23,23 +20,18 @@ class NpyArray:
 
     def __init__(self, url: str, axis: int = 0):
         self.url = url
-        with reading(url):
-            stream = io.BytesIO(self._bytes(0, _HEADER))
-            version = np.lib.format.read_magic(stream)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in read_header:
-                raise ValueError("not a plain array")
-            self.shape, fortran, self._dtype = read_header[version](stream)
-            self._start = stream.tell()
-            if self._dtype.kind not in "biufSU":
-                raise ValueError(f"numbers or text expected, found dtype {self._dtype}")
-            self.scalar = pa.from_numpy_dtype(self._dtype.newbyteorder("="))
+        self._file = storage.ArrayFile(url)
+        self.shape, dtype = self._file.shape, self._file.dtype
+        if dtype.kind not in "biufSU":
+            raise InputError(f"{url}: cannot be read: numbers or text expected, found dtype {dtype}")
+        self._native = dtype.newbyteorder("=")
+        self.scalar = pa.from_numpy_dtype(self._native)
         if len(self.shape) not in (1, 2):
             raise InputError(f"{url}: an array of rows expected, found shape {self.shape}")
         self.rows = self.shape[axis]
         self.width = self.shape[1 - axis] if len(self.shape) == 2 else 1
         # Whether a row's values lie together, or those of a column.
-        self._by_rows = (axis == 0) != fortran or len(self.shape) == 1
+        self._by_rows = (axis == 0) != self._file.fortran or len(self.shape) == 1
         self.type = self.scalar if self.width == 1 else pa.list_(self.scalar, self.width)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -48,18 +40,8 @@ class NpyArray:
             return self._values(start * self.width, (stop - start) * self.width).reshape(-1, self.width)
         return np.stack([self._values(k * self.rows + start, stop - start) for k in range(self.width)], axis=1)
 
-    def _bytes(self, start: int, stop: int) -> bytes:
-        fs, path = storage.filesystem(self.url)
-        with fs.open(path, "rb", cache_type="none") as stream:
-            stream.seek(start)
-            return bytes(stream.read(stop - start))
-
     def _values(self, start: int, count: int) -> np.ndarray:
-        size = self._dtype.itemsize
-        content = self._bytes(self._start + start * size, self._start + (start + count) * size)
-        if len(content) < count * size:
-            raise InputError(f"{self.url}: cut off: the file is shorter than its header says")
-        return np.frombuffer(content, self._dtype).astype(self._dtype.newbyteorder("="), copy=False)
+        return self._file.values(start, count).astype(self._native, copy=False)
 
 
 def scan_edges(files: list[str], src: str, dst: str) -> list[TableFile]:

@@ -19,6 +19,7 @@ from rbm_dist import storage
 from rbm_dist.config.source import PygConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import count_classes, split_of_masks, whole_labels
+from rbm_dist.sources.npy_files import NpyArray
 from rbm_dist.sources.streamed import About, Edges, Nodes, StreamedSource, fingerprint
 
 PIECE_EDGES = 1 << 22
@@ -75,7 +76,7 @@ def _open(facts: dict[str, Any], name: str, scratch: str, undirected: bool) -> S
         nodes=partial(_nodes, arrays),
         num_edges=facts["num_edges"],
         num_edge_pieces=-(-facts["num_edges"] // PIECE_EDGES),
-        edges=partial(_edges, *arrays["edge_index"]),
+        edges=partial(_edges, arrays["edge_index"][0]),
         feat_offsets=np.array([*range(0, rows, PIECE_ROWS), rows]),
         feat=partial(_feat, *arrays["x"]),
         undirected=undirected,
@@ -92,13 +93,14 @@ def _nodes(arrays: dict[str, tuple[str, storage.FileInfo]]) -> Nodes:
     return Nodes(label, split, np.arange(len(label)))
 
 
-def _edges(url: str, info: storage.FileInfo, piece: int) -> Iterator[Edges]:
-    src_M, dst_M = storage.open_array(url, info)[:, piece * PIECE_EDGES : (piece + 1) * PIECE_EDGES]
-    yield src_M, dst_M
+def _edges(url: str, piece: int) -> Iterator[Edges]:
+    array = NpyArray(url, axis=1)
+    edges_M2 = array.read(piece * PIECE_EDGES, min((piece + 1) * PIECE_EDGES, array.rows))
+    yield edges_M2[:, 0], edges_M2[:, 1]
 
 
 def _feat(url: str, info: storage.FileInfo, piece: int) -> Iterator[np.ndarray]:
-    rows = storage.open_array(url, info)[piece * PIECE_ROWS : (piece + 1) * PIECE_ROWS]
+    rows = storage.open_rows(url, info)[piece * PIECE_ROWS : (piece + 1) * PIECE_ROWS]
     for start in range(0, len(rows), _CHUNK_ROWS):
         yield rows[start : start + _CHUNK_ROWS]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
@@ -15,7 +14,7 @@ from rbm_dist.graph import shuffle
 from rbm_dist.graph.partition import partition
 from rbm_dist.graph.partition_report import partition_report
 from rbm_dist.graph.shuffle import SPILL, Layout, Numbering, Spill
-from rbm_dist.sources.staged import StagedSource
+from rbm_dist.sources.staged import SparseRows, StagedSource, open_edges
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.source import Over, below, over_tasks
 
@@ -40,15 +39,17 @@ def run_partition(run: Run) -> Files:
 def write_graph(config: Config, source_url: str, files: Files, graph_url: str, over: Over) -> Files:
     """Partition a staged source and write its parts; gives all files by their path below `graph_url`."""
     spill_url, num_parts = storage.join(graph_url, SPILL), config.partition.num_parts
-    source, features = StagedSource.open(source_url, files), config.partition.features
-    if isinstance(source.feat, sp.csr_array) and features != "float32":
+    facts = storage.read_json(storage.join(source_url, "source.json"))
+    feat_ends = facts.get("feat_ends")  # other versions did not note them
+    source, features = StagedSource.open(source_url, files, feat_ends), config.partition.features
+    if isinstance(source.feat, SparseRows) and features != "float32":
         raise InputError(
             f"partition.features: {features} is for dense features; those of this source are mostly zeros and are kept "
             "as a sparse matrix of float32. Set partition.features: float32"
         )
     (assigned,) = over("assignment", assign_parts, [(config, source_url, files, spill_url)])
     chunks = [
-        (source_url, files, spill_url, assigned["files"], assigned["offsets"], chunk, first, stop)
+        (source_url, files, feat_ends, spill_url, assigned["files"], assigned["offsets"], chunk, first, stop)
         for chunk, (first, stop) in enumerate(itertools.pairwise(assigned["chunk_bounds"]))
     ]
     spills = over("chunks", spill_chunk, chunks)
@@ -57,7 +58,6 @@ def write_graph(config: Config, source_url: str, files: Files, graph_url: str, o
     written: Files = {}
     for part_files in over("parts", shuffle.write_part, parts):
         written |= part_files
-    facts = storage.read_json(storage.join(source_url, "source.json"))
     about = {name: facts[name] for name in _ABOUT if name in facts}
     written = shuffle.write_index(graph_url, assigned["offsets"], source, about, written, assigned["report"], layout)
     storage.remove_work(spill_url)
@@ -82,10 +82,10 @@ def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) 
     """Assign every node to a part and number the nodes anew, on disk. Gives files, offsets and report."""
 
     def work() -> dict[str, Any]:
-        source = StagedSource.open(source_url, files)
+        csc = open_edges(source_url, files)
         # An unseen node's edges lead to it, not from it.
         symmetric = config.source.symmetric and not config.source.unseen_share
-        part_N = partition(source.csc, config.partition, config.seed, symmetric)
+        part_N = partition(csc, config.partition, config.seed, symmetric)
         numbering = Numbering.of(part_N, config.partition.num_parts)
         arrays = {"part": part_N, "new_id": numbering.new_id}
         return {
@@ -94,8 +94,8 @@ def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) 
                 for name, array in arrays.items()
             },
             "offsets": numbering.offsets.tolist(),
-            "chunk_bounds": shuffle.chunk_bounds(source.csc.indptr).tolist(),
-            "report": partition_report(source.csc, part_N, config.partition.num_parts),
+            "chunk_bounds": shuffle.chunk_bounds(csc.indptr).tolist(),
+            "report": partition_report(csc, part_N, config.partition.num_parts),
         }
 
     return storage.once(storage.join(spill_url, "assignment.json"), work)
@@ -104,6 +104,7 @@ def assign_parts(config: Config, source_url: str, files: Files, spill_url: str) 
 def spill_chunk(
     source_url: str,
     files: Files,
+    feat_ends: list[int] | None,
     spill_url: str,
     assigned: Files,
     offsets: list[int],
@@ -112,8 +113,7 @@ def spill_chunk(
     stop: int,
 ) -> Spill:
     """Group one chunk of the source's rows by part."""
-    part, new_id = (
-        storage.open_array(storage.join(spill_url, f"{name}.npy"), assigned[name]) for name in ("part", "new_id")
-    )
-    numbering = Numbering(part, new_id, np.array(offsets))
-    return shuffle.spill_chunk(spill_url, chunk, first, stop, StagedSource.open(source_url, files), numbering)
+    part = storage.open_rows(storage.join(spill_url, "part.npy"), assigned["part"])
+    new_id = storage.open_array(storage.join(spill_url, "new_id.npy"), assigned["new_id"])
+    source = StagedSource.open(source_url, files, feat_ends)
+    return shuffle.spill_chunk(spill_url, chunk, first, stop, source, Numbering(part, new_id, np.array(offsets)))

@@ -97,8 +97,9 @@ def _stage_in_memory(config: Config, url: str) -> Files:
         "kept": graph.csc.num_edges,
     }  # fmt: skip
     return files | _write_facts(
-        config, url, graph.about, graph.num_classes, graph.label, graph.split, edge_counts, moments, graph.sparse_feat
-    )
+        config, url, graph.about, graph.num_classes, graph.label, graph.split, edge_counts, moments,
+        None if graph.sparse_feat else [graph.csc.num_nodes],
+    )  # fmt: skip
 
 
 def _write_facts(
@@ -110,10 +111,10 @@ def _write_facts(
     split_N: np.ndarray,
     edge_counts: dict[str, int],
     moments: Moments,
-    sparse: bool,
+    feat_ends: list[int] | None,
 ) -> Files:
-    """Write how features are scaled, and `source.json`."""
-    scaling = Scaling.of(config.source, moments, sparse)
+    """Write how features are scaled, and `source.json`. feat_ends: the rows up to each piece's end; None of sparse."""
+    scaling = Scaling.of(config.source, moments, feat_ends is None)
     files = staged.write_scaling(url, scaling, moments)
     facts: dict[str, Any] = {
         "num_nodes": len(label_N), "num_edges": edge_counts["kept"], "num_features": scaling.num_features,
@@ -121,6 +122,7 @@ def _write_facts(
         "dropped_duplicates": edge_counts["duplicates"], "dropped_unknown": edge_counts.get("unknown", 0),
         "split": {name: int(np.sum(split_N == code)) for code, name in SPLIT_NAMES.items()},
         "class_names": about.class_names, "id_type": asdict(about.id_type), "missing": config.source.missing,
+        "feat_ends": feat_ends,
     }  # fmt: skip
     if about.table is not None:
         facts["table"] = about.table
@@ -244,7 +246,7 @@ def _stage_feat(config: Config, url: str, kept: str, piece: int, node_files: Fil
     def work() -> dict[str, Any]:
         source = _reopened(config, url, kept)
         first, stop = (int(row) for row in source.feat_offsets[piece : piece + 2])
-        seen_n = storage.open_array(storage.join(url, "split.npy"), node_files["split.npy"])[first:stop] != UNSEEN
+        seen_n = storage.open_rows(storage.join(url, "split.npy"), node_files["split.npy"])[first:stop] != UNSEEN
         moments, rows = Moments.of((), source.num_features), 0
 
         def checked() -> Iterator[np.ndarray]:
@@ -289,7 +291,7 @@ def _join(
 ) -> Files:
     def pieces(name: str) -> Iterator[np.ndarray]:
         for index, each in enumerate(merged):
-            yield storage.open_array(_merged(nodes["kept"], index, name), each["files"][name])
+            yield storage.open_rows(_merged(nodes["kept"], index, name), each["files"][name])[:]
 
     def indptr() -> Iterator[np.ndarray]:
         total = 0
@@ -308,13 +310,14 @@ def _join(
     given, loops, hidden = (sum(run[name] for run in runs) for name in ("given", "self_loops", "hidden"))
     moments = Moments.of((), nodes["num_features"])
     for piece, feat in enumerate(feats):
-        array = storage.open_array(storage.join(nodes["kept"], f"moments-{piece:05d}.npy"), feat["moments"])
-        moments = moments + Moments.from_array(array)
+        array = storage.open_rows(storage.join(nodes["kept"], f"moments-{piece:05d}.npy"), feat["moments"])
+        moments = moments + Moments.from_array(array[:])
     label, split = (storage.open_array(storage.join(url, f"{name}.npy"), files[f"{name}.npy"]) for name in _PER_NODE)
     edge_counts = {
         "read": given + unknown, "self_loops": loops, "hidden": hidden, "unknown": unknown,
         "duplicates": given - loops - hidden - sum(each["given"] for each in merged), "kept": num_edges,
     }  # fmt: skip
-    about = _reopened(config, url, nodes["kept"]).about
+    source = _reopened(config, url, nodes["kept"])
     num_classes = nodes["num_classes"]
-    return files | _write_facts(config, url, about, num_classes, label, split, edge_counts, moments, sparse=False)
+    ends = source.feat_offsets[1:].tolist()
+    return files | _write_facts(config, url, source.about, num_classes, label, split, edge_counts, moments, ends)

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, with a checksum, and JSON in them.
 
-They are written under a temporary name and renamed; object stores commit on close.
+They are written under a temporary name and renamed; object stores show a file when it is closed, and not before.
 """
 
 import errno
@@ -18,23 +18,26 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rbm_dist.errors import InputError, disk_full
 from rbm_dist.storage.checksums import CHUNK, FileInfo
-from rbm_dist.storage.locations import TEMPORARY, exists, filesystem, remove, remove_each
+from rbm_dist.storage.locations import TEMPORARY, exists, filesystem, is_local, remove, remove_each
+from rbm_dist.storage.patient import for_people, gave_up, is_passing
 
-# File systems that show a file only when it is committed. On all others it is written under another name first.
+# File systems that show a file only when it is closed. On all others it is written under another name first.
 _COMMITTING = {"s3", "gs", "abfs"}
+_BLOCK = 1 << 24  # bytes that are sent to them at a time, and held until then
 
 
 class HashingWriter:
     """A binary stream that counts and hashes what passes through it."""
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+    def __init__(self, stream: Any, url: str):
+        self._stream, self._url = stream, url
         self._sha256 = hashlib.sha256()
         self._bytes = 0
 
     def write(self, data: Any) -> int:
         data = memoryview(data).cast("B")
-        self._stream.write(data)
+        with explained(self._url):
+            self._stream.write(data)
         self._sha256.update(data)
         self._bytes += len(data)
         return len(data)
@@ -48,7 +51,7 @@ class HashingWriter:
 def atomic_writer(url: str) -> Iterator[HashingWriter]:
     """Write a file that appears complete when the block ends, and not at all if the block raises.
 
-    Raises `InputError` if the disk is full or the place cannot be written to.
+    Raises `InputError` if the disk is full or the place cannot be written to, `RunError` if storage does not answer.
     """
     fs, path = filesystem(url)
     local = isinstance(fs, LocalFileSystem)
@@ -60,15 +63,13 @@ def atomic_writer(url: str) -> Iterator[HashingWriter]:
         with explained(url):
             if local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-            stream = fs.open(temporary, "wb", autocommit=not commits)
-        yield HashingWriter(stream)
+            stream = fs.open(temporary, "wb", block_size=_BLOCK)
+        yield HashingWriter(stream, url)
         with explained(url):
             stream.close()
-            if commits:
-                stream.commit()
-            elif local:
+            if local:
                 os.replace(temporary, path)
-            else:
+            elif not commits:
                 fs.mv(temporary, path)
     except BaseException as error:
         if stream is not None:
@@ -80,25 +81,35 @@ def atomic_writer(url: str) -> Iterator[HashingWriter]:
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turn what the user can cause (a folder that is not there or not theirs) into an `InputError`."""
+    """Turn what the user can cause (a folder that is not there or not theirs) into an `InputError`.
+
+    What the network or a server causes becomes a `RunError`: by then the client library has tried often enough.
+    """
+    kinds = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+    numbers = (errno.EROFS, errno.ENAMETOOLONG)
     try:
         yield
-    except OSError as error:
-        kinds = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
-        if isinstance(error, kinds) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
+    except Exception as error:
+        if isinstance(error, OSError) and (isinstance(error, kinds) or error.errno in numbers):
             raise InputError(f"{url}: cannot be written: {error.strerror or error}") from None
-        raise
+        if is_local(url):
+            raise
+        if is_passing(error):
+            raise gave_up(url, "written", error, "each request was tried again") from None
+        raise for_people(url, error) from None
 
 
 def _discard(fs: fsspec.AbstractFileSystem, stream: Any, temporary: str, commits: bool) -> None:
     """Leave nothing of an unfinished file."""
-    with suppress(OSError):  # such as a full disk, when the rest of a buffer is written
+    with suppress(Exception):  # such as a full disk, when the rest of a buffer is written; or storage that is gone
         if commits:
+            stream.fs = fs.reads  # which does not try again: what it leaves, a bucket's rule of life cycle removes
             stream.discard()
-            stream.closed = True  # or it would begin another upload when it is collected
         else:
             stream.close()
-    if not commits and fs.exists(temporary):
+    if commits:
+        stream.closed = True  # or it would begin another upload when it is collected
+    elif fs.exists(temporary):
         fs.rm_file(temporary)
 
 
@@ -108,13 +119,19 @@ def write_json(url: str, value: Any) -> FileInfo:
     return stream.info
 
 
-def read_json(url: str) -> Any:
-    """Raises `InputError` if the file is missing or is not JSON."""
+def read_bytes(url: str) -> bytes:
+    """A whole file. Raises `InputError` if it is missing."""
     fs, path = filesystem(url)
     try:
-        return json.loads(fs.cat_file(path))
+        return bytes(fs.cat_file(path))
     except FileNotFoundError:
         raise InputError(f"{url}: no such file") from None
+
+
+def read_json(url: str) -> Any:
+    """Raises `InputError` if the file is missing or is not JSON."""
+    try:
+        return json.loads(read_bytes(url))
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{url}: not valid JSON ({error}); the file was changed or cut off") from None
 

@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from rbm_dist.errors import InputError
+from rbm_dist.storage.patient import patient
 
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"(.+){re.escape(TEMPORARY)}[0-9a-f]{{8}}")
@@ -21,11 +22,14 @@ _TEMPORARY_NAME = re.compile(rf"(.+){re.escape(TEMPORARY)}[0-9a-f]{{8}}")
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind a URL and the path inside it. Raises `InputError` for an unknown or unusable scheme."""
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        protocol = fsspec.core.split_protocol(url)[0] or "file"
+        if protocol in ("file", "local", "memory"):
+            fs, path = fsspec.core.url_to_fs(url)
+            fs.dircache.use_listings_cache = False
+            return fs, path
+        return patient(protocol, url)
     except (ValueError, ImportError) as error:
         raise InputError(f"{url}: cannot use this storage: {error}") from None
-    fs.dircache.use_listings_cache = False  # other processes write here too
-    return fs, path
 
 
 def is_local(url: str) -> bool:
@@ -88,7 +92,8 @@ def remove(url: str) -> None:
     elif glob.has_magic(path):  # `rm` would take it for a pattern, and delete what it matches
         remove_each(fs, fs.find(path))
     elif fs.exists(path):
-        fs.rm(path, recursive=True)
+        with suppress(FileNotFoundError):  # of several attempts an earlier one did it
+            fs.rm(path, recursive=True)
 
 
 def remove_empty(url: str) -> None:

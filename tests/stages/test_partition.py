@@ -42,7 +42,7 @@ def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "remove", cut_off)
+        patch.setattr(storage.files, "remove", cut_off)
         with pytest.raises(KeyboardInterrupt):
             partitioned(tmp_path / "cut", small_graph())
     assert partitioned(tmp_path / "cut", small_graph()) == whole

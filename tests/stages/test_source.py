@@ -59,8 +59,8 @@ def test_what_is_staged_is_the_graph(tmp_path: Path, undirected: bool, monkeypat
     found = staged(tmp_path, settings)
     src, dst = read_edges(graph)
     expected = csc.build(src, dst, 3000, undirected)
-    np.testing.assert_array_equal(found.csc.indptr, expected.indptr)
-    np.testing.assert_array_equal(found.csc.indices, expected.indices)
+    np.testing.assert_array_equal(found.indptr, expected.indptr)
+    np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.per_row["label"], graph.nodes().label)
     np.testing.assert_array_equal(found.feat[0:3000], read_features(graph).astype(np.float32))
     facts = storage.read_json(f"{tmp_path}/source.json")
@@ -78,7 +78,8 @@ def test_unseen_nodes_cannot_be_reached(tmp_path: Path) -> None:
     assert np.all(whole.per_row["split"][unseen] == TEST)
 
     def links(graph: StagedSource) -> set[tuple[int, int]]:
-        return set(zip(graph.csc.indices.tolist(), csc.destinations(graph.csc).tolist(), strict=True))
+        edges = graph.edges(slice(0, graph.num_nodes))
+        return set(zip(edges.indices.tolist(), csc.destinations(edges).tolist(), strict=True))
 
     assert links(found) == {(u, v) for u, v in links(whole) if unseen[v] or not unseen[u]}
     assert len(links(found)) < len(links(whole))
@@ -115,7 +116,7 @@ def test_cut_off_while_it_tidies_up_it_can_be_repeated(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "remove", cut_off)
+        patch.setattr(storage.files, "remove", cut_off)
         with pytest.raises(KeyboardInterrupt):
             stage_source(config(), str(tmp_path / "cut"), over_here)
     assert stage_source(config(), str(tmp_path / "cut"), over_here) == whole
