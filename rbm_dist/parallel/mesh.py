@@ -1,9 +1,10 @@
 """The layout of a training group: data parallel × expert parallel. Every rank carries data.
 
 Rank r belongs to expert group r // ep, whose ep ranks share one set of experts; ranks with equal r % ep hold the same
-experts. Parts of the graph are dealt to all ranks.
+experts. Parts of the graph are dealt to all ranks, by the hosts that they are on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def deal(num_parts: int, hosts: Sequence[str]) -> list[list[int]]:
+    """The parts of each of some workers, given their hosts: as many for each, give or take one.
+
+    A host's workers have consecutive parts. Those have most edges in common, as partitioners cut parts in two, again
+    and again: between hosts half or less of the edges are cut that are if parts are dealt one by one.
+    """
+    bounds = [num_parts * worker // len(hosts) for worker in range(len(hosts) + 1)]
+    dealt: list[list[int]] = [[] for _ in hosts]
+    for place, worker in enumerate(sorted(range(len(hosts)), key=lambda worker: hosts[worker])):
+        dealt[worker] = list(range(bounds[place], bounds[place + 1]))
+    return dealt
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place. Groups are None where there is one rank only."""
@@ -32,6 +46,7 @@ class Mesh:
     expert_group: Group  # the ranks that share one set of experts
     replica_group: Group  # the ranks that hold the same experts
     device_mesh: "DeviceMesh | None"
+    hosts: tuple[str, ...] = ("",)  # of each rank
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> "Mesh":
@@ -39,8 +54,11 @@ class Mesh:
         return cls(0, 1, 1, device or torch.device("cpu"), None, None, None, None)
 
     @classmethod
-    def init(cls, expert_parallel: int, device: torch.device) -> "Mesh":
-        """Lay the default process group out. Every rank must call it. Raises `ValueError` if the sizes do not fit."""
+    def init(cls, expert_parallel: int, device: torch.device, host: str = "") -> "Mesh":
+        """Lay the default process group out. Every rank must call it. Raises `ValueError` if the sizes do not fit.
+
+        host: a name of the machine that this rank is on; equal for all ranks there.
+        """
         world = dist.get_world_size()
         if world % expert_parallel:
             raise ValueError(f"{world} ranks cannot be laid out with {expert_parallel} ranks per set of experts")
@@ -50,6 +68,8 @@ class Mesh:
             device.type, (world // expert_parallel, expert_parallel), mesh_dim_names=("replica", "expert")
         )
         replicas = world // expert_parallel
+        hosts = [""] * world
+        dist.all_gather_object(hosts, host)
         return cls(
             rank=dist.get_rank(),
             world_size=world,
@@ -59,11 +79,12 @@ class Mesh:
             expert_group=mesh.get_group("expert") if expert_parallel > 1 else None,
             replica_group=mesh.get_group("replica") if replicas > 1 else None,
             device_mesh=mesh,
+            hosts=tuple(hosts),
         )
 
     def parts(self, num_parts: int) -> list[int]:
         """The parts of the graph that this rank carries."""
-        return list(range(self.rank, num_parts, self.world_size))
+        return deal(num_parts, self.hosts)[self.rank]
 
     def local_experts(self, num_experts: int) -> range:
         """The experts that live on this rank: equal consecutive shards, the last ranks may hold fewer or none."""

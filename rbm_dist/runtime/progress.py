@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
 from rbm_dist.report.metrics import MetricsWriter, Row
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.status import RunStatus
 from rbm_dist.runtime.liveness import MAILBOX, Sign, Signs
+from rbm_dist.runtime.placement import lasting_host
 from rbm_dist.runtime.prometheus import ExportedMetrics
 
 _POLL_S = 0.25
@@ -204,11 +204,10 @@ class _Mailbox:
 def start_mailbox() -> Any:
     """The mailbox of this driver; it ends when what this gives is dropped.
 
-    It is on the driver's own node: where that is lost, the driver is lost too. Calls outlive the actor's process.
+    It is on the driver's own node, unless that may be preempted. Calls outlive the actor's process.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
-    return mailbox.options(name=MAILBOX, scheduling_strategy=here).remote()
+    return mailbox.options(name=MAILBOX, scheduling_strategy=lasting_host()).remote()
 
 
 class ProgressRelay:

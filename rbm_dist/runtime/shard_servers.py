@@ -7,7 +7,7 @@ only. A server keeps no state of its own: one that is lost starts again elsewher
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import cycle, islice
 from threading import Lock
 from typing import Any
 
@@ -19,8 +19,10 @@ from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import RunError
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.store import GraphStore, StoredRows
+from rbm_dist.parallel.mesh import deal
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.liveness import LifeSigns
+from rbm_dist.runtime.placement import on, this_host, working_hosts
 from rbm_dist.runtime.progress import forward_warnings
 
 _NODES = 8192  # asked for at a time: bounds an answer, which travels through Ray's object store
@@ -46,7 +48,7 @@ class ShardServers:
 
     def open(self, sampler: str) -> GraphStore:
         """Open the graph here: what this host's servers have is mapped, the rest is asked for."""
-        host = ray.get_runtime_context().get_node_id()
+        host = this_host()
         near = [part for parts, at in zip(self._parts, self._hosts, strict=True) if at == host for part in parts]
         return GraphStore.open(self._url, sampler, parts=near, remote=self)
 
@@ -101,19 +103,23 @@ class ShardServers:
 
 @contextmanager
 def shard_servers(config: ClusterConfig, url: str) -> Iterator[ShardServers | None]:
-    """Servers of the graph at `url` for the length of the block, on as many hosts as there are; None if not wanted."""
+    """Servers of the graph at `url` for the length of the block, in turn on all hosts; None if not wanted."""
     if not config.shard_servers:
         yield None
         return
     offsets = GraphStore.open(url).offsets
     num_parts = len(offsets) - 1
     count = min(config.shard_servers, num_parts)
-    parts = [list(range(server, num_parts, count)) for server in range(count)]
+    places = sorted(islice(cycle(working_hosts(config.use_gpu)), count))
+    parts = deal(num_parts, places)
     # No CPU of its own: Ray Train would wait for ever for CPUs that servers hold.
     server_class = ray.remote(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=_THREADS, scheduling_strategy="SPREAD"
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=_THREADS
     )(_ShardServer)  # fmt: skip
-    actors = [server_class.remote(url, owned) for owned in parts]
+    actors = [
+        server_class.options(scheduling_strategy=on(host)).remote(url, owned)
+        for host, owned in zip(places, parts, strict=True)
+    ]
     try:
         try:
             hosts = ray.get([actor.host.remote() for actor in actors], timeout=config.start_timeout_s)
@@ -141,7 +147,7 @@ class _ShardServer:
         self._opening = Lock()
 
     def host(self) -> str:
-        return ray.get_runtime_context().get_node_id()
+        return this_host()
 
     def gather(self, ids: np.ndarray, name: str) -> StoredRows:
         rows = self._store().stored_rows(name, ids)

@@ -1,17 +1,20 @@
-"""Ray tasks, and actors that each work through their own parts of the graph."""
+"""Ray tasks, and actors that work through the parts of the graph."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import RunError, disk_full_here
 from rbm_dist.runtime.cluster import describe_room
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
+from rbm_dist.runtime.placement import PartQueue, this_host, working_hosts
 from rbm_dist.runtime.progress import warnings_of
 
 _AHEAD = 2  # tasks per CPU that are handed over before they can run; at least _AT_LEAST in all
@@ -41,33 +44,75 @@ def run_tasks(
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(task).options(name=stage)
     at_once = max(_AT_LEAST, _AHEAD * int(ray.cluster_resources().get("CPU", 0)))
     calls = (remote.remote(*each) for each in enumerate(arguments))
-    return _collect(stage, calls, at_once, cluster, _PER_TASK, on_done)
+    return _collect(stage, calls, at_once, cluster, on_done)
 
 
 def run_on_parts(
     stage: str, make_worker: Callable[[], Any], parts: list[int], num_workers: int, use_gpu: bool,
     cluster: ClusterConfig,
 ) -> list[Any]:  # fmt: skip
-    """Deal parts to actors; each builds one `make_worker()` and calls it on its parts in turn. Results in part order.
+    """Call a `make_worker()` on every part, in actors that each build one. Results in the order of `parts`.
 
-    An actor that is lost starts again elsewhere and takes its unfinished parts up.
+    An actor that is free takes the next part, of those that are at home on its host as long as there are any. The part
+    of an actor that is lost, or hangs, is taken by another, and a new actor starts in its place. Raises `InputError` or
+    `RunError`.
     """
-    resources = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
-    actor = ray.remote(
-        num_cpus=1, num_gpus=1 if use_gpu else 0, max_restarts=_RETRIES, max_task_retries=_RETRIES
-    )(_PartActor)  # fmt: skip
-    actors = [actor.remote() for _ in range(min(num_workers, len(parts)))]
+    wait = _Wait(stage, cluster, {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}))
+    queue = PartQueue(parts, working_hosts(use_gpu))
+    actor = ray.remote(_PartActor).options(
+        num_cpus=1, num_gpus=1 if use_gpu else 0, scheduling_strategy="DEFAULT" if use_gpu else "SPREAD"
+    )
+    results: dict[int, Any] = {}
+    losses: Counter[int | None] = Counter()  # by part; None: of actors before their first
+    hosts: dict[Any, str] = {}  # of the actors that are there
+    free: list[Any] = []
+    asked: dict[Any, tuple[Any, int | None]] = {}  # an actor's part; None: asked where it is
+
+    def start() -> None:
+        new = actor.remote()
+        asked[new.host.remote()] = new, None
+
     try:
-        work = (actors[index % len(actors)].run.remote(stage, make_worker, part) for index, part in enumerate(parts))
-        return _collect(stage, work, len(parts), cluster, resources)  # all, or an actor would wait for another's part
+        for _ in range(min(num_workers, len(parts))):
+            start()
+        while len(results) < len(parts):
+            done, _ = wait.next([*asked])
+            if not done:
+                continue
+            worker, part = asked.pop(done[0])
+            try:
+                answer = ray.get(done[0])
+            except RayActorError as error:
+                losses[part] += 1
+                if losses[part] > (_RETRIES * num_workers if part is None else _RETRIES):
+                    raise explain(error, stage) from None
+                ray.kill(worker)  # it may be out of reach only
+                if part is not None:
+                    queue.give_back(part)
+                start()
+            except RAY_FAILURES as error:
+                raise explain(error, stage) from None
+            else:
+                if part is None:
+                    hosts[worker] = answer
+                else:
+                    results[part] = answer
+                free.append(worker)
+            while free and (next_part := queue.take(hosts[free[0]])) is not None:
+                worker = free.pop(0)
+                asked[worker.run.remote(stage, make_worker, next_part)] = worker, next_part
+        return [results[part] for part in parts]
     finally:
-        for each in actors:
+        for each in {worker for worker, _ in asked.values()} | {*free}:
             ray.kill(each)
 
 
 class _PartActor:
     def __init__(self) -> None:
         self._worker: Any = None
+
+    def host(self) -> str:
+        return this_host()
 
     def run(self, stage: str, make_worker: Callable[[], Any], part: int) -> Any:
         with at_work(f"{stage}, part {part}"):
@@ -84,21 +129,15 @@ def at_work(who: str) -> Iterator[None]:
 
 
 def _collect(
-    stage: str, calls: Iterator[Any], at_once: int, cluster: ClusterConfig, resources: dict[str, float],
-    on_done: Callable[[int], None] = lambda done: None,
-) -> list[Any]:  # fmt: skip
+    stage: str, calls: Iterator[Any], at_once: int, cluster: ClusterConfig, on_done: Callable[[int], None]
+) -> list[Any]:
     """Results of calls, `at_once` of which are under way at most; `calls` makes one when it is asked for."""
     refs = list(islice(calls, at_once))
     pending = list(refs)
-    watch = Watch(cluster, stage)
+    wait = _Wait(stage, cluster, _PER_TASK)
     try:
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=_WAIT_S)
-            if watch.look() > cluster.start_timeout_s and not done:
-                raise RunError(
-                    f"{stage}: no worker started within {cluster.start_timeout_s:g} s (cluster.start_timeout_s): "
-                    f"{describe_room(resources)}. Add hosts, or wait until others are done"
-                )
+            done, pending = wait.next(pending)
             if done:
                 ray.get(done)
                 for ref in islice(calls, 1):
@@ -112,3 +151,21 @@ def _collect(
             raise explain(error, stage) from None
         raise
     return ray.get(refs)
+
+
+class _Wait:
+    """Waits for results of workers that may not start, or hang."""
+
+    def __init__(self, stage: str, cluster: ClusterConfig, resources: dict[str, float]):
+        self._stage, self._start_timeout_s, self._resources = stage, cluster.start_timeout_s, resources
+        self._watch = Watch(cluster, stage)
+
+    def next(self, pending: list[Any]) -> tuple[list[Any], list[Any]]:
+        """One that is done, if any is soon, and the others. Raises `RunError` when nobody has started in time."""
+        done, pending = ray.wait(pending, num_returns=1, timeout=_WAIT_S)
+        if self._watch.look() > self._start_timeout_s and not done:
+            raise RunError(
+                f"{self._stage}: no worker started within {self._start_timeout_s:g} s (cluster.start_timeout_s): "
+                f"{describe_room(self._resources)}. Add hosts, or wait until others are done"
+            )
+        return done, pending

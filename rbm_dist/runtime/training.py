@@ -29,6 +29,7 @@ from rbm_dist.parallel.training_checkpoints import Left
 from rbm_dist.runtime.cluster import describe_room, hosts, leaving_hosts
 from rbm_dist.runtime.failures import RAY_FAILURES, LostError, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
+from rbm_dist.runtime.placement import this_host, threads_per_worker
 from rbm_dist.runtime.progress import Reporter, warnings_of
 
 Loop = Callable[..., None]
@@ -218,8 +219,8 @@ def _worker(config: dict[str, Any]) -> bool:
     import ray.train.torch
 
     context = ray.train.get_context()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    mesh = Mesh.init(config["expert_parallel"], ray.train.torch.get_device())
+    torch.set_num_threads(threads_per_worker(context.get_local_world_size()))
+    mesh = Mesh.init(config["expert_parallel"], ray.train.torch.get_device(), this_host())
     reporter: Reporter = config["reporter"]
     for number in itertools.count(config["first"]):
         # Without a deadline: the driver is at other stages, or gone, and this process with it.

@@ -1,19 +1,25 @@
 """Tasks and part actors on a real Ray cluster: order, errors, losses, deadlines."""
 
+import functools
+import itertools
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
+from rbm_dist.runtime.placement import this_host, working_hosts
 from rbm_dist.runtime.progress import start_mailbox
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
+from tests.patience import patient
 
 
 def square(x: int) -> int:
@@ -83,9 +89,9 @@ def test_a_hung_task_is_found_and_done_again(
     cluster: None, tmp_path: Path, signal_number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     mailbox = start_mailbox()
-    deadlines = ClusterConfig(silence_timeout_s=8, collective_timeout_s=16)
+    deadlines = ClusterConfig(silence_timeout_s=8, collective_timeout_s=9)
     assert run_tasks("encodings", stop_once, [(tmp_path / "mark", signal_number)], deadlines) == ["done"]
-    reason = "no sign of life for 8 s" if signal_number else "did nothing for 16 s"
+    reason = "no sign of life for 8 s" if signal_number else "did nothing for 9 s"
     assert re.search(rf"encodings, task 0 on .*: {reason}; its process \(\d+\) was ended, and its work", caplog.text)
     ray.kill(mailbox)
 
@@ -99,29 +105,96 @@ def test_a_long_task_is_not_cut_off(cluster: None) -> None:
             sum(range(10_000))
         return "done"
 
-    assert run_tasks("partition", compute, [(15,)], ClusterConfig(silence_timeout_s=6, collective_timeout_s=6)) == [
+    assert run_tasks("partition", compute, [(10,)], ClusterConfig(silence_timeout_s=6, collective_timeout_s=6)) == [
         "done"
     ]
     ray.kill(mailbox)
 
 
-def make_worker(folder: Path) -> Callable[[int], tuple[int, int]]:
-    """Dies once, on part 3, as a lost node would."""
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + patient(60)
+    while not file.exists():
+        assert time.monotonic() < deadline, f"no {file.name}"
+        time.sleep(0.01)
 
-    def work(part: int) -> tuple[int, int]:
+
+def dies_once(folder: Path) -> Callable[[int], int]:
+    """Dies on part 3, as a lost node would; no part is done before."""
+
+    def work(part: int) -> int:
         mark = folder / "died"
         if part == 3 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return part, os.getpid()
+        wait_for(mark)
+        return part * part
 
     return work
 
 
-def test_parts_stay_with_their_actor_and_survive_its_loss(cluster: None, tmp_path: Path) -> None:
-    results = run_on_parts(
-        "soft_labels", lambda: make_worker(tmp_path), list(range(6)), 2, use_gpu=False, cluster=ClusterConfig()
+def test_the_part_of_a_lost_actor_is_taken_by_another(cluster: Cluster, tmp_path: Path) -> None:
+    found = run_on_parts(
+        "soft_labels", lambda: dies_once(tmp_path), [*range(6)], 2, use_gpu=False, cluster=ClusterConfig()
     )
-    assert (tmp_path / "died").exists()
-    assert [part for part, _ in results] == list(range(6))
-    assert len({pid for part, pid in results if part % 2 == 0}) == 1
+    assert found == [part * part for part in range(6)]
+
+
+def always_dies(part: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_part_that_loses_every_actor_ends_the_stage(cluster: Cluster) -> None:
+    with pytest.raises(RunError, match="soft_labels: Actor"):
+        run_on_parts("soft_labels", lambda: always_dies, [0], 1, use_gpu=False, cluster=ClusterConfig())
+
+
+def notes_host(folder: Path, slow: int) -> Callable[[int], str]:
+    """Says where a part was worked at. Both hosts begin before either goes on; one part is done when all others are."""
+    host, begun = this_host(), itertools.count()
+
+    def work(part: int) -> str:
+        if next(begun) == 0:
+            (folder / f"first-{host}-{part}").touch()
+            deadline = time.monotonic() + patient(60)
+            while len(list(folder.glob("first-*"))) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        for other in range(8) if part == slow else ():
+            if other != slow:
+                wait_for(folder / f"done-{other}")
+        (folder / f"done-{part}").touch()
+        return host
+
+    return work
+
+
+def test_hosts_begin_with_their_own_parts_and_a_slow_one_leaves_the_others_its_rest(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    hosts = working_hosts()
+    make = functools.partial(notes_host, tmp_path, 0)
+    at = run_on_parts("soft_labels", make, [*range(8)], 2, use_gpu=False, cluster=ClusterConfig())
+    first = {file.name.split("-")[1]: int(file.name.split("-")[2]) for file in tmp_path.glob("first-*")}
+    assert first == {hosts[0]: 0, hosts[1]: 4}
+    assert at == [hosts[0], *[hosts[1]] * 7], "the host of part 0 was busy until all others were done"
+
+
+@pytest.mark.slow
+def test_a_lost_host_leaves_its_parts_to_others(cluster: Cluster, tmp_path: Path) -> None:
+    extra = cluster.add_node(num_cpus=4, resources={"extra": 4})
+
+    def work(part: int) -> str:
+        if this_host() == extra.node_id:
+            (tmp_path / "there").touch()
+            time.sleep(patient(600))
+        return this_host()
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            found = pool.submit(
+                run_on_parts, "soft_labels", lambda: work, [*range(9)], 3, use_gpu=False, cluster=ClusterConfig()
+            )
+            wait_for(tmp_path / "there")
+        finally:
+            cluster.remove_node(extra, allow_graceful=False)
+        assert set(found.result()) <= set(working_hosts()) - {extra.node_id}
