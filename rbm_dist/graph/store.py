@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Protocol, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -84,7 +84,7 @@ class GraphStore:
     def open(
         cls, url: str, sampler: str = "numba", verify: bool = False,
         parts: Iterable[int] | None = None, remote: RemoteParts | None = None,
-    ) -> "GraphStore":  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Open the graph at `url`. parts: those to read here (default: all); the others are asked of `remote`.
 
         Raises `InputError` if it is not there, of another version, or (with `verify`) if a file is damaged.

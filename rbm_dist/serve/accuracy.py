@@ -1,17 +1,22 @@
 """How often a student, a teacher or anything else that names classes is right, in bounded memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from rbm_dist.graph.splits import SPLIT_NAMES, TEST, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
+from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve.frozen import freeze
 
 Accuracy = dict[str, float | None]
+Classes = Callable[[np.ndarray], np.ndarray]
+"""The predicted classes `[n]` of nodes `[n]`."""
 EVALUATED = (VAL, TEST, UNSEEN)
+CPU = torch.device("cpu")
 _ROWS = 65_536
 
 
@@ -22,6 +27,10 @@ class Hits:
     splits: tuple[int, ...]
     rows_SC: np.ndarray
     right_SC: np.ndarray
+
+    def __add__(self, other: "Hits") -> "Hits":
+        """Those on other nodes counted too."""
+        return Hits(self.splits, self.rows_SC + other.rows_SC, self.right_SC + other.right_SC)
 
     def accuracy(self) -> Accuracy:
         """Share of right classes by the split's name; None for a split without nodes."""
@@ -43,17 +52,33 @@ def student_accuracy(student: Student, store: GraphStore, splits: tuple[int, ...
 
 def student_hits(student: Student, store: GraphStore, splits: tuple[int, ...] = EVALUATED) -> Hits:
     """`hits` of a student's own predictions."""
-    network = freeze(student, few=1)  # the same figures on every machine
-    return hits(store, lambda ids: network.logits(store.inputs(ids, student.inputs)).argmax(1), splits)
+    return hits(store, student_classes(student, store), splits)
 
 
-def hits(store: GraphStore, classes: Callable[[np.ndarray], np.ndarray], splits: tuple[int, ...] = EVALUATED) -> Hits:
-    """Count the right classes on the nodes of some splits; all of those have a label.
+def student_classes(student: Student, store: GraphStore, device: torch.device = CPU) -> Classes:
+    """What a student says, by the engine that serves it; on a GPU by the student itself, which is moved there."""
+    if device.type == "cpu":
+        network = freeze(student, few=1)  # the same figures on every machine
+        return lambda ids: network.logits(store.inputs(ids, student.inputs)).argmax(1)
+    on_device = student.eval().to(device)
 
-    classes: the predicted classes `[n]` of nodes `[n]`; asked for nodes of these splits only.
+    @torch.inference_mode()
+    def classes(ids: np.ndarray) -> np.ndarray:
+        logits_nC, _ = on_device(to_rows(store.inputs(ids, student.inputs), device, torch.float32))
+        return logits_nC.argmax(1).cpu().numpy()
+
+    return classes
+
+
+def hits(
+    store: GraphStore, classes: Classes, splits: tuple[int, ...] = EVALUATED, parts: Iterable[int] | None = None
+) -> Hits:
+    """Count the right classes on the nodes of some splits, in some parts (default: all); all of those have a label.
+
+    classes: asked for nodes of these splits only.
     """
     rows_SC, right_SC = np.zeros((2, len(splits), store.num_classes), np.int64)
-    for part in range(store.num_parts):
+    for part in range(store.num_parts) if parts is None else parts:
         split_n = store.array("split", part)
         for ids in chunks(store.ids(part)[np.isin(split_n, splits)]):
             label, split = store.gather("label", ids), store.gather("split", ids)

@@ -21,7 +21,7 @@ def majority_class(store: GraphStore) -> int:
     """The most frequent class among the training nodes; of equals the lowest."""
     counts = np.zeros(store.num_classes, np.int64)
     for part in range(store.num_parts):
-        counts += np.bincount(store.array("label", part)[_train(store, part)], minlength=store.num_classes)
+        counts += np.bincount(store.gather("label", _train(store, part)), minlength=store.num_classes)
     return int(counts.argmax())
 
 
@@ -29,7 +29,7 @@ class FeatureRegression:
     """Multinomial logistic regression on the features of some training nodes, drawn with the seed.
 
     At most `SAMPLED_ROWS`, and of dense features no more than have `SAMPLED_VALUES`. Their statistics centre the
-    columns, unless these are sparse, and scale them, so that units do not matter.
+    columns, unless these are sparse, and scale them, so that units do not matter. Can be sent to other processes.
     """
 
     def __init__(self, store: GraphStore, seed: int):
@@ -37,12 +37,10 @@ class FeatureRegression:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        self._store = store
-        parts = range(store.num_parts)
-        train = np.concatenate([store.ids(part)[_train(store, part)] for part in parts])
+        train = np.concatenate([_train(store, part) for part in range(store.num_parts)])
         most = SAMPLED_ROWS if store.sparse_features else min(SAMPLED_ROWS, -(-SAMPLED_VALUES // store.num_features))
         ids = np.sort(generator(seed, _SAMPLE).permutation(train)[:most])
-        label, rows = store.gather("label", ids), self._rows(ids)
+        label, rows = store.gather("label", ids), _rows(store, ids)
         self._model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_ITERATIONS)
         self._mean_F, self._factor_F = _statistics(rows)
         self._only = label[0] if np.all(label == label[0]) else None  # scikit-learn refuses to fit a single class
@@ -51,15 +49,12 @@ class FeatureRegression:
                 warnings.simplefilter("ignore", ConvergenceWarning)  # it predicts well long before
                 self._model.fit(self._scaled(rows), label)
 
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
+    def classes(self, store: GraphStore, ids: np.ndarray) -> np.ndarray:
         """The predicted classes `[n]` of nodes `[n]`."""
         if self._only is not None or not len(ids):
             return np.full(len(ids), self._only)
         pieces = (ids[start : start + _ROWS] for start in range(0, len(ids), _ROWS))
-        return np.concatenate([self._model.predict(self._scaled(self._rows(each))) for each in pieces])
-
-    def _rows(self, ids: np.ndarray) -> np.ndarray | sp.csr_array:
-        return self._store.inputs(ids).astype(np.float64)  # in which the square of no float32 overflows
+        return np.concatenate([self._model.predict(self._scaled(_rows(store, each))) for each in pieces])
 
     def _scaled(self, rows: np.ndarray | sp.csr_array) -> np.ndarray | sp.csr_array:
         if isinstance(rows, np.ndarray):
@@ -68,7 +63,13 @@ class FeatureRegression:
 
 
 def _train(store: GraphStore, part: int) -> np.ndarray:
-    return store.array("split", part) == TRAIN
+    """The training nodes of a part, which another host may hold."""
+    ids = store.ids(part)
+    return ids[store.gather("split", ids) == TRAIN]
+
+
+def _rows(store: GraphStore, ids: np.ndarray) -> np.ndarray | sp.csr_array:
+    return store.inputs(ids).astype(np.float64)  # in which the square of no float32 overflows
 
 
 def _statistics(rows: np.ndarray | sp.csr_array) -> tuple[np.ndarray, np.ndarray]:

@@ -25,11 +25,11 @@ from rbm_dist.models.student import Student
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.runtime.progress import Reporter
-from rbm_dist.serve.accuracy import student_accuracy
+from rbm_dist.serve.accuracy import hits, student_accuracy
 from rbm_dist.serve.artifact import load_mixture, load_student
 from rbm_dist.serve.specialisation import mixture_figures
 from rbm_dist.stages import partition, source
-from rbm_dist.stages.evaluate import teacher_hits
+from rbm_dist.stages.evaluate import teacher_classes
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
 from rbm_dist.stages.student import train_students
@@ -106,7 +106,7 @@ def prepare(config: Config, url: str) -> dict[str, Any]:
     store = GraphStore.open(run.graph_url)
     encode_in_process(store, config.encodings, config.seed)
     highest = np.concatenate([store.array("soft", part).max(axis=1) for part in range(store.num_parts)])
-    figures = {**teacher_hits(store).accuracy(), "confidence": float(highest.mean())}
+    figures = {**hits(store, teacher_classes(store)).accuracy(), "confidence": float(highest.mean())}
     storage.write_json(figures_url, figures)
     return figures
 

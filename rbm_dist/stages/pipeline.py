@@ -21,9 +21,8 @@ from rbm_dist.runtime.cluster import is_own, ray_cluster
 from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
 from rbm_dist.runtime.training import TrainingGroups
 from rbm_dist.stages import encodings as encodings_
-from rbm_dist.stages import lease, soft_labels
+from rbm_dist.stages import evaluate, lease, soft_labels
 from rbm_dist.stages import run as run_
-from rbm_dist.stages.evaluate import run_evaluate
 from rbm_dist.stages.inputs import check_input
 from rbm_dist.stages.partition import run_partition
 from rbm_dist.stages.run import Run, Stage
@@ -50,7 +49,7 @@ STAGES = [
     Stage(
         "student", "student", ("encodings", "student"), run_student, makes=r"mlp(_x\d+)?|ensemble|moe|rbm|ray_train"
     ),
-    Stage("evaluate", "evaluate", (), run_evaluate, makes=r"figures\.json"),
+    Stage("evaluate", "evaluate", (), evaluate.run_evaluate, makes=rf"figures\.json|{evaluate.WORK}"),
 ]  # fmt: skip
 
 

@@ -176,7 +176,11 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
     if "rbm" in config.student.models and cluster.memory_store == "actor":
         student.append(Process("memory store", 1, TASK_BASE, 0))
     stages.append(stage("student", [served(student)]))
-    stages.append(stage("evaluate", [tasks("evaluation task", 1, memory.evaluate_task(config, facts))]))
+    steps = [
+        served(tasks("evaluation task", 1, memory.evaluation_task(config, facts))),
+        served(workers("evaluation actor", actors, memory.evaluation_actor(config, facts))),
+    ]
+    stages.append(stage("evaluate", steps))
     return stages
 
 

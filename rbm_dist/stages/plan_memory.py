@@ -209,14 +209,19 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
     return ids + max(steps)
 
 
-def evaluate_task(config: Config, facts: SourceFacts) -> float:
-    """`_evaluate`: predictions of so many rows, by dispatch and with all experts in one product; or the regression."""
-    rows = min(_PREDICTED_ROWS, facts.num_nodes)
-    floats = [_predicted_floats(config, facts, kind) for kind in config.student.models]
+def evaluation_actor(config: Config, facts: SourceFacts) -> float:
+    """`evaluate.make_counter`: predictions of so many rows, by dispatch and with all experts in one product."""
+    rows = min(_PREDICTED_ROWS, facts.num_nodes / config.partition.num_parts)
+    return 4 * rows * max(_predicted_floats(config, facts, kind) for kind in config.student.models)
+
+
+def evaluation_task(config: Config, facts: SourceFacts) -> float:
+    """`evaluate.fit_baselines`: the regression; or `figures_of`: a part's sources, and the sampler's positions."""
     fitted = min(SAMPLED_ROWS, facts.num_train)
     values = fitted * feature_bytes(facts) / 4 if facts.nonzeros else min(fitted * facts.num_features, SAMPLED_VALUES)
     regression = 20 * values + 40 * fitted * facts.num_classes  # as stored, in float64, scaled; of a row, by class
-    return 4 * facts.num_nodes + max(4 * rows * max(floats), regression)
+    timed = 4 * (facts.num_nodes + facts.num_edges) / config.partition.num_parts
+    return max(16 * facts.num_train + regression, timed)
 
 
 def _predicted_floats(config: Config, facts: SourceFacts, kind: str) -> int:

@@ -1,5 +1,7 @@
 """Accuracies, expert loads and what experts are worth, against counts and formulas by hand."""
 
+import functools
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from rbm_dist.serve import accuracy as accuracy_
 from rbm_dist.serve import specialisation
 from rbm_dist.serve.accuracy import hits, student_accuracy
 from rbm_dist.serve.artifact import load_mixture, load_student, save_merged, save_student
-from rbm_dist.serve.specialisation import distances, expert_load, mixture_figures
+from rbm_dist.serve.specialisation import distances, expert_load, expert_rows, mixture_figures
 from tests.serve.reference import class_probabilities, random_student
 from tests.small_graph import small_store
 
@@ -32,6 +34,8 @@ def test_accuracy_asks_only_for_nodes_that_are_evaluated(tmp_path: Path, monkeyp
 
     counted = hits(store, classes)
     found = counted.accuracy()
+    by_part = [hits(store, lambda ids: predicted[ids], parts=[part]) for part in range(store.num_parts)]
+    assert functools.reduce(operator.add, by_part).accuracy() == found
     assert sorted(np.concatenate(asked)) == np.flatnonzero((split == VAL) | (split == TEST)).tolist()
     for name, code in (("val", VAL), ("test", TEST)):
         assert found[name] == np.mean(predicted[split == code] == label[split == code])
@@ -54,7 +58,11 @@ def test_expert_load_and_a_students_accuracy(tmp_path: Path, monkeypatch: pytest
     with torch.inference_mode():
         _, traces = student(torch.from_numpy(store.gather("feat", nodes)))
         everyone = student(torch.from_numpy(store.gather("feat", np.arange(240))))[0]
-    for load, trace in zip(expert_load(student, store), traces, strict=True):
+    by_part = [expert_rows(student, store, [part]) for part in range(store.num_parts)]
+    rows_ME = [sum(rows_PE) for rows_PE in zip(*by_part, strict=True)]
+    for rows_E, whole_E in zip(rows_ME, expert_rows(student, store), strict=True):
+        np.testing.assert_array_equal(rows_E, whole_E)
+    for load, trace in zip(expert_load(rows_ME), traces, strict=True):
         chosen = trace.routing.experts_Bk.flatten().tolist()
         assert load == pytest.approx([chosen.count(expert) / len(chosen) for expert in range(4)])
     split, label = store.gather("split", np.arange(240)), store.gather("label", np.arange(240))

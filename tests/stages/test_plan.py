@@ -65,7 +65,8 @@ def test_served_parts_and_their_cache_are_counted() -> None:
 
     served = {"train_workers": 8, "inference_workers": 8, "shard_servers": 8}
     assert ("shard server", 2) in of("teacher", served)
-    assert ("shard server", 2) not in of("evaluate", served)
+    assert ("shard server", 2) in of("evaluate", served)
+    assert ("shard server", 2) not in of("partition", served)
     cached = held({**served, "cache_mb": 1000}) - held(served)
     assert cached == 10**9 + 2 * PAPERS.num_nodes
 
@@ -116,7 +117,7 @@ def test_one_host_sends_nothing() -> None:
 def test_what_routed_rows_send() -> None:
     config = Config.model_validate(
         {
-            "run_dir": "run", "cluster": {"train_workers": 2},
+            "run_dir": "run", "cluster": {"train_workers": 2, "expert_parallel": 2},
             "student": {
                 "models": ["rbm"], "epochs": 3, "pretrain_epochs": 1, "hidden": 8, "top_k": 1, "batch_size": 100,
             },

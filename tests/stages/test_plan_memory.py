@@ -1,6 +1,7 @@
 """The estimates of memory and disk against what the stages' own functions take, each in a fresh process."""
 
 import contextlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import empty_student, save_student, save_weights
 from rbm_dist.sources.facts import source_facts
-from rbm_dist.stages import plan_memory
-from rbm_dist.stages.evaluate import _evaluate
+from rbm_dist.stages import evaluate, plan_memory
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.plan_cost import Costs
@@ -193,8 +193,35 @@ def test_evaluate(wide: tuple[dict[str, Any], str], tiny: Path) -> None:
     for each in (warm, config):
         untrained(each)
         soften(each.run_dir)
-    _, measured = held([(_evaluate, (warm, warm.run_dir))], [(_evaluate, (config, url))])
-    check("evaluate", plan_memory.evaluate_task(config, source_facts(config.source, 0)), measured)
+    facts = source_facts(config.source, 0)
+    fit, count, summed = (
+        [(function, (each,)) for each in (warm, config)] for function in (fit_baselines, count_parts, sum_and_time)
+    )
+    _, measured = held(fit[:1], fit[1:])
+    check("evaluation task", plan_memory.evaluation_task(config, facts), measured)
+    _, measured = held(count[:1], count[1:])
+    check("evaluation actor", plan_memory.evaluation_actor(config, facts), measured)
+    _, measured = held(summed[:1], summed[1:])
+    check("evaluation task, at its end", plan_memory.evaluation_task(config, facts), measured)
+
+
+def fit_baselines(config: Config) -> None:
+    fitted = evaluate.fit_baselines(config, f"{config.run_dir}/graph")
+    Path(config.run_dir, "fitted").write_bytes(pickle.dumps(fitted))
+
+
+def counted(config: Config) -> list[evaluate.Counts]:
+    fitted = pickle.loads(Path(config.run_dir, "fitted").read_bytes())
+    counter = evaluate.make_counter(config, config.run_dir, fitted, MetricsRecorder())
+    return [counter(part) for part in range(config.partition.num_parts)]
+
+
+def count_parts(config: Config) -> None:
+    counted(config)
+
+
+def sum_and_time(config: Config) -> None:
+    evaluate.figures_of(config, config.run_dir, counted(config))  # kept by then
 
 
 @pytest.mark.parametrize(
