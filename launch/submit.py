@@ -25,11 +25,16 @@ def submit(
     ] = None,
     address: JobServer = DEFAULT_ADDRESS,
     overwrite: Annotated[bool, typer.Option(help="Compute again what was made with another configuration.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Start no work: what would be done there, on which hosts; what is missing."),
+    ] = False,
 ) -> None:
     """Run all stages as a job on a Ray cluster, and show its log. Submit it again to go on."""
     settings = load(config, overrides)
     path = Path(config)
-    arguments = ["run", path.name, *(overrides or []), *_paths(settings), *(["--overwrite"] if overwrite else [])]
+    options = ["--overwrite"] * overwrite + ["--dry-run"] * dry_run
+    arguments = ["run", path.name, *(overrides or []), *_paths(settings), *options]
     raise typer.Exit(run_job(arguments, [path], address, settings.run_dir))
 
 

@@ -38,9 +38,27 @@ Overwrite = Annotated[bool, typer.Option(help="Compute again what was made with 
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None, address: Address = None, overwrite: Overwrite = False) -> None:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Start nothing: say what would be done, where, and what is missing.")
+    ] = False,
+) -> None:
     """Run all stages: source, partition, teacher, soft labels, encodings, student, evaluate. Run it again to go on."""
-    _run_until("evaluate", config, overrides, address, overwrite)
+    if not dry_run:
+        return _run_until("evaluate", config, overrides, address, overwrite)
+    if overwrite:
+        raise InputError("--dry-run says what is done without --overwrite; give one of them")
+    loaded = load(config, overrides)
+    console = Console()
+    console.print(f"[bold]rbm-dist[/] {config} → {loaded.run_dir}: a dry run; nothing is started", highlight=False)
+    from rbm_dist.stages.dry_run import dry_run as look
+
+    if not look(loaded, console, address):
+        raise typer.Exit(1)
 
 
 def _run_until(stage: str, config_path: str, overrides: list[str] | None, address: str | None, overwrite: bool) -> None:

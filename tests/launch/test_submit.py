@@ -182,6 +182,23 @@ def test_a_server_that_says_nothing_has_a_deadline() -> None:
     assert "timed out" in done.stdout
 
 
+@pytest.mark.timeout(patient(120))
+def test_a_dry_run_asks_the_cluster_and_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out", "partition.num_parts=9", "--dry-run"]
+
+    def submitted(*more: str) -> tuple[int, str, str]:
+        options = {"address": cluster.address, "folder": tmp_path, "environment": cluster.environment}
+        return Submitted(*arguments, *more, **options).wait()
+
+    code, out, errors = submitted("cluster.train_workers=4")
+    assert code == 0, out + errors
+    assert out.count(": to do\n") == 6
+    code, out, _ = submitted("cluster.train_workers=9")
+    assert code == 1
+    assert "cluster.train_workers: 9 need a CPU each, and there is room for 4" in out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(patient(240))
 def test_a_run_shows_its_progress_and_writes_its_results(cluster: Cluster, tmp_path: Path) -> None:
