@@ -38,7 +38,11 @@ def test_the_entrypoint_is_a_run_whose_workers_find_their_gpus(job: dict[str, An
         (container,) = group["template"]["spec"]["containers"]
         gpus += group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
     assert config.cluster.use_gpu
-    assert config.cluster.train_workers == config.cluster.inference_workers == gpus
+    assert config.cluster.most_workers == config.cluster.inference_workers == gpus
+    assert config.cluster.fewest_workers < gpus, "on spot nodes: it goes on with fewer"
+    assert not set(job["entrypoint"]) & set("'\"$*?"), (
+        "several shells and Ray read it: nothing that one of them would change"
+    )
 
 
 def test_the_run_directory_is_on_a_volume_of_every_pod(job: dict[str, Any]) -> None:
