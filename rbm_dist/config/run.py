@@ -198,6 +198,11 @@ class ClusterConfig(Section):
         0, description="megabytes of other hosts' feature rows that a worker keeps, those sampled most often"
     )
     checkpoint_every: Positive = Field(5, description="epochs between checkpoints")
+    checkpoint_minutes: Rate | None = Field(
+        10.0, description="minutes after which there is one in the middle of an epoch too; null: none by time"
+    )
+    checkpoint_steps: Positive | None = Field(None, description="optimiser steps between further checkpoints")
+    keep_checkpoints: Positive = Field(2, description="the last checkpoints of a loop that are kept, beside the best")
     max_failures: Count = Field(3, description="times that lost workers are replaced")
     start_timeout_s: Rate = Field(
         600.0, description="longest wait, in seconds, for workers to start: for hosts, CPUs and GPUs to be there"

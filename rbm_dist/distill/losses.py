@@ -73,14 +73,19 @@ class Losses:
             self._histogram += self._teaching.agreement(batch.ids, right_B)
         return terms, traces
 
-    def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Fit what is fitted between epochs; figures for the metrics."""
+    def take_agreement(self) -> dict[str, Tensor]:
+        """What KRD is fitted to, a histogram of this rank's batches since the last call; nothing without KRD."""
         if self._teaching is None:
             return {}
-        histogram = np.reshape(sum_figures(self._histogram.flatten().tolist(), self._mesh), self._histogram.shape)
+        histogram, self._histogram = self._histogram, np.zeros_like(self._histogram)
+        return {"agreement": torch.from_numpy(histogram)}
+
+    def after_epoch(self, epoch: int, agreement: Tensor | None) -> dict[str, float]:
+        """Fit what is fitted between epochs, to the agreement of all ranks' batches; figures for the metrics."""
+        if self._teaching is None or agreement is None:
+            return {}
         if epoch >= self._settings.krd.min_update_epoch:
-            self._teaching.fit(histogram)
-        self._histogram[:] = 0
+            self._teaching.fit(agreement.numpy())
         return {"krd_power": self._teaching.power}
 
     def _own(self, batch: Batch) -> Callable[[Tensor], Tensor]:

@@ -25,12 +25,12 @@ class Prefetch(Generic[T]):
 
     `with Prefetch(…) as batches: for batch in batches: …`. Leaving the block, in whatever way, ends the thread after
     the job at hand. A job's exception is raised where its result would have come. While the consumer has a result, at
-    most `depth` others are alive; with `depth` 0 the consumer's own thread does the jobs. `wait_s`: seconds that the
-    consumer has waited. Raises `RunError`, which says by `what` what did not come, after a wait of `timeout_s`.
+    most `depth` others are alive; with `depth` 0 the consumer's own thread does the jobs. Raises `RunError`, which says
+    by `what` what did not come, after a wait of `timeout_s`.
     """
 
     def __init__(self, what: str, jobs: Iterable[Callable[[], T]], timeout_s: float, depth: int = 2):
-        self.wait_s = 0.0
+        self._wait_s = 0.0
         self._what, self._jobs, self._timeout_s, self._depth = what, iter(jobs), timeout_s, depth
         self._ahead: deque[Future[T]] = deque()
         # Jobs, each with where its result goes; None ends the thread. The consumer adds one for each that it takes.
@@ -57,6 +57,11 @@ class Prefetch(Generic[T]):
             self._thread.join(self._timeout_s)
             if self._thread.is_alive() and error is None:
                 raise self._miss()
+
+    def take_wait_s(self) -> float:
+        """Seconds that the consumer has waited since the last call."""
+        waited, self._wait_s = self._wait_s, 0.0
+        return waited
 
     def _results(self) -> Iterator[T]:
         while self._ahead:
@@ -103,7 +108,7 @@ class Prefetch(Generic[T]):
         try:
             yield
         finally:
-            self.wait_s += time.perf_counter() - start
+            self._wait_s += time.perf_counter() - start
 
     def _miss(self) -> RunError:
         self._missed = True

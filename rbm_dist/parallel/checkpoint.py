@@ -1,97 +1,111 @@
 """Sharded checkpoints: saved by any number of ranks, loaded by any other number, on any storage.
 
 A checkpoint is a folder of safetensors files, one per rank, written by `torch.distributed.checkpoint`, and a
-`checkpoint.json` with their checksums, written last: without it there is no checkpoint. The two newest are kept, so
-that a damaged one can be passed over.
+`checkpoint.json` with their checksums, written last: without it there is no checkpoint. Its name has the step and the
+token of the run's owner; checkpoints are ordered by token, then step, so that an owner who should have ended neither
+displaces nor deletes those of its successor.
 """
 
-import logging
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from rbm_dist import storage
-from rbm_dist.errors import InputError, disk_full
 from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.parallel.together import together
 
-_INDEX = "checkpoint.json"
-_KEEP = 2
-_log = logging.getLogger(__name__)
+INDEX = "checkpoint.json"
+_NAME = re.compile(r"step-(\d{8,})\.(\d+)")
 
 
-def save(url: str, step: int, state: dict[str, Tensor], facts: dict[str, Any], mesh: Mesh) -> None:
-    """Save `state` as checkpoint number `step` below `url`, with some JSON `facts`. Every rank must call it.
+def name_of(step: int, token: int) -> str:
+    """The folder of a checkpoint after so many steps."""
+    return f"step-{step:08d}.{token}"
 
-    Plain tensors must be equal on all ranks; sharded ones are `DTensor`s, see `training_state`.
+
+def names(url: str) -> list[str]:
+    """The checkpoints below `url`, whole or not, oldest first."""
+    return sorted(filter(_NAME.fullmatch, storage.listdir(url)), key=_order)
+
+
+def save(
+    url: str, step: int, state: dict[str, Tensor], facts: dict[str, Any], mesh: Mesh, token: int = 0, keep: int = 2,
+    own: Any = None,
+) -> None:  # fmt: skip
+    """Save `state` as the checkpoint of `step` below `url`, with some JSON `facts`. Every rank must call it.
+
+    Plain tensors must be equal on all ranks; sharded ones are `DTensor`s, see `training_state`. own: JSON of each rank,
+    kept as the fact `own`, a list. The last `keep` checkpoints stay, and the one that `facts` name `best_checkpoint`.
+    Raises, on all ranks, `InputError` or `RunError`; then nothing is left of this checkpoint, and the others stay.
     """
-    folder = storage.join(url, f"step-{step:08d}")
-    if mesh.rank == 0:
-        storage.remove(folder)
-    mesh.barrier()
-    with tempfile.TemporaryDirectory() as scratch:
-        writer = dcp.HuggingFaceStorageWriter(scratch, save_distributed=True)
-        try:
-            dcp.save(state, storage_writer=writer, no_dist=mesh.world_group is None)
-        except (dcp.CheckpointException, OSError) as error:  # the former is no Exception
-            raise _explain(error, folder) from None
-        files = {path.name: storage.copy_in(path, storage.join(folder, path.name)) for path in Path(scratch).iterdir()}
-    everyone: list[Any] = [files]
-    if mesh.world_group is not None:
-        everyone = [None] * mesh.world_size
-        dist.all_gather_object(everyone, files, group=mesh.world_group)
-    if mesh.rank == 0:
-        merged = {name: info for files in everyone for name, info in files.items()}
-        storage.write_json(storage.join(folder, _INDEX), {"step": step, "facts": facts, "files": merged})
-        for old in _steps(url)[:-_KEEP]:
-            storage.remove(storage.join(url, old))
-    mesh.barrier()
+    name = name_of(step, token)
+    folder = storage.join(url, name)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            with together(mesh, folder):
+                if mesh.rank == 0:
+                    storage.remove_work(folder)
+            writer = dcp.HuggingFaceStorageWriter(scratch, save_distributed=True)
+            with together(mesh, folder):
+                dcp.save(state, storage_writer=writer, process_group=mesh.cpu_group, no_dist=mesh.cpu_group is None)
+            files: dict[str, storage.FileInfo] = {}
+            with together(mesh, folder):
+                for path in Path(scratch).iterdir():
+                    files[path.name] = storage.copy_in(path, storage.join(folder, path.name))
+        written = mesh.gather((files, own))
+        with together(mesh, folder):
+            if mesh.rank == 0:
+                _write_index(folder, step, token, facts, written)
+                _retire(url, name, keep, facts.get("best_checkpoint"))
+    except Exception:
+        if mesh.rank == 0:
+            storage.remove_work(folder)
+        raise
 
 
-def latest(url: str) -> tuple[str, dict[str, Any]] | None:
-    """The newest whole checkpoint below `url` and its facts. A damaged or unfinished one is passed over."""
-    for name in reversed(_steps(url)):
-        folder = storage.join(url, name)
-        if not storage.exists(storage.join(folder, _INDEX)):
-            continue
-        try:
-            index = storage.read_json(storage.join(folder, _INDEX))
-            storage.verify(folder, index["files"])
-        except InputError as error:
-            _log.warning("checkpoint passed over: %s", error)
-            continue
-        return folder, index["facts"]
-    return None
+def _write_index(folder: str, step: int, token: int, facts: dict[str, Any], written: list[tuple[Any, Any]]) -> None:
+    index = {
+        "step": step, "token": token, "when": round(time.time(), 3), "ranks": len(written),
+        "facts": facts | {"own": [own for _, own in written]},
+        "files": {name: info for files, _ in written for name, info in files.items()},
+    }  # fmt: skip
+    storage.write_json(storage.join(folder, INDEX), index)
 
 
 def saved(url: str) -> set[str]:
     """All whole checkpoints anywhere below a URL."""
     fs, path = storage.filesystem(url)
-    return {name for name in fs.find(path) if name.endswith(f"/{_INDEX}")}
+    return {name for name in fs.find(path) if name.endswith(f"/{INDEX}")}
 
 
-def load(folder: str, state: dict[str, Tensor], mesh: Mesh | None = None) -> None:
-    """Fill the tensors of `state` in place from a checkpoint, whatever number of ranks wrote it."""
-    index = storage.read_json(storage.join(folder, _INDEX))
-    with tempfile.TemporaryDirectory() as scratch:
-        source = folder
-        if not storage.is_local(folder):
-            fs, path = storage.filesystem(folder)
-            for name in index["files"]:
-                fs.get_file(f"{path}/{name}", str(Path(scratch) / name))
-            source = scratch
-        reader = dcp.HuggingFaceStorageReader(storage.absolute(source))
-        try:
-            dcp.load(state, storage_reader=reader, no_dist=mesh is None or mesh.world_group is None)
-        except (dcp.CheckpointException, OSError) as error:
-            raise _explain(error, folder) from None
+def _retire(url: str, newest: str, keep: int, best: str | None) -> None:
+    """Delete what is no longer needed after `newest` was written.
+
+    What comes after it, of this owner or of those before, is damaged or unfinished, and was passed over.
+    """
+    token, _ = _order(newest)
+    own = [name for name in names(url) if _order(name)[0] <= token]
+    whole = [name for name in own[: own.index(newest) + 1] if storage.exists(storage.join(url, name, INDEX))]
+    for name in set(own) - {*whole[-keep:], best}:
+        storage.remove_work(storage.join(url, name))
+
+
+def load(folder: str, state: dict[str, Tensor], mesh: Mesh) -> None:
+    """Fill the tensors of `state` in place from a local folder, whatever number of ranks wrote it.
+
+    Raises `RunError` on all ranks if one of them cannot.
+    """
+    reader = dcp.HuggingFaceStorageReader(folder)
+    with together(mesh, folder):
+        dcp.load(state, storage_reader=reader, process_group=mesh.cpu_group, no_dist=mesh.cpu_group is None)
 
 
 def sharded(model: nn.Module, tensors: dict[str, Tensor], num_experts: int, mesh: Mesh) -> dict[str, Tensor]:
@@ -130,16 +144,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Adam, num_experts: i
     return state
 
 
-def _steps(url: str) -> list[str]:
-    return [name for name in storage.listdir(url) if re.fullmatch(r"step-\d+", name)]
-
-
-def _explain(error: BaseException, folder: str) -> Exception:
-    """The cause that `torch.distributed.checkpoint` wrapped, as one message."""
-    causes = [error]
-    if isinstance(error, dcp.CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, OSError) and (full := disk_full(cause, folder)):
-            return full
-    return InputError(f"{folder}: the checkpoint could not be written or read: {causes[0]}")
+def _order(name: str) -> tuple[int, int]:
+    """Token and step of a checkpoint, by which the newest is the largest."""
+    made = _NAME.fullmatch(name)
+    assert made is not None, name
+    return int(made[2]), int(made[1])

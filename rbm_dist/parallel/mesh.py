@@ -4,9 +4,10 @@ Rank r belongs to expert group r // ep, whose ep ranks share one set of experts;
 experts. Parts of the graph are dealt to all ranks, by the hosts that they are on.
 """
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ class Mesh:
     replica_group: Group  # the ranks that hold the same experts
     device_mesh: "DeviceMesh | None"
     hosts: tuple[str, ...] = ("",)  # of each rank
+    cpu_group: Group = None  # all ranks, over CPU memory: for objects, and for the thread that writes checkpoints
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> "Mesh":
@@ -54,10 +56,13 @@ class Mesh:
         return cls(0, 1, 1, device or torch.device("cpu"), None, None, None, None)
 
     @classmethod
-    def init(cls, expert_parallel: int, device: torch.device, host: str = "") -> "Mesh":
+    def init(
+        cls, expert_parallel: int, device: torch.device, host: str = "", timeout_s: float = 300.0
+    ) -> "Mesh":  # fmt: skip
         """Lay the default process group out. Every rank must call it. Raises `ValueError` if the sizes do not fit.
 
         host: a name of the machine that this rank is on; equal for all ranks there.
+        timeout_s: longest wait for an object of another rank.
         """
         world = dist.get_world_size()
         if world % expert_parallel:
@@ -80,6 +85,7 @@ class Mesh:
             replica_group=mesh.get_group("replica") if replicas > 1 else None,
             device_mesh=mesh,
             hosts=tuple(hosts),
+            cpu_group=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)),
         )
 
     def parts(self, num_parts: int) -> list[int]:
@@ -107,3 +113,18 @@ class Mesh:
     def barrier(self) -> None:
         if self.world_group is not None:
             dist.barrier(self.world_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, by rank: any object that can be pickled. Every rank must call it."""
+        everyone: list[Any] = [value]
+        if self.cpu_group is not None:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, value, group=self.cpu_group)
+        return everyone
+
+    def broadcast(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank. Every rank must call it."""
+        box = [value]
+        if self.cpu_group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -25,15 +25,14 @@ from rbm_dist.runtime.liveness import MAILBOX, Sign, Signs
 from rbm_dist.runtime.placement import lasting_host
 from rbm_dist.runtime.prometheus import ExportedMetrics
 
+if TYPE_CHECKING:
+    from rbm_dist.parallel.pace import Order
+
 _POLL_S = 0.25
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
 _SHOWN = 20  # different warnings of one place in the code that are shown; more are counted
 _log = logging.getLogger(__name__)
-
-
-Order = Literal["go", "leave"]
-"""What the driver wants of a training group: to go on, or to save a checkpoint and leave."""
 
 
 class Reporter:
@@ -49,13 +48,13 @@ class Reporter:
     def progress(self, loop: str, done: int, total: int, unit: str, note: str = "") -> None:
         self._actor.put.remote({"kind": "progress", "loop": loop, "bar": (done, total, unit, note)})
 
-    def order(self) -> Order:
+    def order(self) -> "Order":
         """What the driver wants; asked by rank 0, about once a second."""
         with contextlib.suppress(Exception):
             return ray.get(self._actor.order.remote(), timeout=_ANSWER_S)
         return "go"
 
-    def tell(self, order: Order) -> None:
+    def tell(self, order: "Order") -> None:
         """The driver's word, until it says another. A mailbox that starts again forgets it."""
         self._actor.tell.remote(order)
 
@@ -171,10 +170,10 @@ class _Mailbox:
     def drain(self) -> list[dict[str, Any]]:
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
-    def tell(self, order: Order) -> None:
+    def tell(self, order: "Order") -> None:
         self._order = order
 
-    def order(self) -> Order:
+    def order(self) -> "Order":
         return self._order
 
     def hand_out(self, number: int, job: Any) -> None:

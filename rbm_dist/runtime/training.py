@@ -112,6 +112,7 @@ class TrainingGroups:
                 "first": self._jobs,
                 "expert_parallel": config.expert_parallel,
                 "reporter": self._reporter,
+                "timeout_s": config.collective_timeout_s,
             },
             # Workers that compute on GPUs talk fastest on one host; those on CPUs would only share its memory's rate.
             scaling_config=ScalingConfig(
@@ -220,7 +221,8 @@ def _worker(config: dict[str, Any]) -> bool:
 
     context = ray.train.get_context()
     torch.set_num_threads(threads_per_worker(context.get_local_world_size()))
-    mesh = Mesh.init(config["expert_parallel"], ray.train.torch.get_device(), this_host())
+    device = ray.train.torch.get_device()
+    mesh = Mesh.init(config["expert_parallel"], device, this_host(), config["timeout_s"])
     reporter: Reporter = config["reporter"]
     for number in itertools.count(config["first"]):
         # Without a deadline: the driver is at other stages, or gone, and this process with it.

@@ -8,7 +8,7 @@ import copy
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import train_teacher
 
 # A run of seconds is computed again rather than continued: one checkpoint, at its end.
-_IN_PROCESS = ClusterConfig(train_workers=1, inference_workers=1, memory_store="in_process", checkpoint_every=10**9)
+_IN_PROCESS = ClusterConfig(
+    train_workers=1, inference_workers=1, memory_store="in_process", checkpoint_every=10**9, checkpoint_minutes=None
+)
 _COUNTED_ROWS = 64
 _PREPARED = {"source", "graph", "teacher", "teacher.json"}
 
@@ -56,6 +58,10 @@ class MetricsRecorder(Reporter):
 
     def add(self, loop: str, amount: int, total: int, unit: str) -> None:
         """Not shown."""
+
+    def order(self) -> Literal["go"]:
+        """Nobody orders anything else."""
+        return "go"
 
     def heartbeat(self, loop: str, epoch: int, step: int, steps: int, figures: dict[str, float]) -> None:
         """Nobody waits for a sign of life."""

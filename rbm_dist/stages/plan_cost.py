@@ -83,7 +83,7 @@ class Costs:
         checkpoints = self._checkpoints(self.config.teacher.epochs)
         rows, edges, steps = self._teacher_samples()
         sent = self._rows_sent(rows, edges) + 2 * (self.hosts - 1) * model * steps  # and gradients, around a ring
-        return model + 4 * model * checkpoints, model + 4 * model * min(checkpoints, 2), self._graph(4), sent
+        return model + 4 * model * checkpoints, model + 4 * model * self._kept(checkpoints), self._graph(4), sent
 
     def soft_labels(self) -> tuple[float, ...]:
         facts, settings, config = self.facts, self.config.soft_labels, self.config
@@ -175,7 +175,7 @@ class Costs:
             model = 4 * memory.student_parameters(config, facts, kind)
             checkpoints = self._checkpoints(settings.epochs)
             each = (5 if settings.average else 4) * model  # with Adam's two and the best
-            written, kept = written + model + each * checkpoints, kept + model + each * min(checkpoints, 2)
+            written, kept = written + model + each * checkpoints, kept + model + each * self._kept(checkpoints)
             shared = 4 * memory.student_parameters(config, facts, "mlp") if kind in ("rbm", "moe") else model
             sent += 2 * (self.hosts - 1) * shared * steps
             if kind in ("rbm", "moe"):
@@ -231,6 +231,9 @@ class Costs:
             if kind == "rbm":
                 timed += 2 * products * settings.top_k * min(facts.num_nodes, LOADED_NODES) / _FLOPS
         return timed
+
+    def _kept(self, checkpoints: int) -> int:
+        return min(checkpoints, self.config.cluster.keep_checkpoints + 1)  # and the best
 
     def _checkpoints(self, epochs: int) -> int:
         return math.ceil(epochs / self.config.cluster.checkpoint_every)

@@ -53,17 +53,18 @@ def run_student(run: Run) -> Files:
 
 def train_students(
     mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, track_test: bool = False,
-    servers: ShardServers | None = None,
+    servers: ShardServers | None = None, token: int = 0,
 ) -> None:  # fmt: skip
     """Train the students one after the other; those that a cut-off run finished are kept.
 
-    `track_test` adds each epoch's accuracy on the reported nodes to the metrics; nothing is chosen by it.
+    `track_test` adds each epoch's accuracy on the reported nodes to the metrics; nothing is chosen by it. `token`: of
+    the run's owner. Raises `Left` when the driver ordered the group to leave.
     """
     store = open_graph(graph_url, config.teacher.sampler, servers)
     store.hold(mesh.parts(store.num_parts))
     for kind in config.student.models:
         if not storage.exists(f"{url}/{kind}/model.json"):
-            _Training(mesh, reporter, config, store, f"{url}/{kind}", kind, track_test).run()
+            _Training(mesh, reporter, config, store, f"{url}/{kind}", kind, track_test, token).run()
         mesh.barrier()
 
 
@@ -71,10 +72,11 @@ class _Training:
     """One student's training, on one rank."""
 
     def __init__(
-        self, mesh: Mesh, reporter: Reporter, config: Config, store: GraphStore, url: str, kind: str, track_test: bool
-    ):
+        self, mesh: Mesh, reporter: Reporter, config: Config, store: GraphStore, url: str, kind: str, track_test: bool,
+        token: int,
+    ):  # fmt: skip
         self.mesh, self.reporter, self.config, self.store, self.url = mesh, reporter, config, store, url
-        self.kind, self.settings = kind, config.student
+        self.kind, self.settings, self.token = kind, config.student, token
         self.parts = mesh.parts(store.num_parts)
         splits = [store.array("split", part) for part in range(store.num_parts)]
 
@@ -209,16 +211,14 @@ class _Training:
         settings, mesh, steps = self.settings, self.mesh, self.batches.num_steps
         optimizer = optimizer or self._optimizer(model)
         folders = {"rbm/pretrain": "pretrain"} | {f"ensemble/{m}": f"member-{m}" for m in range(settings.ensemble_size)}
-        done = 0
         checkpoints = TrainingCheckpoints(
-            f"student {name}", f"{self.url}/{folders.get(name, 'checkpoints')}",
-            self.config.cluster.checkpoint_every, model, optimizer, settings.num_experts, mesh,
-            extra=(lambda: memory.snapshot(done * steps)) if memory else None,
+            "student", name, f"{self.url}/{folders.get(name, 'checkpoints')}", self.config.cluster, self.reporter,
+            steps, model, optimizer, settings.num_experts, mesh,
+            extra=memory.snapshot if memory else None,
             restore_extra=(lambda state: memory.init(model.memories, state)) if memory else None,
-            patience=settings.patience, average=settings.average,
+            patience=settings.patience, average=settings.average, token=self.token,
         )  # fmt: skip
-        first = done = checkpoints.resume()
-        if first == 0 and memory and initial_memories:
+        if not checkpoints.resume() and memory and initial_memories:
             memory.init(initial_memories(), None)
         teaching = None
         if settings.objective == "krd":
@@ -227,19 +227,19 @@ class _Training:
         losses = Losses(self.config, self.store, mesh, teaching, self.dtype)
         if mesh.rank == 0:
             self.reporter.begin(name, checkpoints.history)
-        for epoch in range(first, epochs):
-            if checkpoints.stopped:
-                break
-            figures = self._epoch(name, epoch, model, memory, optimizer, losses, checkpoints.after_step)
+        for epoch, first in checkpoints.epochs(epochs):
+            sums = self._epoch(name, epoch, first, model, memory, optimizer, losses, checkpoints)
             done = epoch + 1
             if memory:
                 model.set_memories(memory.pull(done * steps))
-            figures |= losses.after_epoch(epoch)
+            agreement = sums.pop("agreement", None)
+            figures = {term: each.item() for term, each in sums.items()}
+            figures = {"loss": sum(figures.values()), **figures} | losses.after_epoch(epoch, agreement)
             with checkpoints.averaged():
                 figures |= self._evaluate(model)
             # By accuracy; among equals by loss, which is weighed too little to overrule one node.
             score = figures["val_accuracy"] - 1e-9 * figures["val_loss"]
-            row = checkpoints.after_epoch(done == epochs, score, figures)
+            row = checkpoints.after_epoch(score, figures)
             if mesh.rank == 0:
                 self.reporter.metrics(name, row)
                 note = f"loss {figures['loss']:.3f}, val accuracy {figures['val_accuracy']:.1%}"
@@ -249,14 +249,14 @@ class _Training:
         return checkpoints
 
     def _epoch(
-        self, name: str, epoch: int, model: Student, memory: MemoryStore | None, optimizer: torch.optim.Adam,
-        losses: Losses, after_step: Callable[[], None],
-    ) -> dict[str, float]:  # fmt: skip
+        self, name: str, epoch: int, first: int, model: Student, memory: MemoryStore | None,
+        optimizer: torch.optim.Adam, losses: Losses, checkpoints: TrainingCheckpoints,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The epoch's steps from `first`; gives the sums over all of them."""
         settings, mesh, steps = self.settings, self.mesh, self.batches.num_steps
-        sums: dict[str, float] = {}
         model.train()
-        for step, shares in enumerate(self.batches.epoch(self.parts, self.config.seed, epoch)):
-            version = epoch * steps + step
+        for step, shares in enumerate(self.batches.epoch(self.parts, self.config.seed, epoch)[first:], first):
+            version, load_E = epoch * steps + step, None
             batch = self._batch(shares, step, key(self.config.seed, _DROPOUT, *name.encode(), version))
             if memory:
                 model.set_memories(memory.pull(version))
@@ -264,19 +264,19 @@ class _Training:
             if memory:
                 statistics = [memory_statistics(trace.x_BD, trace.routing, settings.num_experts) for trace in traces]
                 memory.push(version, statistics)
+                load_E = torch.stack([layer.mass_E for layer in statistics]).sum(0)
             optimizer.zero_grad()
             torch.stack(list(terms.values())).sum().backward()
             sum_gradients(model, mesh)
             optimizer.step()
-            after_step()
-            for term, value in terms.items():
-                sums[term] = sums.get(term, 0.0) + value.item() / steps
+            means = {term: value.detach().double() / steps for term, value in terms.items()}
             if memory:
-                similarity = sum(self_similarity_loss(memory_ED).item() for memory_ED in model.memories)
-                share = settings.self_similarity * similarity / steps / mesh.world_size
-                sums["self_similarity"] = sums.get("self_similarity", 0.0) + share
-        means = dict(zip(sums, sum_figures(list(sums.values()), mesh), strict=True))
-        return {"loss": sum(means.values()), **means}
+                similarity = torch.stack([self_similarity_loss(memory_ED).detach() for memory_ED in model.memories])
+                means["self_similarity"] = (
+                    settings.self_similarity * similarity.double().sum() / steps / mesh.world_size
+                )
+            checkpoints.after_step(batch.global_rows, means | losses.take_agreement(), load_E)
+        return checkpoints.epoch_sums()
 
     def _batch(self, shares: list[np.ndarray], step: int, draw: int) -> Batch:
         ids = np.concatenate([*shares, np.empty(0, np.int64)]).astype(np.int64)

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from rbm_dist.stages.training import train_on_graph
 _TRAINING, _VALIDATION, _HOT = 1, 2, 10  # words of the random keys
 _HOT_BATCHES = 64  # sampled to find the nodes that are needed most
 _PENALTY = 0.3  # of the summed loss: times half the weights' square
+_COUNTS = ("edges", "asked", "hits")  # of what is read; the latter two as in `SampledRows`
 _LOG_TEMPERATURES = (math.log(0.05), math.log(20))
 
 
@@ -62,6 +64,8 @@ class SampledRows:
     rows_nD: Rows  # float32
     neighbourhood: Neighbourhood
     key: int  # drew the sample, and draws the dropout
+    asked: int  # rows of other hosts' nodes, where some of them are kept here
+    hits: int  # and how many of these were here
 
     def to(self, device: torch.device) -> tuple[Rows, Neighbourhood]:
         """Rows and neighbourhood where the model is."""
@@ -96,7 +100,8 @@ def read_sample(
     node_n, edge_2m = torch.from_numpy(sample.nodes), torch.from_numpy(np.stack([sample.src, sample.dst]))
     if gpu:  # from pinned memory it is copied while the GPU computes
         rows_nD, node_n, edge_2m = (each.pin_memory() for each in (dense(rows_nD), node_n, edge_2m))
-    return SampledRows(rows_nD, Neighbourhood(node_n, edge_2m, sample.nodes_per_hop, sample.edges_per_hop), sample_key)
+    neighbourhood = Neighbourhood(node_n, edge_2m, sample.nodes_per_hop, sample.edges_per_hop)
+    return SampledRows(rows_nD, neighbourhood, sample_key, *(store.hot.take_counts() if store.hot else (0, 0)))
 
 
 def states(
@@ -128,9 +133,13 @@ def add_noise(feat_nF: Rows, nodes: np.ndarray, noise_key: int) -> torch.Tensor:
 
 
 def train_teacher(
-    mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, servers: ShardServers | None = None
-) -> None:
-    """Train on this rank's parts, together with the other ranks. Goes on from the last checkpoint below `url`."""
+    mesh: Mesh, reporter: Reporter, config: Config, graph_url: str, url: str, servers: ShardServers | None = None,
+    token: int = 0,
+) -> None:  # fmt: skip
+    """Train on this rank's parts, together with the other ranks. Goes on from the last checkpoint below `url`.
+
+    `token`: of the run's owner. Raises `Left` when the driver ordered the group to leave.
+    """
     settings = config.teacher
     store = open_graph(graph_url, config.teacher.sampler, servers)
     model = build_teacher(config, store).to(mesh.device)
@@ -143,59 +152,57 @@ def train_teacher(
     decay = _PENALTY / sum(map(len, train.nodes)) if settings.weight_decay is None else settings.weight_decay
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=decay)
     checkpoints = TrainingCheckpoints(
-        "teacher", f"{url}/checkpoints", config.cluster.checkpoint_every, model, optimizer, num_experts=0, mesh=mesh,
-        patience=settings.patience,
+        "teacher", "teacher", f"{url}/checkpoints", config.cluster, reporter, train.num_steps, model, optimizer,
+        num_experts=0, mesh=mesh, patience=settings.patience, token=token,
     )  # fmt: skip
     parts = mesh.parts(store.num_parts)
     store.hold(parts)
     steps = [*train.epoch(parts, config.seed, 0), *val.epoch(parts, config.seed, None)]
     keep_hot(store, config, steps, config.teacher.fanout)
-    first = checkpoints.resume()
+    checkpoints.resume()
     if mesh.rank == 0:
         reporter.begin("teacher", checkpoints.history)
-    for epoch in range(first, settings.epochs):
-        if checkpoints.stopped:
-            break
+    for epoch, first in checkpoints.epochs(settings.epochs):
         model.train()
-        loss_sum = 0.0
-        steps = train.epoch(parts, config.seed, epoch)
-        draws = (key(config.seed, _TRAINING, epoch, step) for step in range(len(steps)))
+        steps = train.epoch(parts, config.seed, epoch)[first:]
+        draws = (key(config.seed, _TRAINING, epoch, step) for step in itertools.count(first))
         loader = _ahead("training", store, steps, draws, config, mesh)
         with loader as batches:
-            for step, shares in enumerate(steps):
+            for step, shares in enumerate(steps, first):
                 optimizer.zero_grad()
+                terms: dict[str, Any] = dict.fromkeys(("loss", *_COUNTS), 0.0)
                 for _ in filter(len, shares):
                     sampled, label = next(batches)
                     logits, _ = states(model, sampled, training=True)
                     loss = F.cross_entropy(logits, label.to(mesh.device), reduction="sum")
                     loss = loss / train.global_rows(step)
                     loss.backward()
-                    loss_sum += loss.item()
+                    terms["loss"] += loss.detach().double()
+                    _count(sampled, terms)
                 sum_gradients(model, mesh)
                 optimizer.step()
+                checkpoints.after_step(train.global_rows(step), terms | {"wait_s": loader.take_wait_s()})
+        counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0.0)
         val_loader = _val_ahead(store, val, parts, config, mesh)
         with val_loader as batches:
-            val_loss, val_accuracy = _validate(model, batches, sum(map(len, val.nodes)), mesh)
-        (loss_sum,) = sum_figures([loss_sum], mesh)
-        (wait_s,) = sum_figures([loader.wait_s + val_loader.wait_s], mesh)
+            val_loss, val_accuracy = _validate(model, batches, sum(map(len, val.nodes)), mesh, counts)
+        sums = checkpoints.epoch_sums(counts | {"wait_s": val_loader.take_wait_s()})
         figures = {
-            "loss": loss_sum / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy,
-            "wait_s": round(wait_s / mesh.world_size, 3),  # a worker's mean wait for batches
+            "loss": sums["loss"].item() / train.num_steps, "val_loss": val_loss, "val_accuracy": val_accuracy,
+            "wait_s": round(sums["wait_s"].item() / mesh.world_size, 3),  # a worker's mean wait for batches
         }  # fmt: skip
-        if config.cluster.cache_mb:
-            asked, hits = sum_figures([*(store.hot.take_counts() if store.hot else (0, 0))], mesh)
-            if asked:
-                figures["cache_hit_rate"] = hits / asked  # of the rows of other hosts' nodes
+        if sums["asked"]:
+            figures["cache_hit_rate"] = (sums["hits"] / sums["asked"]).item()  # of the rows of other hosts' nodes
         # By accuracy: among equals by loss, which is weighed too little to overrule one node.
         score = -val_loss if settings.select == "loss" else val_accuracy - 1e-9 * val_loss
-        row = checkpoints.after_epoch(epoch + 1 == settings.epochs, score, figures)
+        row = checkpoints.after_epoch(score, figures)
         if mesh.rank == 0:
             reporter.metrics("teacher", row)
             note = f"val loss {val_loss:.3f}, accuracy {val_accuracy:.1%}"
             reporter.progress("teacher", epoch + 1, settings.epochs, "epochs", note)
     if mesh.rank == 0:
         reporter.end("teacher", checkpoints.history)
-    checkpoints.load_best(model)
+    checkpoints.restore_best()
     if settings.calibrate:
         with _val_ahead(store, val, parts, config, mesh) as batches:
             _calibrate(model, batches, mesh)
@@ -253,13 +260,22 @@ def _calibrate(model: Sage, val_batches: Iterator[Labelled], mesh: Mesh) -> None
 
 
 @torch.no_grad()
-def _validate(model: Sage, val_batches: Iterator[Labelled], rows: int, mesh: Mesh) -> tuple[float, float]:
-    """Loss and accuracy over the `rows` validation nodes of all ranks."""
+def _validate(
+    model: Sage, val_batches: Iterator[Labelled], rows: int, mesh: Mesh, terms: dict[str, Any]
+) -> tuple[float, float]:
+    """Loss and accuracy over the `rows` validation nodes of all ranks; what was read is counted in `terms`."""
     model.eval()
     loss, correct = 0.0, 0.0
     for sampled, label in val_batches:
         logits, label = states(model, sampled)[0], label.to(mesh.device)
         loss += F.cross_entropy(logits, label, reduction="sum").item()
         correct += (logits.argmax(1) == label).sum().item()
+        _count(sampled, terms)
     loss, correct = sum_figures([loss, correct], mesh)
     return loss / rows, correct / rows
+
+
+def _count(sampled: SampledRows, terms: dict[str, Any]) -> None:
+    terms["edges"] += sampled.neighbourhood.edge_2m.shape[1]
+    terms["asked"] += sampled.asked
+    terms["hits"] += sampled.hits

@@ -117,7 +117,7 @@ def test_every_term(store: GraphStore, rbm: Student) -> None:
     # One forward of the task counts for the running statistics, those with noise do not.
     mean = expected_running_mean(rbm, batch, statistics[0])
     torch.testing.assert_close(rbm.norms[0].running_mean, mean)
-    assert loss.after_epoch(0) == {}
+    assert loss.after_epoch(0, loss.take_agreement().get("agreement")) == {}
 
 
 def expected_running_mean(student: Student, batch: Batch, before: Tensor) -> Tensor:
@@ -183,13 +183,13 @@ def test_reliable_neighbours(store: GraphStore, rbm: Student, which: str) -> Non
     # Between epochs q is fitted to where the student agrees with its own teacher, from the configured epoch on.
     for ids in (IDS - 3, IDS - 2):
         loss(rbm, batch_of(store, ids), draw=77)
-    assert loss.after_epoch(1) == {"krd_power": 1.0}
+    assert loss.after_epoch(1, loss.take_agreement()["agreement"]) == {"krd_power": 1.0}
     agrees = logits.argmax(1) == store.gather("soft", IDS).argmax(1)
     reference = ReliableSampling(settings.student.krd, store)
     reference.fit(2 * reference.agreement(IDS, agrees))
     for _ in range(2):
         loss(rbm, batch, draw=77)
-    assert loss.after_epoch(2) == {"krd_power": pytest.approx(reference.power)}
+    assert loss.after_epoch(2, loss.take_agreement()["agreement"]) == {"krd_power": pytest.approx(reference.power)}
     assert teaching.power != 1.0
 
 

@@ -1,15 +1,22 @@
 """When a training loop stops, which state it keeps, and the moving average of its weights."""
 
+import errno
 import math
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rbm_dist.errors import InputError
+from rbm_dist import storage
+from rbm_dist.config.run import ClusterConfig
+from rbm_dist.errors import InputError, RunError
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
+from rbm_dist.stages.local import MetricsRecorder
+from tests.gloo import run_ranks
 
 
 class Loop:
@@ -19,17 +26,18 @@ class Loop:
         self.model = nn.Linear(1, 1, bias=False)
         optimizer = torch.optim.Adam(self.model.parameters())
         self.checkpoints = TrainingCheckpoints(
-            "student mlp", str(url), every, self.model, optimizer, num_experts=0, mesh=Mesh.single(), patience=patience
-        )
-        self.done = self.checkpoints.resume()
+            "student", "mlp", str(url), ClusterConfig(checkpoint_every=every), MetricsRecorder(), 1, self.model,
+            optimizer, num_experts=0, mesh=Mesh.single(), patience=patience,
+        )  # fmt: skip
+        self.checkpoints.resume()
+        self.done = len(self.checkpoints.history)
 
     def run(self, scores: list[float]) -> int:
         """Epochs until it stops, or the scores end."""
-        for epoch in range(self.done, len(scores)):
-            if self.checkpoints.stopped:
-                break
+        for epoch, _ in self.checkpoints.epochs(len(scores)):
             self.model.weight.data.fill_(epoch)
-            self.checkpoints.after_epoch(epoch + 1 == len(scores), scores[epoch], {"score": scores[epoch]})
+            self.checkpoints.after_step(1, {})
+            self.checkpoints.after_epoch(scores[epoch], {"score": scores[epoch]})
         return len(self.checkpoints.history)
 
     def best(self) -> int:
@@ -77,7 +85,7 @@ def test_an_epoch_without_a_score_ends_the_loop(tmp_path: Path, score: float, ep
 def test_figures_that_are_not_finite_are_named(tmp_path: Path) -> None:
     figures = {"loss": 1.0, "distillation": math.nan, "val_loss": math.inf}
     with pytest.raises(InputError, match="in epoch 0: distillation, val_loss; the features"):
-        Loop(tmp_path, None).checkpoints.after_epoch(False, 0.5, figures)
+        Loop(tmp_path, None).checkpoints.after_epoch(0.5, figures)
 
 
 class Averaging:
@@ -87,22 +95,23 @@ class Averaging:
         self.model = nn.BatchNorm1d(1)  # a model with a buffer too, which is not averaged
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0)
         self.checkpoints = TrainingCheckpoints(
-            "student mlp", str(url), 1, self.model, self.optimizer, num_experts=0, mesh=Mesh.single(), average=decay
-        )
-        self.done = self.checkpoints.resume()
+            "student", "mlp", str(url), ClusterConfig(checkpoint_every=1), MetricsRecorder(), 3, self.model,
+            self.optimizer, num_experts=0, mesh=Mesh.single(), average=decay,
+        )  # fmt: skip
+        self.checkpoints.resume()
 
     def run(self, epochs: int) -> list[float]:
         """The averaged weight after each epoch; the best epoch is the last but one."""
         found = []
-        for epoch in range(self.done, epochs):
+        for epoch, _ in self.checkpoints.epochs(epochs):
             for step in range(3 * epoch + 1, 3 * epoch + 4):
                 self.model.weight.data.fill_(step)
-                self.checkpoints.after_step()
+                self.checkpoints.after_step(1, {})
             self.model.running_mean.fill_(epoch)
             with self.checkpoints.averaged():
                 found.append(self.model.weight.item())
             assert self.model.weight.item() == 3 * epoch + 3, "training goes on with its own weights"
-            self.checkpoints.after_epoch(epoch + 1 == epochs, -abs(epoch - (epochs - 2)), {})
+            self.checkpoints.after_epoch(-abs(epoch - (epochs - 2)), {})
         return found
 
 
@@ -131,3 +140,50 @@ def test_own_weights_come_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), loop.checkpoints.averaged():
         raise RuntimeError("stop")
     assert loop.model.weight.item() == 5
+
+
+def test_a_write_that_fails_ends_the_loop_and_the_last_good_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Loop(tmp_path, None, every=1).run([1.0, 2.0])
+    loop = Loop(tmp_path, None, every=1)
+    monkeypatch.setattr(storage, "copy_in", full)
+    with pytest.raises(InputError, match=rf"rank 0 on {socket.gethostname()}: {tmp_path}/step-.*: no space left"):
+        loop.run([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.undo()
+    assert Loop(tmp_path, None).done == 2
+    assert len(list(tmp_path.iterdir())) == 2, "nothing is left of it"
+
+
+def full(path: Path, url: str) -> storage.FileInfo:
+    raise OSError(errno.ENOSPC, "No space left on device", url)
+
+
+def fail_on_one(rank: int, url: str) -> tuple[str, str, int]:
+    """How a rank ends when another's disk is full, in a loop whose first answer is to save; and after which step."""
+    mesh, model = Mesh.init(1, torch.device("cpu")), nn.Linear(1, 1, bias=False)
+    if rank == 1:
+        storage.copy_in = full
+    checkpoints = TrainingCheckpoints(
+        "student", "mlp", url, ClusterConfig(checkpoint_minutes=1e-9), MetricsRecorder(), 10**6, model,
+        torch.optim.Adam(model.parameters()), 0, mesh,
+    )  # fmt: skip
+    steps = 0
+    try:
+        for _ in checkpoints.epochs(1):
+            while steps < 10**6 - 1:
+                time.sleep(0.001 * rank)
+                steps += 1
+                checkpoints.after_step(1, {})
+    except (InputError, RunError) as error:
+        return type(error).__name__, str(error), steps
+    raise AssertionError("it went on")
+
+
+def test_a_disk_that_is_full_on_one_rank_ends_all_of_them_at_the_same_step(tmp_path: Path) -> None:
+    found = run_ranks(fail_on_one, 3, str(tmp_path))
+    assert found == [found[0]] * 3
+    kind, text, _ = found[0]
+    assert kind == "InputError"
+    assert f"rank 1 on {socket.gethostname()}: {tmp_path}/step-00000001.0/" in text
+    assert "no space left on the device" in text

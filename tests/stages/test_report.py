@@ -13,7 +13,8 @@ import pytest
 from rbm_dist import cli, storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.splits import TEST
-from rbm_dist.parallel import checkpoint
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.parallel.newest_checkpoint import newest
 from rbm_dist.serve.artifact import load_student
 from rbm_dist.serve.frozen import freeze
 from rbm_dist.serve.predictor import predict
@@ -91,9 +92,9 @@ def test_the_accuracy_of_a_class_is_that_of_its_predictions(finished_run: Path) 
 def test_the_chosen_epoch_is_the_one_whose_weights_were_kept(finished_run: Path) -> None:
     facts = run_facts(str(finished_run))
     for loop, folder in {"teacher": "teacher", "mlp": "student/mlp", "rbm": "student/rbm"}.items():
-        found = checkpoint.latest(str(finished_run / folder / "checkpoints"))
-        assert found is not None
-        assert facts["chosen"][loop] == found[1]["best_epoch"] - 1
+        with newest(str(finished_run / folder / "checkpoints"), Mesh.single()) as found:
+            assert found is not None
+            assert facts["chosen"][loop] == found.facts["best_epoch"] - 1
     assert chosen_epoch([{"epoch": 0, "loss": 1.0}], by_loss=False) is None
     rows = [{"epoch": epoch, "val_loss": loss, "val_accuracy": 0.5} for epoch, loss in enumerate((3.0, 1.0, 1.0))]
     assert chosen_epoch(rows, by_loss=True) == chosen_epoch(rows, by_loss=False) == 1

@@ -105,7 +105,7 @@ def test_temporary_files_are_removed_where_a_run_writes(tmp_path: Path) -> None:
     left = [
         "config.json.tmp-0123abcd", "metrics.jsonl.tmp-0123abcd", "source/label.npy.tmp-0123abcd",
         "source/work/tables-1/id.npy.tmp-0123abcd", "graph/part-00001/soft.npy.tmp-0123abcd",
-        "graph/pos_hop1.json.tmp-0123abcd", "student/rbm/checkpoints/step-00000001/a.safetensors.tmp-0123abcd",
+        "graph/pos_hop1.json.tmp-0123abcd", "student/rbm/checkpoints/step-00000001.0/a.safetensors.tmp-0123abcd",
         "student/manifest.json.tmp-0123abcd", "evaluate/figures.json.tmp-0123abcd",
     ]  # fmt: skip
     keep = [

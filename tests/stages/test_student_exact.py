@@ -30,6 +30,13 @@ class Recorder:
 
     def progress(self, *_: Any) -> None: ...
 
+    def order(self) -> str:
+        return "go"
+
+    def heartbeat(self, *_: Any) -> None: ...
+
+    def saved(self, *_: Any) -> None: ...
+
     def end(self, *_: Any) -> None: ...
 
     def metrics(self, loop: str, row: dict[str, float]) -> None:
