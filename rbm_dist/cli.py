@@ -476,6 +476,48 @@ def tune(
     console.print(f"best.yaml, best-<student>.yaml, trials.csv and .parquet → {search.run_dir}", highlight=False)
 
 
+checkpoints = typer.Typer(help="The checkpoints of a run's training loops.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoint")
+AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, finished or not.", show_default=False)]
+
+
+@checkpoints.command()
+def ls(run: AnyRun) -> None:
+    """List them: loop, step, epochs, time, size, ranks that wrote, owner's token, whether whole, best epoch so far."""
+    from rbm_dist.report.checkpoint_table import checkpoint_table
+    from rbm_dist.stages.run_checkpoints import run_checkpoints
+
+    Console().print(checkpoint_table(run_checkpoints(run)))
+
+
+@checkpoints.command()
+def verify(run: AnyRun) -> None:
+    """Read all of them and compare checksums. Exit code 1: some are damaged; they are named."""
+    from rbm_dist.stages.run_checkpoints import run_checkpoints
+
+    console, found = Console(), run_checkpoints(run, hashes=True)
+    for each in found:
+        for line in each.wrong:
+            console.print(f"[red]{each.state}[/] {escape(line)}", highlight=False, soft_wrap=True)
+    whole = sum(each.state == "yes" for each in found)
+    console.print(f"{whole} of {len(found)} checkpoints are whole", highlight=False)
+    raise typer.Exit(int(any(each.state == "damaged" for each in found)))
+
+
+@checkpoints.command()
+def consolidate(
+    run: AnyRun,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    loop: Annotated[str | None, typer.Option(help="Of this loop, as `ls` names it; default: of all.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="That of a step; default: the newest.")] = None,
+) -> None:
+    """Write one as a safetensors file of whole tensors, whatever wrote it, and its facts as JSON beside it."""
+    from rbm_dist.stages.run_checkpoints import consolidate as write_one
+
+    made = write_one(run, out, loop, step)
+    Console().print(f"{made.loop}, {made.folder} → {out}", highlight=False, soft_wrap=True)
+
+
 @app.command(name="config")
 def show_config(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False)] = None,

@@ -42,7 +42,19 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
     stages = ["source", "partition", "teacher", "soft-labels", "encodings", "student", "evaluate"]
-    for command in ["run", "plan", "predict", "inspect", "status", "doctor", "experiment", "tune", "config", *stages]:
+    for command in [
+        "run",
+        "plan",
+        "predict",
+        "inspect",
+        "status",
+        "doctor",
+        "checkpoint",
+        "experiment",
+        "tune",
+        "config",
+        *stages,
+    ]:
         assert f" {command} " in shown
         assert run(monkeypatch, command, "--help") == 0
         assert command in capsys.readouterr().out

@@ -22,6 +22,9 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.newest_checkpoint import newest
 from rbm_dist.parallel.pace import Pace, Reports
 
+_NO_SCORE = -math.inf
+_GRACE_S = 10.0  # longest wait for a checkpoint that is being written when the loop breaks off: others may be gone
+
 
 class Left(Exception):  # noqa: N818 - no error
     """The driver ordered the group to leave; a checkpoint of where it was is written."""
