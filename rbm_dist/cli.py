@@ -43,13 +43,17 @@ def run(
     overrides: Overrides = None,
     address: Address = None,
     overwrite: Overwrite = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read what is done and compare checksums, not sizes and times of change alone."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Start nothing: say what would be done, where, and what is missing.")
     ] = False,
 ) -> None:
     """Run all stages: source, partition, teacher, soft labels, encodings, student, evaluate. Run it again to go on."""
     if not dry_run:
-        return _run_until("evaluate", config, overrides, address, overwrite)
+        return _run_until("evaluate", config, overrides, address, overwrite, verify)
     if overwrite:
         raise InputError("--dry-run says what is done without --overwrite; give one of them")
     loaded = load(config, overrides)
@@ -61,7 +65,14 @@ def run(
         raise typer.Exit(1)
 
 
-def _run_until(stage: str, config_path: str, overrides: list[str] | None, address: str | None, overwrite: bool) -> None:
+def _run_until(
+    stage: str,
+    config_path: str,
+    overrides: list[str] | None,
+    address: str | None,
+    overwrite: bool,
+    verify: bool = False,
+) -> None:
     config = load(config_path, overrides)
     console = Console()
     console.print(f"[bold]rbm-dist[/] {config_path} → {config.run_dir}", highlight=False)
@@ -70,7 +81,7 @@ def _run_until(stage: str, config_path: str, overrides: list[str] | None, addres
     from rbm_dist.stages.pipeline import run_stages
 
     try:
-        results = run_stages(config, console, stage, address, overwrite)
+        results = run_stages(config, console, stage, address, overwrite, verify)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None

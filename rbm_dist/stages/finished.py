@@ -46,7 +46,7 @@ def open_results(url: str) -> dict[str, Any]:
     made_from, done = run_.started(evaluate, url), run_.manifest(evaluate, url)
     if done is None or made_from is None or made_from["upstream"] != run_.digest(before, url):
         raise InputError(f"{url}: the run has not finished; run the same `rbm-dist run` again first")
-    storage.verify(url, done["files"])
+    storage.verify(url, done["files"], done.get("times"))
     figures = storage.read_json(storage.join(url, evaluate.folder, "figures.json"))
     return {**figures, "seconds": run_.seconds(STAGES, url)}
 
@@ -54,7 +54,7 @@ def open_results(url: str) -> dict[str, Any]:
 def _open_graph(url: str, kind: str, arrays: tuple[str, ...]) -> tuple[GraphStore, int]:
     """The graph of a finished run and its seed; verifies what is read of it and of a student."""
     url = storage.absolute(url)
-    settings, seed, files = _students(url)
+    settings, seed, files, times = _students(url)
     if kind not in settings.models:
         raise InputError(f"{url}: this run has no student {kind} (student.models: {', '.join(settings.models)})")
     graph = storage.join(url, "graph")
@@ -71,12 +71,13 @@ def _open_graph(url: str, kind: str, arrays: tuple[str, ...]) -> tuple[GraphStor
             for folder, wanted in folders.items()
             if name.startswith(f"{folder}/") and PurePosixPath(name).stem in wanted
         },
+        times,
     )
     return GraphStore.open(graph), seed
 
 
-def _students(url: str) -> tuple[StudentConfig, int, Files]:
-    """What the students of a finished run were trained with, the seed, and the files of all stages that are there."""
+def _students(url: str) -> tuple[StudentConfig, int, Files, dict[str, str]]:
+    """What the students of a finished run were trained with, the seed, all stages' files and their times."""
     started = {stage.name: run_.started(stage, url) for stage in STAGES}
     student = started["student"]
     if student is None and not storage.exists(storage.join(url, "config.json")):
@@ -93,14 +94,16 @@ def _students(url: str) -> tuple[StudentConfig, int, Files]:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{url}/student/config.json: was changed, or written by another version") from None
     files: Files = {}
+    times: dict[str, str] = {}
     for stage in stages:
         if started[stage.name] is not None:
             manifest = run_.manifest(stage, url)
             if manifest is None:
                 raise unfinished
             files |= manifest["files"]
+            times |= manifest.get("times", {})
     for before, stage in pairwise(stages):  # one was computed again, but not yet all that comes of it
         made_from = started[stage.name]
         if started[before.name] and made_from and made_from["upstream"] != run_.digest(before, url):
             raise unfinished
-    return settings, seed, files
+    return settings, seed, files, times

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
@@ -32,16 +33,18 @@ from rbm_dist.stages.teacher import run_teacher
 
 _PER_ROW = "|".join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))
 
+_PARTITION = Stage(
+    "partition", "graph", ("partition",), run_partition,
+    makes=rf"graph\.json|feat_(scale|scaling|indicators)\.npy|part-\d+|{SPILL}|"
+    rf"({soft_labels.ARRAYS}|{encodings_.ARRAYS})\.json",
+)  # fmt: skip
+
 STAGES = [
     Stage(
-        "source", "source", ("source",), run_source,
+        "source", "source", ("source",), run_source, reader=_PARTITION,
         makes=rf"(indptr|indices|feat-\d+|feat_(scaling|indicators|moments)|{_PER_ROW})\.npy|(source|inputs)\.json|work",
     ),
-    Stage(
-        "partition", "graph", ("partition",), run_partition,
-        makes=rf"graph\.json|feat_(scale|scaling|indicators)\.npy|part-\d+|{SPILL}|"
-        rf"({soft_labels.ARRAYS}|{encodings_.ARRAYS})\.json",
-    ),
+    _PARTITION,
     Stage("teacher", "teacher", ("teacher",), run_teacher, makes=r"model\.safetensors|checkpoints|ray_train"),
     Stage("soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels),
     Stage("encodings", "encodings", ("encodings",), encodings_.run_encodings, encodings_.reset_encodings),
@@ -54,10 +57,16 @@ STAGES = [
 
 
 def run_stages(
-    config: Config, console: Console, until: str = "evaluate", address: str | None = None, overwrite: bool = False
+    config: Config,
+    console: Console,
+    until: str = "evaluate",
+    address: str | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
 ) -> dict[str, Any] | None:
     """Bring a run up to a stage; finished stages are skipped. Gives the results once all stages are done.
 
+    verify: read all that was written before, and compare checksums, rather than sizes and times of change.
     Raises `InputError` or `RunError`.
     """
     url = storage.absolute(config.run_dir)
@@ -72,7 +81,7 @@ def run_stages(
         check_input(STAGES[0], config, url, overwrite, console)
         try:
             _write_config(config, url)
-            todo = _skip_done(wanted, url, console)
+            todo = _skip_done(wanted, url, console, verify)
             done = run_.seconds([stage for stage in wanted if stage not in todo], url)
             with RunStatus(url, {stage.name: done.get(stage.name) for stage in wanted}, asdict(owner)) as status:
                 if todo:
@@ -89,13 +98,22 @@ def stages_of(config: Config) -> list[Stage]:
     return [stage for stage in STAGES if stage.name != "encodings" or encodings.arrays(config.encodings)]
 
 
-def _skip_done(stages: list[Stage], url: str, console: Console) -> list[Stage]:
+def _skip_done(stages: list[Stage], url: str, console: Console, verify: bool) -> list[Stage]:
     """The stages that still have work, after a line for each that has none."""
     upstream = None
     for index, stage in enumerate(stages):
-        if run_.state(stage, url, upstream) != "done":
-            return stages[index:]
-        console.print(f"  [green]✓[/] {stage.name}: done before")
+        with console.status(f"{stage.name}: looking at what is there") as line:
+            read = 0
+
+            def show(size: int, stage: Stage = stage, line: Status = line) -> None:
+                nonlocal read
+                read += size
+                line.update(f"{stage.name}: {read / 1e9:,.2f} GB read and compared")
+
+            if run_.state(stage, url, upstream, show if verify else None) != "done":
+                return stages[index:]
+        verified = f", verified ({read / 1e9:,.2f} GB)" if verify else ""
+        console.print(f"  [green]✓[/] {stage.name}: done before{verified}", highlight=False)
         upstream = run_.digest(stage, url)
     return []
 

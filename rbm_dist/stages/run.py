@@ -62,6 +62,7 @@ class Stage:
     work: Callable[[Run], Files]  # gives the files it wrote, by path below the run
     reset: Callable[[str], None] | None = None  # removes what it wrote outside its folder, given the run's URL
     makes: str = ""  # a regular expression of the files and folders that it makes in its folder
+    reader: "Stage | None" = None  # the only one that reads its files; once that is done, they may be deleted
 
     def identity(self, config: Config) -> dict[str, Any]:
         tree = config.model_dump(mode="json")
@@ -79,17 +80,34 @@ def manifest(stage: Stage, url: str) -> dict[str, Any] | None:
     return _read(url, stage, "manifest.json")
 
 
-def state(stage: Stage, url: str, upstream: str | None) -> str:
-    """`done`, `started` or `new`. Raises `InputError` if a finished stage's files are damaged."""
+def state(stage: Stage, url: str, upstream: str | None, progress: Callable[[int], None] | None = None) -> str:
+    """`done`, `started` or `new`. Raises `InputError` if a finished stage's files are damaged.
+
+    A file is read if its time of change is not the one noted, as after a move that set new ones; with `progress`, which
+    is told of the bytes that are read, every file is.
+    """
     note, finished = started(stage, url), manifest(stage, url)
     if note is None or note["upstream"] != upstream:
         return "new"
     if finished is None:
         return "started"
-    if any(not storage.exists(storage.join(url, name)) for name in finished["files"]):
+    files = finished["files"]
+    there = {name: files[name] for name in storage.sizes_and_times(url, files)}
+    if len(there) < len(files) and not _is_read(stage, url):
         return "new"
-    storage.verify(url, finished["files"])
+    noted = finished.get("times", {}) if progress is None else {}
+    times = storage.verify(url, there, noted, progress or (lambda size: None))
+    if times.items() - finished.get("times", {}).items():
+        storage.write_json(storage.join(url, stage.folder, "manifest.json"), {**finished, "times": times})
     return "done"
+
+
+def _is_read(stage: Stage, url: str) -> bool:
+    """Whether all has been made of a stage's files that ever is."""
+    if stage.reader is None or manifest(stage.reader, url) is None:
+        return False
+    note = started(stage.reader, url)
+    return note is not None and note["upstream"] == digest(stage, url)
 
 
 def refuse_other_files(stages: list[Stage], url: str) -> None:
@@ -194,6 +212,7 @@ def finish(stage: Stage, url: str, files: Files, seconds: float) -> None:
             "seconds": round(seconds, 3),
             "finished": time.time(),
             "files": files,
+            "times": {name: time for name, (_, time) in storage.sizes_and_times(url, files).items()},
         },
     )
 

@@ -2,7 +2,7 @@
 
 from rbm_dist.storage.arrays import ArrayFile, Rows, open_array, open_rows, write_array, write_chunks
 from rbm_dist.storage.cache import budget, cache_folder
-from rbm_dist.storage.checksums import FileInfo, file_info, verify
+from rbm_dist.storage.checksums import FileInfo, file_info, sizes_and_times, verify
 from rbm_dist.storage.files import (
     HashingWriter,
     atomic_writer,
@@ -57,6 +57,7 @@ __all__ = [
     "remove_empty",
     "remove_temporary",
     "remove_work",
+    "sizes_and_times",
     "stamp",
     "verify",
     "write_array",

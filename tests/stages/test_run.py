@@ -117,3 +117,63 @@ def test_temporary_files_are_removed_where_a_run_writes(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     run_.remove_temporary(STAGES, str(tmp_path))
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(keep)
+
+
+def finished_stage(url: str, stage: Stage, upstream: str | None = None) -> None:
+    run_.begin(stage, Config(run_dir=url), url, upstream)
+    names = [f"{stage.folder}/graph.json", f"{stage.folder}/part-00000/feat.json"]
+    run_.finish(stage, url, {name: storage.write_json(f"{url}/{name}", name) for name in names}, 1.0)
+
+
+def test_a_changed_file_is_found_by_its_time_and_with_progress_by_its_content(url: str) -> None:
+    finished_stage(url, STAGE)
+    name = f"{url}/graph/graph.json"
+    read: list[int] = []
+    assert run_.state(STAGE, url, None) == run_.state(STAGE, url, None, read.append) == "done"
+    assert sum(read) == sum(info["bytes"] for info in run_.manifest(STAGE, url)["files"].values())
+    storage.write_json(name, "graph/Graph.json")
+    with pytest.raises(InputError, match=rf"{name}: damaged: its checksum"):
+        run_.state(STAGE, url, None)
+    storage.write_json(name, "shorter")
+    with pytest.raises(InputError, match=rf"{name}: truncated or changed"):
+        run_.state(STAGE, url, None)
+
+
+def test_files_of_the_noted_time_are_not_read(tmp_path: Path) -> None:
+    url, path = str(tmp_path), tmp_path / "graph" / "graph.json"
+    finished_stage(url, STAGE)
+    before = path.stat()
+    path.write_text('"graph/Graph.json"\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk would do it
+    assert run_.state(STAGE, url, None) == "done"
+    with pytest.raises(InputError, match=rf"{path}: damaged"):
+        run_.state(STAGE, url, None, lambda size: None)
+
+
+def test_after_a_move_that_set_new_times_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = str(tmp_path)
+    finished_stage(url, STAGE)
+    for path in (tmp_path / "graph").rglob("*.json"):
+        os.utime(path, (1, 1))
+    read: list[str] = []
+    real = storage.checksums.file_info
+    monkeypatch.setattr(storage.checksums, "file_info", lambda url, *rest: [read.append(url), real(url, *rest)][1])
+    assert run_.state(STAGE, url, None) == "done"
+    assert len(read) == 2
+    assert run_.state(STAGE, url, None) == "done"
+    assert len(read) == 2, "the new times were noted"
+
+
+def test_files_may_be_deleted_once_their_only_reader_is_done(url: str) -> None:
+    """And are not computed again; a reader that was made of others does not count."""
+    source = Stage("source", "source", ("source",), lambda run: {}, makes=r".*json", reader=STAGE)
+    finished_stage(url, source)
+    storage.remove(f"{url}/source/graph.json")
+    assert run_.state(source, url, None) == "new"
+    finished_stage(url, STAGE, "of another")
+    assert run_.state(source, url, None) == "new"
+    finished_stage(url, STAGE, run_.digest(source, url))
+    assert run_.state(source, url, None) == "done"
+    storage.write_json(f"{url}/source/part-00000/feat.json", "changed")
+    with pytest.raises(InputError, match="truncated or changed"):  # what is left is looked at
+        run_.state(source, url, None)
