@@ -14,7 +14,7 @@ from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import deal
-from rbm_dist.runtime.placement import this_host
+from rbm_dist.runtime.placement import this_host, working_hosts
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from tests.patience import patient
 from tests.small_graph import small_graph, small_store, with_sparse_features, write_graph
@@ -59,7 +59,7 @@ def test_rows_and_samples_are_those_of_the_mapped_graph(servers: ShardServers, u
 
 
 def test_each_host_has_a_server_of_its_own_parts(servers: ShardServers) -> None:
-    hosts = sorted(node["NodeID"] for node in ray.nodes())
+    hosts = working_hosts()
     assert ray.get([actor.host.remote() for actor in servers.actors]) == hosts
     near = deal(PARTS, hosts)[hosts.index(this_host())]
     assert servers.open("numba").held_parts == near

@@ -181,12 +181,13 @@ def test_hosts_begin_with_their_own_parts_and_a_slow_one_leaves_the_others_its_r
 
 @pytest.mark.slow
 def test_a_lost_host_leaves_its_parts_to_others(cluster: Cluster, tmp_path: Path) -> None:
-    extra = cluster.add_node(num_cpus=4, resources={"extra": 4})
+    extra = cluster.add_node(num_cpus=4)
 
     def work(part: int) -> str:
         if this_host() == extra.node_id:
             (tmp_path / "there").touch()
             time.sleep(patient(600))
+        wait_for(tmp_path / "there")
         return this_host()
 
     with ThreadPoolExecutor() as pool:
