@@ -1,5 +1,6 @@
 """The rule by which a stage is skipped, gone on with, or started; and what of a run directory is the user's."""
 
+import os
 from pathlib import Path
 
 import pytest
