@@ -252,9 +252,9 @@ class ProgressRelay:
     def _run(self) -> None:
         while not self._stop.wait(_POLL_S):
             self._poll()
-            self._bars.tick()
-            if self._status and self._exported:
-                with contextlib.suppress(Exception):  # they only report
+            with contextlib.suppress(Exception):  # it only reports, and the thread must go on
+                self._bars.tick()
+                if self._status and self._exported:
                     self._exported.publish(self._status.snapshot())
 
     def _poll(self) -> int | None:
