@@ -100,6 +100,8 @@ def _disks(facts: Facts, object_store: float | None) -> Iterator[Line]:
     for name, free in facts["free"].items():
         full = free < _FREE
         yield Line(name, f"{size(free)} free", LOOK if full else OK, "free some of the disk" if full else "")
+    if facts["cache_error"]:
+        yield Line("cache of remote files", facts["cache_error"], WRONG)
     small = facts["shared_memory"] < (object_store or 0)
     text = size(facts["shared_memory"]) + (f"; Ray's object store: {size(object_store)}" if object_store else "")
     advice = "a larger /dev/shm (docker run --shm-size, an emptyDir of medium Memory)" if small else ""

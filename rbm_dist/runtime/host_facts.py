@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rbm_dist import __version__, conditional_put, storage
+from rbm_dist.cpus import usable_cpus
+from rbm_dist.errors import InputError
 from rbm_dist.graph.partition import available_memory
+from rbm_dist.storage.cache import cache_folder
 
 Facts = dict[str, Any]
 
@@ -30,7 +33,11 @@ def host_facts(session_dir: str | None = None) -> Facts:
     import ray
     import torch
 
-    folders = {"temporary folder": tempfile.gettempdir()}
+    folders, cache_error = {"temporary folder": tempfile.gettempdir()}, None
+    try:
+        folders["cache of remote files"] = str(cache_folder())
+    except InputError as error:
+        cache_error = str(error)
     if session_dir:
         folders["Ray's spill folder"] = session_dir
     return {
@@ -40,10 +47,11 @@ def host_facts(session_dir: str | None = None) -> Facts:
         "rbm-dist": f"{__version__}, code {code_hash()}",
         "gpus": _gpus(),
         "torch_cuda": torch.version.cuda,
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": usable_cpus(),
         "memory": available_memory(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "free": {name: shutil.disk_usage(path).free for name, path in folders.items()},
+        "cache_error": cache_error,
         "shared_memory": shutil.disk_usage("/dev/shm").total if os.path.exists("/dev/shm") else 0,
     }
 

@@ -12,6 +12,7 @@ GOOD: dict[str, Any] = {
     "python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0", "rbm-dist": "0.1.0, code 0123", "torch_cuda": "13.0",
     "gpus": [{"name": "H100", "memory": 80 * 10**9, "driver": "580.1"}] * 2, "cpus": 16, "memory": 64 * 10**9,
     "files": 65536, "free": {"temporary folder": 10**12}, "shared_memory": 32 * 10**9, "clock_s": 0.01,
+    "cache_error": None,
     "resources": {"CPU": 16.0, "GPU": 2.0, "object_store_memory": 8e9}, "rates": {"b": 1.2e9},
     "storage": {"error": None, "write": 4e8, "read": 5e8, "held": True, "shared": True},
 }  # fmt: skip
@@ -34,6 +35,7 @@ def lines(**changes: Any) -> list[Line]:
         ({"cpus": 4}, "CPUs", "look at", "ray start --num-cpus=4"),
         ({"shared_memory": 64 << 20}, "/dev/shm", "look at", "--shm-size"),
         ({"free": {"temporary folder": 10**9}}, "temporary folder", "look at", "free some"),
+        ({"cache_error": "belongs to another user"}, "cache of remote files", "wrong", ""),
         ({"files": 1024}, "open files", "look at", "ulimit -n"),
         ({"clock_s": -5.0}, "clock", "look at", "chrony"),
         ({"clock_s": 1000.0}, "clock", "wrong", "chrony"),
