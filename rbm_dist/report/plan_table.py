@@ -52,6 +52,10 @@ def plan_table(plan: dict[str, Any]) -> Group:
             "memory is base + held of each process, mapped files are given back when memory is short"
         ),
     ]
+    if plan["cached"] is not None:
+        lines.append(
+            Text(f"cache of run_dir on each host: {size(plan['cached'])} at the peak, may have {size(hosts['cache'])}")
+        )
     wanted = plan["hosts_wanted"]
     advised = f"{wanted} such host{'s' * (wanted > 1)}" if wanted else "larger hosts or another configuration"
     lines.append(

@@ -29,13 +29,18 @@ _MOST_HOSTS = 256
 
 @dataclass(frozen=True)
 class Hosts:
-    """The machines, all alike. Memory and disk in bytes; disk: what is free for the run directory, None if unknown."""
+    """The machines, all alike. Memory and disk in bytes.
+
+    disk: what is free for the run directory, None if unknown. cache: what each may keep of a run directory on object
+    storage, None if it is elsewhere.
+    """
 
     count: int
     memory: int
     cores: int
     gpus: int = 0
     disk: int | None = None
+    cache: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Plan:
     parts: int
     hosts_wanted: int | None  # None: no number of such hosts would do
     workers: int
+    cached: int | None  # bytes that each host would fetch into its cache and use at once; None: nothing is fetched
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes and the table shows; `disk`: the most that the run directory holds at any time."""
@@ -95,12 +101,14 @@ class Plan:
 
 def these_hosts(run_dir: str, count: int, memory_gib: float | None, cores: int | None, gpus: int) -> Hosts:
     """Hosts of a person's figures; where one is None, it is this machine's. Disk: as far as it can be asked."""
-    disk = None
-    if storage.is_local(run_dir):
+    disk = cache = None
+    if not storage.is_local(run_dir):
+        cache = storage.budget()
+    else:
         folder = Path(storage.absolute(run_dir))
         disk = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
     memory = available_memory() if memory_gib is None else round(memory_gib * 2**30)
-    return Hosts(count, memory, cores or usable_cpus(), gpus, disk)
+    return Hosts(count, memory, cores or usable_cpus(), gpus, disk, cache)
 
 
 def make_plan(config: Config, facts: SourceFacts, hosts: Hosts) -> Plan:
@@ -112,7 +120,8 @@ def make_plan(config: Config, facts: SourceFacts, hosts: Hosts) -> Plan:
     size = stages[1].kept
     # Two for each worker, so that parts can be dealt out evenly; no more than there are nodes.
     parts = min(max(2 * config.cluster.most_workers, -(-size // _PART_BYTES), 4), facts.num_nodes)
-    return Plan(facts, hosts, stages, _problems(config, facts, hosts, stages), parts, wanted, workers)
+    cached = None if hosts.cache is None else max(_cached(config, facts, hosts, stage) for stage in stages)
+    return Plan(facts, hosts, stages, _problems(config, facts, hosts, stages), parts, wanted, workers, cached)
 
 
 def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StagePlan]:
@@ -193,6 +202,16 @@ def peak_disk(stages: list[StagePlan]) -> int:
     return peak
 
 
+def _cached(config: Config, facts: SourceFacts, hosts: Hosts, stage: StagePlan) -> int:
+    """What a host has mapped of remote files while a stage is at work; the rest is read in slices."""
+    if stage.name == "source":
+        return facts.num_nodes  # the splits
+    if stage.name == "partition":
+        return 4 * facts.num_edges + 12 * facts.num_nodes  # edges, and the nodes' new ids
+    servers = config.cluster.shard_servers
+    return stage.mapped // min(servers, hosts.count) if servers and stage.name != "evaluate" else stage.mapped
+
+
 def _memory(step: list[Process]) -> int:
     return sum(process.count * (process.base + process.held) for process in step)
 
@@ -231,6 +250,14 @@ def _problems(config: Config, facts: SourceFacts, hosts: Hosts, stages: list[Sta
             f"{at.name}: the run directory needs {gigabytes(disk)} of disk, {gigabytes(hosts.disk)} are free; "
             f"set run_dir to another disk{' or partition.features: int8' * less}"
         )
+    for stage in stages if hosts.cache is not None else ():
+        needed = _cached(config, facts, hosts, stage)
+        if hosts.cache is not None and needed > hosts.cache:
+            problems.append(
+                f"{stage.name}: needs {gigabytes(needed)} of run_dir in each host's cache, which may have "
+                f"{gigabytes(hosts.cache)}; set RBM_DIST_CACHE to a larger disk, raise RBM_DIST_CACHE_GB"
+                f"{', or set cluster.shard_servers' * (not config.cluster.shard_servers)}"
+            )
     wanted = max(config.cluster.most_workers, config.cluster.inference_workers)
     if config.cluster.use_gpu and wanted > hosts.count * hosts.gpus:
         problems.append(

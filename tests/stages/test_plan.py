@@ -138,12 +138,14 @@ def test_time_falls_with_cores_and_features_in_less_space() -> None:
     assert saved == 3 * PAPERS.num_nodes * PAPERS.num_features
 
 
-def test_these_hosts_are_this_machine_by_default(tmp_path: Path) -> None:
+def test_these_hosts_are_this_machine_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = these_hosts(str(tmp_path / "not" / "there"), 1, None, None, 0)
     assert hosts.memory > 0
     assert hosts.cores > 0
     assert hosts.disk
-    assert these_hosts("memory://run", 2, 3.5, 7, 1) == Hosts(2, round(3.5 * GIB), 7, 1, None)
+    monkeypatch.setenv("RBM_DIST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RBM_DIST_CACHE_GB", "3")
+    assert these_hosts("memory://run", 2, 3.5, 7, 1) == Hosts(2, round(3.5 * GIB), 7, 1, None, 3 * 10**9)
 
 
 @pytest.mark.parametrize("model", ["mlp", "mlp_x4", "ensemble", "moe", "rbm"])
@@ -183,3 +185,18 @@ def test_disk_is_what_a_small_run_takes(tmp_path: Path) -> None:
     for stage, size in taken.items():
         _, kept, _, _ = getattr(costs, stage)()
         assert kept == pytest.approx(size, rel=0.1), stage
+
+
+def test_the_cache_of_a_run_on_object_storage_is_counted() -> None:
+    config = Config.model_validate({"run_dir": "s3://bucket/run", "partition": {"method": "streaming"}})
+    plan = make_plan(config, PAPERS, Hosts(4, 64 * GIB, 8, 0, None, 20 * 10**9))
+    edges = 4 * PAPERS.num_edges + 12 * PAPERS.num_nodes
+    teacher = next(stage for stage in plan.stages if stage.name == "teacher")
+    assert plan.cached == max(edges, *(stage.mapped for stage in plan.stages[2:]))
+    (problem,) = [each for each in plan.problems if each.startswith("teacher")]
+    assert f"{teacher.mapped / 1e9:,.2f} GB of run_dir in each host's cache, which may have 20.00 GB" in problem
+    assert "or set cluster.shard_servers" in problem
+    served = config.model_copy(update={"cluster": config.cluster.model_copy(update={"shard_servers": 4})})
+    problems = make_plan(served, PAPERS, Hosts(4, 64 * GIB, 8, 0, None, 20 * 10**9)).problems
+    assert not [each for each in problems if each.startswith("teacher")], "each host has a quarter"
+    assert make_plan(config, PAPERS, Hosts(4, 64 * GIB, 8)).cached is None
