@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from rbm_dist.moe.collectives import traffic
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
 
@@ -86,11 +87,14 @@ class Pace:
                 order = int(time.monotonic() - self._saved >= 60 * self._minutes)
             distance = min(max(1, round(_ASK_S * self._steps / elapsed)), _GROWTH * self._distance)
         load = [] if self._load_E is None else self._load_E.tolist()
-        summed = sum_figures([order, distance, failed, self._wait_s, self._edges, *load], self._mesh)
+        here = [order, distance, failed, self._wait_s, self._edges, traffic.take(), *load]
+        summed = sum_figures(here, self._mesh)
         self._distance = int(summed[1])
         if self._mesh.rank == 0:
-            wait_s, edges, *load = summed[3:]
+            wait_s, edges, exchanged, *load = summed[3:]
             figures = {"rows_per_s": self._rows / elapsed, "wait_share": wait_s / self._mesh.world_size / elapsed}
+            if exchanged:
+                figures["exchanged_bytes_per_s"] = exchanged / elapsed
             if edges:
                 figures["edges_per_s"] = edges / elapsed
             if sum(load):

@@ -106,11 +106,13 @@ def hide_unseen(graph: SourceGraph, share: float, seed: int) -> SourceGraph:
 def _read_digits(config: DigitsConfig, seed: int) -> SourceGraph:
     from sklearn.datasets import load_digits
     from sklearn.neighbors import kneighbors_graph
+    from threadpoolctl import threadpool_limits
 
     digits = load_digits()
     if config.neighbors >= len(digits.data):
         raise InputError(f"source.neighbors: {config.neighbors} neighbours, but there are {len(digits.data)} images")
-    links = kneighbors_graph(digits.data, config.neighbors, mode="connectivity", include_self=False).tocoo()
+    with threadpool_limits(1):  # of images that are as near, other threads find others
+        links = kneighbors_graph(digits.data, config.neighbors, mode="connectivity", include_self=False).tocoo()
     label = digits.target.astype(np.int64)
     return _assemble(
         *(links.row, links.col, len(label), True),
