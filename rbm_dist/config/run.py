@@ -231,6 +231,11 @@ class ClusterConfig(Section):
     def most_workers(self) -> int:
         return self.train_workers if isinstance(self.train_workers, int) else self.train_workers[1]
 
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What a training or inference worker takes of Ray."""
+        return {"CPU": 1.0} | ({"GPU": 1.0} if self.use_gpu else {})
+
     def group_size(self, room: int) -> int:
         """How many workers a group has where there is room for so many: whole sets of experts."""
         return min(room, self.most_workers) // self.expert_parallel * self.expert_parallel

@@ -9,10 +9,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import ray
-from ray._private.state import available_resources_per_node
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.cpus import usable_cpus
@@ -67,45 +65,6 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@dataclass(frozen=True)
-class Host:
-    """A node of the cluster that takes work: one that is about to be taken away does not."""
-
-    address: str
-    total: dict[str, float]  # by resource: CPU, GPU
-    free: dict[str, float]
-
-    def fits(self, resources: dict[str, float]) -> int:
-        """How many workers with these resources have room here now."""
-        return int(min(self.free.get(name, 0.0) // amount for name, amount in resources.items() if amount))
-
-
-def hosts() -> list[Host]:
-    """Every node that takes work, and what is free there now."""
-    free, leaving = available_resources_per_node(), leaving_hosts()
-    return [
-        Host(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in leaving
-    ]
-
-
-def leaving_hosts() -> set[str]:
-    """Ids of the nodes that are about to be taken away: preempted, or scaled down."""
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def describe_room(resources: dict[str, float]) -> str:
-    """For messages: what a worker wants, and what each host has."""
-    wanted = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-    there = "; ".join(
-        f"{host.address}: "
-        + ", ".join(f"{host.free.get(name, 0):g} of {host.total.get(name, 0):g} {name} free" for name in resources)
-        for host in hosts()
-    )
-    return f"each wants {wanted}; there is {there or 'no host'}"
 
 
 def spare_cpus() -> int:

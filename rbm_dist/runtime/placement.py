@@ -6,9 +6,11 @@ parts, whatever it does with them. Results do not depend on it: parts are the un
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rbm_dist.cpus import usable_cpus
@@ -22,6 +24,41 @@ _MARKET_TYPE = "ray.io/market-type"
 def this_host() -> str:
     """The name of the host that this process is on: the id of its Ray node."""
     return ray.get_runtime_context().get_node_id()
+
+
+@dataclass(frozen=True)
+class Host:
+    """A node of the cluster that takes work: one that is about to be taken away does not."""
+
+    address: str
+    total: dict[str, float]  # by resource: CPU, GPU
+    free: dict[str, float]
+
+    def fits(self, resources: dict[str, float]) -> int:
+        """How many workers with these resources have room here now."""
+        return int(min(self.free.get(name, 0.0) // amount for name, amount in resources.items() if amount))
+
+
+def hosts() -> list[Host]:
+    """Every node that takes work, and what is free there now."""
+    free = available_resources_per_node()
+    return [Host(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {})) for node in _nodes()]
+
+
+def leaving_hosts() -> set[str]:
+    """Ids of the nodes that are about to be taken away: preempted, or scaled down."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def describe_room(resources: dict[str, float]) -> str:
+    """For messages: what a worker wants, and what each host has."""
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    there = "; ".join(
+        f"{host.address}: "
+        + ", ".join(f"{host.free.get(name, 0):g} of {host.total.get(name, 0):g} {name} free" for name in resources)
+        for host in hosts()
+    )
+    return f"each wants {wanted}; there is {there or 'no host'}"
 
 
 def working_hosts(use_gpu: bool = False) -> list[str]:
@@ -90,7 +127,8 @@ class PartQueue:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+    leaving = leaving_hosts()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def _preemptible(node: dict[str, Any]) -> bool:

@@ -11,10 +11,9 @@ from ray.exceptions import RayActorError
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import RunError, disk_full_here
-from rbm_dist.runtime.cluster import describe_room
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
-from rbm_dist.runtime.placement import PartQueue, this_host, working_hosts
+from rbm_dist.runtime.placement import PartQueue, describe_room, this_host, working_hosts
 from rbm_dist.runtime.progress import warnings_of
 
 _AHEAD = 2  # tasks per CPU that are handed over before they can run; at least _AT_LEAST in all
@@ -47,17 +46,15 @@ def run_tasks(
     return _collect(stage, calls, at_once, cluster, on_done)
 
 
-def run_on_parts(
-    stage: str, make_worker: Callable[[], Any], parts: list[int], num_workers: int, use_gpu: bool,
-    cluster: ClusterConfig,
-) -> list[Any]:  # fmt: skip
-    """Call a `make_worker()` on every part, in actors that each build one. Results in the order of `parts`.
+def run_on_parts(stage: str, make_worker: Callable[[], Any], parts: list[int], cluster: ClusterConfig) -> list[Any]:
+    """Call a `make_worker()` on every part, in inference actors that each build one. Results in the order of `parts`.
 
     An actor that is free takes the next part, of those that are at home on its host as long as there are any. The part
     of an actor that is lost, or hangs, is taken by another, and a new actor starts in its place. Raises `InputError` or
     `RunError`.
     """
-    wait = _Wait(stage, cluster, {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}))
+    num_workers, use_gpu = cluster.inference_workers, cluster.use_gpu
+    wait = _Wait(stage, cluster, cluster.worker_resources)
     queue = PartQueue(parts, working_hosts(use_gpu))
     actor = ray.remote(_PartActor).options(
         num_cpus=1, num_gpus=1 if use_gpu else 0, scheduling_strategy="DEFAULT" if use_gpu else "SPREAD"

@@ -26,10 +26,9 @@ from rbm_dist.errors import RunError, disk_full_here
 from rbm_dist.parallel.checkpoint import saved
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.training_checkpoints import Left
-from rbm_dist.runtime.cluster import describe_room, hosts, leaving_hosts
 from rbm_dist.runtime.failures import RAY_FAILURES, LostError, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
-from rbm_dist.runtime.placement import this_host, threads_per_worker
+from rbm_dist.runtime.placement import describe_room, hosts, leaving_hosts, this_host, threads_per_worker
 from rbm_dist.runtime.progress import Reporter, warnings_of
 
 Loop = Callable[..., None]
@@ -118,7 +117,7 @@ class TrainingGroups:
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=config.use_gpu,
-                resources_per_worker=_worker_resources(config),
+                resources_per_worker=config.worker_resources,
                 placement_strategy="PACK" if config.use_gpu else "SPREAD",
             ),
             torch_config=TorchConfig(timeout_s=int(config.collective_timeout_s)),
@@ -185,13 +184,9 @@ class TrainingGroups:
             storage.remove(group.scratch_url)
 
 
-def _worker_resources(config: ClusterConfig) -> dict[str, float]:
-    return {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
-
-
 def _room(config: ClusterConfig) -> int:
     """How many more training workers have room now."""
-    return sum(host.fits(_worker_resources(config)) for host in hosts())
+    return sum(host.fits(config.worker_resources) for host in hosts())
 
 
 def _room_for(stage: str, config: ClusterConfig) -> int:
@@ -208,7 +203,7 @@ def _room_for(stage: str, config: ClusterConfig) -> int:
         if waited > config.start_timeout_s:
             raise RunError(
                 f"{stage}: room for {room} of {fewest} workers after {config.start_timeout_s:g} s "
-                f"(cluster.start_timeout_s): {describe_room(_worker_resources(config))}. Add hosts, lower "
+                f"(cluster.start_timeout_s): {describe_room(config.worker_resources)}. Add hosts, lower "
                 "cluster.train_workers, or give it as [fewest, most]"
             )
         time.sleep(_POLL_S)

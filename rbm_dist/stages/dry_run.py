@@ -12,8 +12,9 @@ from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig, Config
 from rbm_dist.report.doctor_table import WRONG, doctor_table, judged
 from rbm_dist.report.workers_table import workers_table
-from rbm_dist.runtime.cluster import hosts, ray_cluster
+from rbm_dist.runtime.cluster import ray_cluster
 from rbm_dist.runtime.doctor import examine
+from rbm_dist.runtime.placement import hosts
 from rbm_dist.stages import lease
 from rbm_dist.stages import run as run_
 from rbm_dist.stages.inputs import check_input
@@ -91,11 +92,10 @@ def missing(cluster: ClusterConfig, room: int) -> list[str]:
 
 def _room(cluster: ClusterConfig, address: str | None) -> tuple[list[str], list[int]]:
     """The hosts, and how many workers each has room for now."""
-    wants = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.use_gpu else {})
     if address:
         with ray_cluster(cluster, address):
             there = hosts()
-        return [host.address for host in there], [host.fits(wants) for host in there]
+        return [host.address for host in there], [host.fits(cluster.worker_resources) for host in there]
     import torch
 
     # The Ray that a run starts here has a CPU for each worker.

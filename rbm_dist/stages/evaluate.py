@@ -55,7 +55,7 @@ def run_evaluate(run: Run) -> Files:
         arguments = (run.config, run.graph_url, servers)
         (baselines,) = run_tasks("evaluate", fit_baselines, [arguments], cluster)
         make_worker = functools.partial(make_counter, run.config, run.url, baselines, run.reporter, servers)
-        counts = run_on_parts("evaluate", make_worker, parts, cluster.inference_workers, cluster.use_gpu, cluster)
+        counts = run_on_parts("evaluate", make_worker, parts, cluster)
     (figures,) = run_tasks("evaluate", figures_of, [(run.config, run.url, counts)], cluster)
     info = storage.write_json(run.path("evaluate", "figures.json"), figures)
     storage.remove_work(run.path("evaluate", WORK))

@@ -106,10 +106,7 @@ def _fill(
 
 
 def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-    cluster = run.config.cluster
-    return run_on_parts(
-        "soft_labels", make_worker, parts, cluster.inference_workers, cluster.use_gpu, run.config.cluster
-    )  # fmt: skip
+    return run_on_parts("soft_labels", make_worker, parts, run.config.cluster)
 
 
 def _make_worker(

@@ -193,7 +193,7 @@ def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) ->
     assert "partition, task 3: it went on: ValueError('a cause')" in shown
     assert shown[3] == "4 more warning(s) like: checkpoint passed over: [part 0]"
     with terminal.relay():
-        run_on_parts("soft_labels", lambda: warn, [7], 1, use_gpu=False, cluster=ClusterConfig())
+        run_on_parts("soft_labels", lambda: warn, [7], ClusterConfig(inference_workers=1))
     assert terminal.warnings()[4:] == ["soft_labels, part 7: checkpoint passed over: [part 1]"], "of this stage"
 
 

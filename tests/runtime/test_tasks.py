@@ -65,12 +65,14 @@ def test_errors_reach_the_driver_as_themselves(cluster: None, kind: str, error: 
     with pytest.raises(error, match=message):
         run_tasks("partition", fail, [(kind,)], cluster=ClusterConfig())
     with pytest.raises(error, match=message):
-        run_on_parts("partition", lambda: lambda part: fail(kind), [0, 1], 2, use_gpu=False, cluster=ClusterConfig())
+        run_on_parts("partition", lambda: lambda part: fail(kind), [0, 1], ClusterConfig(inference_workers=2))
 
 
 def test_work_that_finds_no_room_ends_with_what_is_missing(cluster: None) -> None:
     with pytest.raises(RunError, match=r"no worker started within 2 s .* each wants 1 CPU and 1 GPU; .* 0 of 0 GPU"):
-        run_on_parts("soft_labels", lambda: square, [0], 1, use_gpu=True, cluster=ClusterConfig(start_timeout_s=2))
+        run_on_parts(
+            "soft_labels", lambda: square, [0], ClusterConfig(inference_workers=1, use_gpu=True, start_timeout_s=2)
+        )
 
 
 def stop_once(mark: Path, signal_number: int) -> str:
@@ -133,9 +135,7 @@ def dies_once(folder: Path) -> Callable[[int], int]:
 
 
 def test_the_part_of_a_lost_actor_is_taken_by_another(cluster: Cluster, tmp_path: Path) -> None:
-    found = run_on_parts(
-        "soft_labels", lambda: dies_once(tmp_path), [*range(6)], 2, use_gpu=False, cluster=ClusterConfig()
-    )
+    found = run_on_parts("soft_labels", lambda: dies_once(tmp_path), [*range(6)], ClusterConfig(inference_workers=2))
     assert found == [part * part for part in range(6)]
 
 
@@ -145,7 +145,7 @@ def always_dies(part: int) -> None:
 
 def test_a_part_that_loses_every_actor_ends_the_stage(cluster: Cluster) -> None:
     with pytest.raises(RunError, match="soft_labels: Actor"):
-        run_on_parts("soft_labels", lambda: always_dies, [0], 1, use_gpu=False, cluster=ClusterConfig())
+        run_on_parts("soft_labels", lambda: always_dies, [0], ClusterConfig(inference_workers=1))
 
 
 def notes_host(folder: Path, slow: int) -> Callable[[int], str]:
@@ -173,7 +173,7 @@ def test_hosts_begin_with_their_own_parts_and_a_slow_one_leaves_the_others_its_r
 ) -> None:
     hosts = working_hosts()
     make = functools.partial(notes_host, tmp_path, 0)
-    at = run_on_parts("soft_labels", make, [*range(8)], 2, use_gpu=False, cluster=ClusterConfig())
+    at = run_on_parts("soft_labels", make, [*range(8)], ClusterConfig(inference_workers=2))
     first = {file.name.split("-")[1]: int(file.name.split("-")[2]) for file in tmp_path.glob("first-*")}
     assert first == {hosts[0]: 0, hosts[1]: 4}
     assert at == [hosts[0], *[hosts[1]] * 7], "the host of part 0 was busy until all others were done"
@@ -193,7 +193,7 @@ def test_a_lost_host_leaves_its_parts_to_others(cluster: Cluster, tmp_path: Path
     with ThreadPoolExecutor() as pool:
         try:
             found = pool.submit(
-                run_on_parts, "soft_labels", lambda: work, [*range(9)], 3, use_gpu=False, cluster=ClusterConfig()
+                run_on_parts, "soft_labels", lambda: work, [*range(9)], ClusterConfig(inference_workers=3)
             )
             wait_for(tmp_path / "there")
         finally:
