@@ -9,6 +9,7 @@ displaces nor deletes those of its successor.
 import re
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def load(folder: str, state: dict[str, Tensor], mesh: Mesh) -> None:
     Raises `RunError` on all ranks if one of them cannot.
     """
     reader = dcp.HuggingFaceStorageReader(folder)
-    with together(mesh, folder):
+    with together(mesh, folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a single process is a single process
         dcp.load(state, storage_reader=reader, process_group=mesh.cpu_group, no_dist=mesh.cpu_group is None)
 
 
