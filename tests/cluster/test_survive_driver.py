@@ -11,7 +11,6 @@ from tests.patience import patient
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
 
 
-@pytest.mark.xfail(strict=True, reason="SIGTERM: the group saves, and the driver ends with 143")
 @pytest.mark.parametrize("loop", ["teacher", "student/rbm"])
 def test_a_run_that_is_terminated_saves_first(
     submit: Callable[..., Submitted], undisturbed: Undisturbed, loop: str
@@ -30,7 +29,6 @@ def test_a_run_that_is_terminated_saves_first(
     undisturbed.assert_same(second)
 
 
-@pytest.mark.xfail(strict=True, reason="a lease on the run directory, on object storage too")
 def test_the_second_of_two_drivers_is_refused(submit: Callable[..., Submitted], undisturbed: Undisturbed) -> None:
     first = submit()
     first.wait_for_step("teacher")
