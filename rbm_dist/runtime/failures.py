@@ -1,6 +1,6 @@
 """What went wrong in a task, an actor or a worker, as an error that a person sees, and whether to try again."""
 
-from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -11,7 +11,6 @@ RAY_FAILURES = (RayError, TrainingFailedError)
 
 # What a worker raises when it is another that died: torch has no class of its own for most of it.
 _OF_PEERS = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe", "process group", "reset by peer")
-_KILLED_FOR_MEMORY = "low on memory"  # in what Ray says of a process that it ended
 
 
 class LostError(RunError):
@@ -55,10 +54,8 @@ def _is_loss(cause: BaseException) -> bool:
 
 
 def _is_out_of_memory(cause: BaseException) -> bool:
-    # By name: those of torch and of Ray, neither of which has to be imported for it.
-    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(cause, (RayActorError, WorkerCrashedError)) and _KILLED_FOR_MEMORY in str(cause)
+    # By name: a GPU's, of torch; a host's, of Ray, which ends processes before the kernel would.
+    return isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
 
 
 def _root(error: BaseException) -> BaseException:
