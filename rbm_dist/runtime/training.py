@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ray.autoscaler.sdk import request_resources
 
 from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig
@@ -73,6 +74,8 @@ class TrainingGroups:
     def __exit__(self, *_: object) -> None:
         if self._group is not None:  # it ends with the driver's connection to Ray
             self._forget(self._group)
+        with contextlib.suppress(Exception):  # of a cluster that is gone
+            request_resources(bundles=[])
 
     def run(self, stage: str, loop: Loop, arguments: dict[str, Any], url: str) -> None:
         """Run `loop(mesh=…, reporter=…, **arguments)` on every worker, again from its checkpoints when one is lost.
@@ -196,6 +199,8 @@ def _room_for(stage: str, config: ClusterConfig) -> int:
     """
     fewest, most = config.fewest_workers, config.most_workers
     start = time.monotonic()
+    # An autoscaler, if there is one, starts hosts for what is asked for, and keeps them until less is.
+    request_resources(bundles=[config.worker_resources] * most)
     while (room := _room(config)) < most:
         waited = time.monotonic() - start
         if room >= fewest and waited > _SETTLE_S:
