@@ -11,7 +11,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 
@@ -133,9 +132,13 @@ def _load_file(path: str) -> Any:
     from torch_geometric.data.storage import GlobalStorage
 
     local = storage.is_local(path)  # then tensors are mapped
+    fs, inner = storage.filesystem(path)
     try:
         # A Data consists of these too, which PyG does not declare safe as it does Data.
-        with torch.serialization.safe_globals([DataEdgeAttr, DataTensorAttr, GlobalStorage]), fsspec.open(path) as file:
+        with (
+            torch.serialization.safe_globals([DataEdgeAttr, DataTensorAttr, GlobalStorage]),
+            fs.open(inner, "rb") as file,
+        ):
             return torch.load(storage.absolute(path) if local else file, "cpu", weights_only=True, mmap=local)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file (source.path)") from None

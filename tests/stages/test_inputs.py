@@ -13,7 +13,7 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 from rbm_dist.stages import run as run_
-from rbm_dist.stages.inputs import check_input
+from rbm_dist.stages.inputs import check_input, note_input
 from rbm_dist.stages.pipeline import STAGES
 from rbm_dist.stages.source import over_here, stage_source
 from tests.sources import table_input
@@ -159,3 +159,38 @@ def test_where_a_class_of_pyg_keeps_its_files_decides_nothing(tmp_path: Path) ->
     storage.write_json(f"{tmp_path}/source/inputs.json", {})
     assert check(settings("/b", "x")) == ""
     assert "source.arguments.name: 'x' there, 'y' now" in refusal(settings("/a", "y"))
+
+
+ARXIV = ["edge", "node-feat", "node-label", "num-node-list", "num-edge-list"]
+FILES = {
+    "npz": ({"path": "graph.npz"}, ["graph.npz"]),
+    "pyg": ({"path": "data.pt"}, ["data.pt"]),
+    "ogb": (
+        {"root": "", "name": "ogbn-arxiv"},
+        [f"ogbn_arxiv/raw/{name}.csv.gz" for name in ARXIV]
+        + [f"ogbn_arxiv/split/time/{name}.csv.gz" for name in ("train", "valid", "test")],
+    ),
+    "tables": ({"nodes": "nodes/*.csv", "edges": "edges"}, ["nodes/0.csv", "nodes/1.csv", "edges/a.csv"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_change_of_any_file_of_any_source_on_any_storage_is_noticed(url: str, kind: str) -> None:
+    """Of a finished stage, and of as many bytes."""
+    keys, names = FILES[kind]
+    paths = {key: value if key == "name" else f"{url}/input/{value}".rstrip("/") for key, value in keys.items()}
+    settings = Config.model_validate({"run_dir": f"{url}/run", "source": {"kind": kind, **paths}})
+    for name in names:
+        storage.write_json(f"{url}/input/{name}", 1)
+    run_.begin(SOURCE, settings, settings.run_dir, None)
+    note_input(settings.source, f"{settings.run_dir}/source")
+    run_.finish(SOURCE, settings.run_dir, {}, 1.0)
+    assert check(settings) == ""
+    for name in names:
+        before = storage.read_json(f"{settings.run_dir}/source/inputs.json")
+        storage.write_json(f"{url}/input/{name}", 2)
+        assert f"{name} is of " in refusal(settings)
+        storage.remove(f"{settings.run_dir}/source/inputs.json")
+        note_input(settings.source, f"{settings.run_dir}/source")
+        assert storage.read_json(f"{settings.run_dir}/source/inputs.json") != before
+        assert check(settings) == ""
