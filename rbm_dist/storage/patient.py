@@ -144,6 +144,7 @@ class PatientFileSystem(AbstractFileSystem):
     rm = _repeated("rm")
     rm_file = _repeated("rm_file")
     mv = _repeated("mv")
+    cp_file = _repeated("cp_file")
     mkdir = _repeated("mkdir")
     makedirs = _repeated("makedirs")
 

@@ -1,10 +1,12 @@
 """Storage that fails for a while is waited for; for good, it is one message, and nothing half is believed."""
 
+import pickle
 import time
 
 import fsspec
 import numpy as np
 import pytest
+from pyarrow.fs import FileSelector, FileType, FSSpecHandler, PyFileSystem
 
 from rbm_dist import storage
 from rbm_dist.errors import InputError, RunError
@@ -129,3 +131,21 @@ def test_a_deadline_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RBM_DIST_STORAGE_TIMEOUT_S", "soon")
     with pytest.raises(InputError, match="RBM_DIST_STORAGE_TIMEOUT_S: seconds expected, found 'soon'"):
         storage.read_json("s3://bucket/a.json")
+
+
+def test_it_is_what_arrow_and_ray_write_through(s3_url: str) -> None:
+    """Also after it was sent to another process."""
+    handler = FSSpecHandler(pickle.loads(pickle.dumps(storage.filesystem(s3_url)[0])))
+    fs, folder = PyFileSystem(handler), s3_url.removeprefix("s3://")
+    fs.create_dir(f"{folder}/a")
+    with fs.open_output_stream(f"{folder}/a/b") as stream:
+        stream.write(CONTENT)
+    with fs.open_input_stream(f"{folder}/a/b") as stream:
+        assert stream.read() == CONTENT
+    fs.copy_file(f"{folder}/a/b", f"{folder}/a/c")
+    found = fs.get_file_info(FileSelector(f"{folder}/a"))
+    assert sorted((each.base_name, each.size, each.type) for each in found) == [
+        ("b", len(CONTENT), FileType.File), ("c", len(CONTENT), FileType.File),
+    ]  # fmt: skip
+    fs.delete_dir(f"{folder}/a")
+    assert fs.get_file_info(f"{folder}/a").type == FileType.NotFound
