@@ -197,10 +197,13 @@ def _evict(path: Path) -> bool:
 
 
 def _wait_for_lock(file: BinaryIO, url: str, part: Path) -> None:
-    """Lock a file alone. Raises `RunError` if another process has it and writes nothing more to it."""
+    """Lock a file alone, or see it become another: whole, when those who map it share the lock, or none.
+
+    Raises `RunError` if another process has it and writes nothing more to it.
+    """
     limit = 2 * timeout_s()
     changed, since = -1, time.monotonic()
-    while True:
+    while _is_at(file, part):
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,18 @@ def test_who_waits_goes_on_when_the_fetching_process_is_killed(
         assert second.result(patient(60)) == 125_000 * ord("a")
     first.join()
     assert list(files(cache)) == [f"{array[1]['sha256']}.npy"]
+
+
+def test_who_waits_is_not_kept_waiting_by_those_who_map_the_file(
+    network: FaultyProxy, s3_url: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBM_DIST_STORAGE_TIMEOUT_S", str(patient(3)))
+    array = written(s3_url, "a")
+    network.matching, network.faults = "^GET", [STALL]  # so that the others come while one is fetching
+    with ThreadPoolExecutor(4) as pool:
+        mapped = list(pool.map(lambda _: storage.open_array(*array), range(4)))
+    assert [int(each.sum()) for each in mapped] == [125_000 * ord("a")] * 4
+    assert sum("GET" in line for line in network.requests) == 2
 
 
 def test_a_fetching_process_that_hangs_is_named(s3_url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
