@@ -188,7 +188,7 @@ def test_exit_codes(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.setattr(cli.runs, "load", fail)
     assert run(monkeypatch, "config", "a.yaml") == code
     assert capsys.readouterr().err.startswith(message)
 
@@ -201,7 +201,7 @@ def test_who_is_terminated_while_ray_waits_says_so(monkeypatch: pytest.MonkeyPat
         except SystemExit:
             raise SystemExit(1) from None  # as Ray does
 
-    monkeypatch.setattr(cli, "load", wait)
+    monkeypatch.setattr(cli.runs, "load", wait)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert run(monkeypatch, "config", "a.yaml") == 143

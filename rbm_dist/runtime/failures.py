@@ -1,5 +1,7 @@
 """What went wrong in a task, an actor or a worker, as an error that a person sees, and whether to try again."""
 
+import re
+
 from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 from ray.train.v2._internal.exceptions import RayTrainError
@@ -14,7 +16,11 @@ _OF_PEERS = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe",
 
 
 class LostError(RunError):
-    """A process, a host, or the way there was lost: the same may well succeed."""
+    """A process, a host, or the way there was lost: the same may well succeed. `what`: this, without advice."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}. Run the same command again to go on from the last checkpoint")
+        self.what = what
 
 
 def explain(error: BaseException, stage: str) -> InputError | RunError:
@@ -41,7 +47,7 @@ def explain(error: BaseException, stage: str) -> InputError | RunError:
         )
     if own:
         return RunError(f"{stage}: {details}. It would fail again; once mended, the same command goes on")
-    return LostError(f"{stage}: {details}. Run the same command again to go on from the last checkpoint")
+    return LostError(f"{stage}: {details}")
 
 
 def _is_loss(cause: BaseException) -> bool:
@@ -68,4 +74,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+    text = " ".join(str(error).split())[:2000]
+    if type(error) is RuntimeError and _is_loss(error):  # gloo adds its own source file, and guesses
+        return re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]
+    return f"{type(error).__name__}: {text}"

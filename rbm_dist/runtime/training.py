@@ -99,9 +99,8 @@ class TrainingGroups:
                 # What the user must change, and what is our own mistake, fails again.
                 if not isinstance(failure, LostError) or failures > config.max_failures:
                     raise failure from None
-                _log.warning(
-                    "%s (%d of at most %d times since the last checkpoint)", failure, failures, config.max_failures
-                )
+                again = "it goes on from the last checkpoint, %d of at most %d times without a new one"
+                _log.warning(f"%s; {again}", failure.what, failures, config.max_failures)
 
     def _start(self, workers: int, scratch_url: str) -> _Group:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

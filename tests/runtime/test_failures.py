@@ -11,7 +11,10 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.runtime.failures import LostError, explain
 
-PEER = RuntimeError("[/pytorch/third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711")
+PEER = RuntimeError(
+    "[/pytorch/third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711. "
+    "This is typically caused by a remote worker crashing."
+)
 LOST = [
     ActorDiedError(),
     WorkerCrashedError(),
@@ -21,6 +24,13 @@ LOST = [
     OSError(errno.EIO, "Input/output error", "/shared/feat.npy"),
     RunError("routing memory: nothing from rank(s) [2] for 300 s"),
 ]
+
+
+def test_what_gloo_says_is_said_in_short() -> None:
+    failure = explain(WorkerGroupError("", {0: PEER}), "teacher")
+    assert isinstance(failure, LostError)
+    assert failure.what == "teacher: rank 0: Connection closed by peer [10.0.0.2]:4711"
+    assert str(failure) == f"{failure.what}. Run the same command again to go on from the last checkpoint"
 
 
 @pytest.mark.parametrize("cause", LOST, ids=lambda cause: type(cause).__name__)
