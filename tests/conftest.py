@@ -13,6 +13,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.patience import patient
+from tests.storage.proxy import FaultyProxy, faulty_proxy
 
 # Ray's workers are nice by default, and get a thirtieth of a core that any other process wants, too.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -94,6 +95,18 @@ def s3_server() -> Iterator[str]:
 def s3_url(s3_server: str, local_cache: Path) -> str:
     """An empty folder on S3."""
     return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def network(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """What lies between `s3_url` and its server: it counts bytes, and can be made to fail."""
+    import s3fs
+
+    with faulty_proxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield proxy
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

@@ -1,19 +1,24 @@
 """The stage `partition` in this process: what it refuses, and what a kill at its very end leaves."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
-from rbm_dist.graph import shuffle
+from rbm_dist.graph import csc, shuffle
 from rbm_dist.sources.source import SourceGraph
-from rbm_dist.sources.staged import write_source
+from rbm_dist.sources.staged import feat_piece, write_source
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.run import Files
-from rbm_dist.stages.source import over_here
+from rbm_dist.stages.source import Arguments, over_here
 from tests.small_graph import small_graph, with_sparse_features
+from tests.storage.proxy import FaultyProxy
 
 
 def partitioned(folder: Path, graph: SourceGraph, **partition: object) -> Files:
@@ -65,3 +70,50 @@ def test_every_file_is_handed_back(tmp_path: Path, features: str) -> None:
     files = partitioned(tmp_path, small_graph(), features=features)
     storage.verify(f"{tmp_path}/graph", files)
     assert set(files) == {str(path.relative_to(tmp_path / "graph")) for path in (tmp_path / "graph").rglob("*.*")}
+
+
+def test_tasks_fetch_their_own_rows_and_the_driver_next_to_nothing(
+    network: FaultyProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a source on object storage whose features are in many pieces."""
+    monkeypatch.setattr(shuffle, "_CHUNK_ROWS", 5000)
+    num_nodes, width, url = 20_000, 48, f"{s3_url}/source"
+    rng = np.random.default_rng(0)
+    graph = replace(
+        small_graph(),
+        csc=csc.build(*rng.integers(0, num_nodes, (2, 60_000)), num_nodes, undirected=True),
+        label=np.zeros(num_nodes, np.int64), split=np.zeros(num_nodes, np.int8), num_features=width,
+        feat_chunks=lambda: iter([np.zeros((num_nodes, width), np.float32)]),
+    )  # fmt: skip
+    files = write_source(url, graph)
+    for piece, rows in enumerate(np.array_split(next(iter(graph.feat_chunks())), 8)):
+        files[feat_piece(piece)] = storage.write_array(f"{url}/{feat_piece(piece)}", rows)
+    ends = [2500 * (piece + 1) for piece in range(8)]
+    storage.write_json(f"{url}/source.json", {"num_classes": 1, "feat_ends": ends})
+    config = Config.model_validate({"run_dir": s3_url, "partition": {"num_parts": 3, "method": "random"}})
+    spent: dict[str, list[int]] = {}
+
+    def over(unit: str, function: Callable[..., Any], arguments: Arguments) -> list[Any]:
+        results, spent[unit] = [], []
+        for each in arguments:
+            before = network.bytes
+            results.append(function(*each))
+            spent[unit].append(network.bytes - before)
+        return results
+
+    before = network.bytes
+    written = write_graph(config, url, files, f"{s3_url}/graph", over)
+    in_driver = network.bytes - before - sum(map(sum, spent.values()))
+    answers = 30_000  # lines of HTTP, and the headers of arrays
+    assert in_driver < 3 * answers, "of which half are spill files' listing and deletion"
+    assert spent["assignment"][0] < sum(files[f"{name}.npy"]["bytes"] for name in ("indptr", "indices")) + answers
+    per_row = sum(files[f"{name}.npy"]["bytes"] for name in ("indptr", "label", "split", "orig_id")) / num_nodes
+    edges = np.diff(graph.csc.indptr[::5000]) * graph.csc.indices.itemsize
+    first, *others = spent["chunks"]
+    assert len(others) == 3
+    for bytes_, of_edges in zip((first - 4 * num_nodes, *others), edges, strict=True):  # the first fetches `new_id`
+        slices = 5000 * (4 * width + per_row + 4) + of_edges
+        assert slices < bytes_ < slices + answers
+    for part, bytes_ in enumerate(spent["parts"]):
+        sizes = [info["bytes"] for name, info in written.items() if name.startswith(f"part-{part:05d}/")]
+        assert bytes_ < sum(sizes) + 2 * answers
