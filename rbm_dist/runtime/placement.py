@@ -74,15 +74,16 @@ def working_hosts(use_gpu: bool = False) -> list[str]:
     return sorted(node["NodeID"] for node in nodes)
 
 
-def on(host: str) -> NodeAffinitySchedulingStrategy:
-    """Schedule on this host, or elsewhere once it is gone."""
-    return NodeAffinitySchedulingStrategy(host, soft=True)
+def on(host: str) -> dict[str, Any]:
+    """The options of an actor that is to be on this host, or elsewhere once it is gone."""
+    # Ray puts an actor without any demand on a random host, whatever the strategy: so it demands one byte.
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(host, soft=True), "memory": 1}
 
 
-def lasting_host() -> NodeAffinitySchedulingStrategy:
-    """Schedule where nobody takes the host away: on this one, if it lasts, else on the head or another that does.
+def lasting_host() -> dict[str, Any]:
+    """As `on` a host that nobody takes away: this one, if it lasts, else the head or another that does.
 
-    For actors that many wait for. Where every host may be taken away, it is this one: what asks ends with it anyway.
+    For what many wait for. Where every host may be taken away, it is this one: what asks ends with it anyway.
     """
     here = this_host()
     lasting = [node for node in _nodes() if not _preemptible(node)]

@@ -206,7 +206,7 @@ def start_mailbox() -> Any:
     It is on the driver's own node, unless that may be preempted. Calls outlive the actor's process.
     """
     mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
-    return mailbox.options(name=MAILBOX, scheduling_strategy=lasting_host()).remote()
+    return mailbox.options(name=MAILBOX, **lasting_host()).remote()
 
 
 class ProgressRelay:

@@ -116,10 +116,7 @@ def shard_servers(config: ClusterConfig, url: str) -> Iterator[ShardServers | No
     server_class = ray.remote(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=_THREADS
     )(_ShardServer)  # fmt: skip
-    actors = [
-        server_class.options(scheduling_strategy=on(host)).remote(url, owned)
-        for host, owned in zip(places, parts, strict=True)
-    ]
+    actors = [server_class.options(**on(host)).remote(url, owned) for host, owned in zip(places, parts, strict=True)]
     try:
         try:
             hosts = ray.get([actor.host.remote() for actor in actors], timeout=config.start_timeout_s)

@@ -22,6 +22,7 @@ _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready 
 # a node that was found over an edge has twice the mean degree.
 _ATTRACTING, _FOUND = 0.5, 2.0
 _PREDICTED_ROWS = 65_536
+_TIMED_ROWS = 1024
 _STATES = 8  # copies of a model's parameters: gradient, Adam's two, the best, and those of a checkpoint being written
 
 
@@ -151,19 +152,25 @@ def hot_rows(config: Config, facts: SourceFacts) -> float:
 
 def inference_actor(config: Config, facts: SourceFacts) -> float:
     """`soft_labels._make_worker`: positions of the sampler, batches ahead, and the messages of a layer."""
-    settings, hidden, fanout = config.soft_labels, config.teacher.hidden, config.soft_labels.fanout
+    settings, fanout = config.soft_labels, config.soft_labels.fanout
     seeds = min(settings.batch_size, math.ceil(facts.num_nodes / config.partition.num_parts))
     if settings.inference == "exact":
         nodes, edges, inner = sampled(facts, seeds, (-1,))
     else:
         nodes, edges, inner = sampled(facts, seeds, fanout or config.teacher.fanout)
-    narrow, mapped = min(facts.num_features, hidden), facts.num_features > hidden
-    messages = 4 * narrow * (edges + mapped * nodes)
-    states = 4 * inner * (facts.num_features + (2 + (config.teacher.norm != "none")) * hidden)
     noise = 0.0
     if settings.entropy_change:  # `keyed_normal`: two uniform draws and their hashes
         noise = 6 * 4 * nodes * facts.num_features
-    return 4 * facts.num_nodes + _ALIVE * _batch(facts, nodes, edges) + max(messages + states, noise)
+    computed = max(_inferred(config, facts, nodes, edges, inner), noise)
+    return 4 * facts.num_nodes + _ALIVE * _batch(facts, nodes, edges) + computed
+
+
+def _inferred(config: Config, facts: SourceFacts, nodes: float, edges: float, inner: float) -> float:
+    """What the teacher makes of a sample: the messages of a layer and the states."""
+    hidden = config.teacher.hidden
+    narrow, mapped = min(facts.num_features, hidden), facts.num_features > hidden
+    messages = 4 * narrow * (edges + mapped * nodes)
+    return messages + 4 * inner * (facts.num_features + (2 + (config.teacher.norm != "none")) * hidden)
 
 
 def encoding_task(config: Config, facts: SourceFacts) -> float:
@@ -216,12 +223,15 @@ def evaluation_actor(config: Config, facts: SourceFacts) -> float:
 
 
 def evaluation_task(config: Config, facts: SourceFacts) -> float:
-    """`evaluate.fit_baselines`: the regression; or `figures_of`: a part's sources, and the sampler's positions."""
+    """`evaluate.fit_baselines`: the regression; or `figures_of`: a part's sources and positions, a timed batch."""
     fitted = min(SAMPLED_ROWS, facts.num_train)
     values = fitted * feature_bytes(facts) / 4 if facts.nonzeros else min(fitted * facts.num_features, SAMPLED_VALUES)
     regression = 20 * values + 40 * fitted * facts.num_classes  # as stored, in float64, scaled; of a row, by class
-    timed = 4 * (facts.num_nodes + facts.num_edges) / config.partition.num_parts
-    return max(16 * facts.num_train + regression, timed)
+    part = facts.num_nodes / config.partition.num_parts
+    nodes, edges, inner = sampled(facts, min(_TIMED_ROWS, math.ceil(part)), config.teacher.fanout)
+    nodes = min(nodes, part)
+    timed = 4 * (part + facts.num_edges / config.partition.num_parts) + _batch(facts, nodes, edges)
+    return max(16 * facts.num_train + regression, timed + _inferred(config, facts, nodes, edges, inner))
 
 
 def _predicted_floats(config: Config, facts: SourceFacts, kind: str) -> int:

@@ -1,5 +1,7 @@
 """Which host is whose, on a real Ray cluster of two hosts."""
 
+from typing import Any
+
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -17,14 +19,20 @@ from rbm_dist.runtime.placement import (
 from tests.patience import patient
 
 
-def node_of(host: str) -> dict:
-    return next(node for node in ray.nodes() if node["NodeID"] == host)
+class Anywhere:
+    """An actor without a CPU."""
+
+    def host(self) -> str:
+        return this_host()
+
+    def actors_that_last(self) -> list[str]:
+        """Where such actors come to be that this one starts."""
+        return hosts_of([lasting_host()] * 4)
 
 
-@ray.remote(num_cpus=0)
-def lasting() -> tuple[str, str]:
-    """Where the task is, and the host that it finds."""
-    return this_host(), lasting_host().node_id
+def hosts_of(options: list[dict[str, Any]]) -> list[str]:
+    actors = [ray.remote(num_cpus=0)(Anywhere).options(**each).remote() for each in options]
+    return ray.get([actor.host.remote() for actor in actors], timeout=patient(120))
 
 
 @pytest.fixture
@@ -36,9 +44,9 @@ def spot(cluster: Cluster) -> str:
 
 def test_a_lasting_host_is_ones_own_or_the_head(spot: str) -> None:
     head = this_host()
-    assert lasting_host().node_id == head != spot
-    task = lasting.options(scheduling_strategy=on(spot))
-    assert ray.get(task.remote(), timeout=patient(60)) == (spot, head)
+    assert hosts_of([lasting_host(), on(spot), on(head), on(spot), on(head)]) == [head, spot, head, spot, head]
+    there = ray.remote(num_cpus=0)(Anywhere).options(**on(spot)).remote()
+    assert ray.get(there.actors_that_last.remote(), timeout=patient(120)) == [head] * 4
 
 
 @pytest.mark.slow
@@ -50,8 +58,9 @@ def test_hosts_come_and_go(cluster: Cluster, spot: str) -> None:
     try:
         assert working_hosts() == before
         assert working_hosts(use_gpu=True) == [no_cpu.node_id]
-        task = lasting.options(scheduling_strategy=on(no_cpu.node_id))
-        assert ray.get(task.remote(), timeout=patient(60)) == (no_cpu.node_id, this_host())
+        there = ray.remote(num_cpus=0)(Anywhere).options(**on(no_cpu.node_id)).remote()
+        assert ray.get(there.host.remote(), timeout=patient(60)) == no_cpu.node_id
+        assert ray.get(there.actors_that_last.remote(), timeout=patient(120)) == [this_host()] * 4
     finally:
         cluster.remove_node(no_cpu)
     assert working_hosts(use_gpu=True) == before
@@ -59,7 +68,7 @@ def test_hosts_come_and_go(cluster: Cluster, spot: str) -> None:
 
 def test_workers_share_what_ray_has_of_the_host(cluster: Cluster) -> None:
     def threads(workers: int, cpus: int) -> int:
-        task = ray.remote(num_cpus=cpus)(threads_per_worker).options(scheduling_strategy=on(this_host()))
+        task = ray.remote(num_cpus=cpus)(threads_per_worker).options(**on(this_host()))
         return ray.get(task.remote(workers), timeout=patient(60))
 
     available = min(usable_cpus(), 3)

@@ -1,6 +1,7 @@
 """The estimates of memory and disk against what the stages' own functions take, each in a fresh process."""
 
 import contextlib
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -210,18 +211,17 @@ def fit_baselines(config: Config) -> None:
     Path(config.run_dir, "fitted").write_bytes(pickle.dumps(fitted))
 
 
-def counted(config: Config) -> list[evaluate.Counts]:
+def count_parts(config: Config) -> None:
     fitted = pickle.loads(Path(config.run_dir, "fitted").read_bytes())
     counter = evaluate.make_counter(config, config.run_dir, fitted, MetricsRecorder())
-    return [counter(part) for part in range(config.partition.num_parts)]
-
-
-def count_parts(config: Config) -> None:
-    counted(config)
+    for part in range(config.partition.num_parts):
+        counter(part)
 
 
 def sum_and_time(config: Config) -> None:
-    evaluate.figures_of(config, config.run_dir, counted(config))  # kept by then
+    work = Path(config.run_dir, "evaluate", evaluate.WORK)
+    counts = [json.loads(path.read_text()) for path in sorted(work.iterdir())]
+    evaluate.figures_of(config, config.run_dir, counts)
 
 
 @pytest.mark.parametrize(
