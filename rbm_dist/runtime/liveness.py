@@ -154,7 +154,7 @@ def _end(sign: Sign, reason: str) -> None:
     if all(node["NodeID"] != sign.node_id for node in ray.nodes() if node["Alive"]):
         return  # the whole host is gone, and Ray knows
     there = NodeAffinitySchedulingStrategy(sign.node_id, soft=False)
-    kill = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)
+    kill = ray.remote(num_cpus=0, memory=1, max_retries=0, scheduling_strategy=there)(_kill)
     try:
         killed = ray.get(kill.remote(sign.pid), timeout=_KILL_S)
     except RayError as error:

@@ -22,6 +22,7 @@ from rbm_dist.moe.memory import InProcessMemoryStore, MemoryStore, RoutingMemory
 from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.liveness import LifeSigns
+from rbm_dist.runtime.placement import lasting_host
 from rbm_dist.runtime.progress import forward_warnings
 
 _GRACE_S = 30.0  # the actor's own deadline comes first: its message names the missing ranks
@@ -47,7 +48,7 @@ class ActorMemoryStore:
         name = [f"routing-memory-{uuid.uuid4().hex}"]
         if mesh.rank == 0:
             settings = {"decay": decay, "self_similarity": self_similarity, "lr": lr, "reseed_after": reseed_after}
-            actor = ray.remote(num_cpus=0)(_MemoryActor).options(name=name[0])
+            actor = ray.remote(num_cpus=0)(_MemoryActor).options(name=name[0], **lasting_host())
             self._actor = actor.remote(mesh.world_size, settings, timeout_s)
             ray.get(self._actor.ready.remote(), timeout=timeout_s)
         if mesh.world_group is not None:
