@@ -182,9 +182,10 @@ def test_hosts_begin_with_their_own_parts_and_a_slow_one_leaves_the_others_its_r
 @pytest.mark.slow
 def test_a_lost_host_leaves_its_parts_to_others(cluster: Cluster, tmp_path: Path) -> None:
     extra = cluster.add_node(num_cpus=1)
+    lost: str = extra.node_id
 
     def work(part: int) -> str:
-        if this_host() == extra.node_id:
+        if this_host() == lost:
             (tmp_path / "there").touch()
             time.sleep(patient(600))
         wait_for(tmp_path / "there")
@@ -198,4 +199,6 @@ def test_a_lost_host_leaves_its_parts_to_others(cluster: Cluster, tmp_path: Path
             wait_for(tmp_path / "there")
         finally:
             cluster.remove_node(extra, allow_graceful=False)
-        assert set(found.result()) <= set(working_hosts()) - {extra.node_id}
+        hosts = found.result()
+    assert len(hosts) == 9
+    assert set(hosts) <= set(working_hosts()) - {lost}

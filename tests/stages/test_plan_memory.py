@@ -198,12 +198,9 @@ def test_evaluate(wide: tuple[dict[str, Any], str], tiny: Path) -> None:
     fit, count, summed = (
         [(function, (each,)) for each in (warm, config)] for function in (fit_baselines, count_parts, sum_and_time)
     )
-    _, measured = held(fit[:1], fit[1:])
-    check("evaluation task", plan_memory.evaluation_task(config, facts), measured)
-    _, measured = held(count[:1], count[1:])
-    check("evaluation actor", plan_memory.evaluation_actor(config, facts), measured)
-    _, measured = held(summed[:1], summed[1:])
-    check("evaluation task, at its end", plan_memory.evaluation_task(config, facts), measured)
+    fitting, counting, timing = (held(calls[:1], calls[1:])[1] for calls in (fit, count, summed))
+    check("evaluation task", plan_memory.evaluation_task(config, facts), max(fitting, timing))
+    check("evaluation actor", plan_memory.evaluation_actor(config, facts), counting)
 
 
 def fit_baselines(config: Config) -> None:
