@@ -64,6 +64,10 @@ class Submitted:
             assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s:\n{self.log}"
             time.sleep(0.1)
 
+    def wait_for_line(self, text: str) -> None:
+        """Until its log has this."""
+        self.wait_for(lambda: text in self.log, f"'{text}' in the log", patient(120))
+
     def wait_for_step(self, loop: str, step: int = 1) -> None:
         """Until a loop (`teacher`, `student/rbm`) has a checkpoint of this step, or a later one."""
         self.wait_for(lambda: self.step(loop) >= step, f"{loop}: checkpoint {step}", patient(90))

@@ -11,22 +11,20 @@ from tests.patience import patient
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
 
 
-@pytest.mark.parametrize("loop", ["teacher", "student/rbm"])
-def test_a_run_that_is_terminated_saves_first(
-    submit: Callable[..., Submitted], undisturbed: Undisturbed, loop: str
-) -> None:
-    """Checkpoints by epochs are off, so that the one that is there was made because it was asked for."""
-    first = submit("cluster.checkpoint_every=1000")
-    bar = f"{loop.split('/')[-1]}: "
-    first.wait_for(lambda: bar in first.log, f"{loop} at work", patient(120))
-    first.driver().send_signal(signal.SIGTERM)
-    assert first.end(patient(30)) == 143, first.log
-    assert "Traceback" not in first.log
-    assert first.step(loop) > 0
-    second = submit(run=first.run)
-    assert second.end() == 0, second.log
-    assert "went on from where it was" in second.log
-    undisturbed.assert_same(second)
+def test_a_run_that_is_terminated_saves_first(submit: Callable[..., Submitted], undisturbed: Undisturbed) -> None:
+    """Checkpoints by epochs are off, so that those that are there were made because they were asked for."""
+    run = submit("cluster.checkpoint_every=1000")
+    for loop in ("teacher", "student/rbm"):
+        run.wait_for_line(f"{loop.split('/')[-1]}: ")
+        run.driver().send_signal(signal.SIGTERM)
+        assert run.end(patient(30)) == 143, run.log
+        assert "Traceback" not in run.log
+        assert run.step(loop) > 0
+        run = submit("cluster.checkpoint_every=1000", run=run.run)
+    assert run.end() == 0, run.log
+    assert "student: " in run.log
+    assert "went on from where it was" in run.log
+    undisturbed.assert_same(run)
 
 
 def test_the_second_of_two_drivers_is_refused(submit: Callable[..., Submitted], undisturbed: Undisturbed) -> None:

@@ -14,32 +14,21 @@ from tests.patience import patient
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
 
 
-def test_a_storage_that_halts_for_ten_seconds(
+def test_a_storage_that_halts_and_then_is_gone(
     bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
 ) -> None:
+    """First it does not answer for ten seconds; then connections are closed, and refused until it is back."""
     run = submit()
+    run.wait_for_step("teacher")
     (server,) = bed.store.processes("moto.server")
-    for loop in ("teacher", "student/rbm"):
-        run.wait_for_step(loop)
-        server.send_signal(signal.SIGSTOP)
-        time.sleep(10)
-        server.send_signal(signal.SIGCONT)
-        run.wait_for_progress(loop)
-    assert run.end() == 0, run.log
-    undisturbed.assert_same(run)
-
-
-def test_a_storage_that_is_gone_for_ten_seconds(
-    bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
-) -> None:
-    """Connections are closed, and refused until it is back."""
-    run = submit()
-    for loop in ("teacher", "student/rbm"):
-        run.wait_for_step(loop)
-        bed.store.processes("tests.cluster.relay")[0].kill()
-        time.sleep(10)
-        bed.start_relay()
-        run.wait_for_progress(loop)
+    server.send_signal(signal.SIGSTOP)
+    time.sleep(10)
+    server.send_signal(signal.SIGCONT)
+    run.wait_for_step("student/rbm")
+    bed.store.processes("tests.cluster.relay")[0].kill()
+    time.sleep(10)
+    bed.start_relay()
+    run.wait_for_progress("student/rbm")
     assert run.end() == 0, run.log
     undisturbed.assert_same(run)
 
