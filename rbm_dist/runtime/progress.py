@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.25
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
+_END_S = 30.0  # longest wait at the end of a loop, for a mailbox that starts again
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
 _SHOWN = 20  # different warnings of one place in the code that are shown; more are counted
 _log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Reporter:
         """A training loop ended with these epochs: rows that were lost with a mailbox are written now."""
         put = self._actor.put.remote({"kind": "end", "loop": loop, "history": history})
         with contextlib.suppress(Exception):
-            ray.get(put, timeout=_ANSWER_S)
+            ray.get(put, timeout=_END_S)
 
 
 @contextlib.contextmanager
@@ -201,12 +202,12 @@ class _Mailbox:
 
 
 def start_mailbox() -> Any:
-    """The mailbox of this driver; it ends when what this gives is dropped.
+    """The mailbox of this driver, a new one unless there is one; it ends when what this gives is dropped.
 
     It is on the driver's own node, unless that may be preempted. Calls outlive the actor's process.
     """
     mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
-    return mailbox.options(name=MAILBOX, **lasting_host()).remote()
+    return mailbox.options(name=MAILBOX, get_if_exists=True, **lasting_host()).remote()
 
 
 class ProgressRelay:

@@ -6,6 +6,7 @@ begins. The MLP student is the first phase alone; its rivals (wider MLPs, an ens
 share the loop.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -234,7 +235,7 @@ class _Training:
                 model.set_memories(memory.pull(done * steps))
             agreement = sums.pop("agreement", None)
             figures = {term: each.item() for term, each in sums.items()}
-            figures = {"loss": sum(figures.values()), **figures} | losses.after_epoch(epoch, agreement)
+            figures = {"loss": math.fsum(figures.values()), **figures} | losses.after_epoch(epoch, agreement)
             with checkpoints.averaged():
                 figures |= self._evaluate(model)
             # By accuracy; among equals by loss, which is weighed too little to overrule one node.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 
+from rbm_dist.runtime.placement import this_host
 from rbm_dist.runtime.prometheus import METRICS, ExportedMetrics
 from tests.patience import patient
 
@@ -46,7 +47,7 @@ def exported(text: str) -> dict[tuple[str, str], float]:
 
 
 def test_ray_exports_every_metric(cluster: None) -> None:
-    node = ray.nodes()[0]
+    node = next(each for each in ray.nodes() if each["NodeID"] == this_host())
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline = time.monotonic() + patient(60)
     found: dict[tuple[str, str], float] = {}

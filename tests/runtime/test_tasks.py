@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from rbm_dist.config.run import ClusterConfig
@@ -95,7 +94,7 @@ def test_a_hung_task_is_found_and_done_again(
     assert run_tasks("encodings", stop_once, [(tmp_path / "mark", signal_number)], deadlines) == ["done"]
     reason = "no sign of life for 8 s" if signal_number else "did nothing for 9 s"
     assert re.search(rf"encodings, task 0 on .*: {reason}; its process \(\d+\) was ended, and its work", caplog.text)
-    ray.kill(mailbox)
+    del mailbox
 
 
 def test_a_long_task_is_not_cut_off(cluster: None) -> None:
@@ -110,7 +109,7 @@ def test_a_long_task_is_not_cut_off(cluster: None) -> None:
     assert run_tasks("partition", compute, [(10,)], ClusterConfig(silence_timeout_s=6, collective_timeout_s=6)) == [
         "done"
     ]
-    ray.kill(mailbox)
+    del mailbox
 
 
 def wait_for(file: Path) -> None:
