@@ -9,7 +9,7 @@ from tests.cluster.hosts import Host
 from tests.cluster.submitted import PART, WORKER, Submitted, Undisturbed
 from tests.patience import patient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(patient(400))]
 ELASTIC = "cluster.train_workers=[1,3]"
 
 

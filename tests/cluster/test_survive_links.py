@@ -9,7 +9,7 @@ from tests.cluster.bed import Bed
 from tests.cluster.submitted import WORKER, Submitted, Undisturbed
 from tests.patience import patient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(patient(400))]
 CUT_S = 20
 
 

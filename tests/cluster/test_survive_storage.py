@@ -11,7 +11,7 @@ from tests.cluster.hosts import SCRATCH
 from tests.cluster.submitted import Submitted, Undisturbed
 from tests.patience import patient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(patient(400))]
 
 
 def test_a_storage_that_halts_and_then_is_gone(
