@@ -91,7 +91,8 @@ class Host:
             mkdir {SHARED} {SCRATCH}
             mount --bind {self._shared} {SHARED}
             mount -t tmpfs -o size={self._scratch_mb}m tmpfs {SCRATCH}
-            mount --bind {self.folder}/tmp /tmp
+            {self._keep_repository()}
+            mount --rbind {self.folder}/tmp /tmp
             echo '127.0.0.1 localhost\n{self.address} {self.name}' > /mnt/hosts
             : > /mnt/resolv.conf
             mount --bind /mnt/hosts /etc/hosts
@@ -107,6 +108,13 @@ class Host:
         self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
         self.run("ip", "route", "add", "default", "via", f"{_NETWORK}.1")
+
+    def _keep_repository(self) -> str:
+        """A host's /tmp hides the machine's: of a repository below it this shows the folder there, too."""
+        if not ROOT.is_relative_to("/tmp"):
+            return ""
+        at = self.folder / ROOT.relative_to("/")
+        return f"mkdir -p {at}; mount --bind {ROOT} {at}"
 
     def kill(self) -> None:
         """SIGKILL to all processes. Their peers see closed connections; `cut` before, and they see nothing."""

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ from jsonschema import Draft7Validator
 from tests.cluster.manifests import KUBERAY, RAY_UP, ROOT, read
 
 SCHEMAS = Path(os.environ.get("RBM_DIST_SCHEMAS", ROOT.parent / "shared" / "schemas"))
+
+
+@contextmanager
+def played(aws: Any) -> Iterator[None]:
+    """Play AWS in this process; what others keep there (the buckets of other tests) stays."""
+    aws.start(reset=False)
+    try:
+        yield
+    finally:
+        aws.stop(remove_data=False)
 
 
 def schema_of(kind: str) -> dict[str, Any]:
@@ -89,7 +101,7 @@ def test_ec2_starts_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps the key that it makes
     (tmp_path / ".ssh").mkdir()
     text = (ROOT / "cluster" / "aws" / "cluster.yaml").read_text()
-    with moto.mock_aws():
+    with played(moto.mock_aws()):
         region = yaml.safe_load(text)["provider"]["region"]
         ec2, iam = boto3.client("ec2", region), boto3.client("iam", region)
         network = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
