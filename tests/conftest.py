@@ -17,7 +17,18 @@ from tests.storage.proxy import FaultyProxy, faulty_proxy
 
 # Ray's workers are nice by default, and get a thirtieth of a core that any other process wants, too.
 os.environ.setdefault("RAY_worker_niceness", "0")
-_THERE = ("encodings", "exported_run", "inspect", "kill", "pipeline", "predict", "report", "served_run")
+_THERE = (
+    "dry_run",
+    "encodings",
+    "evaluate",
+    "exported_run",
+    "inspect",
+    "kill",
+    "pipeline",
+    "predict",
+    "report",
+    "served_run",
+)
 FINISHED_RUN = [f"tests/stages/test_{name}.py" for name in _THERE]
 
 pytest.register_assert_rewrite("tests.graph.reference", "tests.cluster.submitted")

@@ -183,6 +183,7 @@ def test_a_server_that_says_nothing_has_a_deadline() -> None:
 
 
 @pytest.mark.timeout(patient(120))
+@pytest.mark.slow
 def test_a_dry_run_asks_the_cluster_and_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
     arguments = [str(ROOT / "configs" / "quickstart.yaml"), "run_dir=out", "partition.num_parts=9", "--dry-run"]
 

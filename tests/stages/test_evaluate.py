@@ -79,6 +79,7 @@ def test_a_part_that_is_counted_is_not_counted_again(unevaluated: Path) -> None:
     assert counter(1) == counted | {"experts": "kept"}
 
 
+@pytest.mark.slow
 def test_killed_among_its_parts_it_goes_on(finished_run: Path, unevaluated: Path) -> None:
     work = unevaluated / "evaluate" / "work"
     kill_once(lambda: any(work.glob("part-*.json")), *EVALUATE, f"run_dir={unevaluated}")
