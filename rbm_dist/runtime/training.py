@@ -71,8 +71,10 @@ class TrainingGroups:
     def __enter__(self) -> "TrainingGroups":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._group is not None:  # it ends with the driver's connection to Ray
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._group is not None and error is None:
+            self._dismiss(self._group)  # a thread that still speaks to Ray while it shuts down can crash the process
+        elif self._group is not None:
             self._forget(self._group)
         with contextlib.suppress(Exception):  # of a cluster that is gone
             request_resources(bundles=[])
