@@ -158,7 +158,8 @@ class TrainingGroups:
                 if wait([group.outcome], _POLL_S).done:
                     return group.outcome.result()
                 watch.look()
-                grows = config.group_size(group.workers + _room(config)) > group.workers
+                small = group.workers < config.most_workers
+                grows = small and config.group_size(group.workers + _room(config)) > group.workers
                 room_since = (room_since or time.monotonic()) if grows else None
                 if (room_since and time.monotonic() - room_since > _SETTLE_S) or leaving_hosts() - leaving:
                     reporter.tell("leave")
