@@ -23,7 +23,7 @@ from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.liveness import LifeSigns
 from rbm_dist.runtime.placement import lasting_host
-from rbm_dist.runtime.progress import forward_warnings
+from rbm_dist.runtime.worker_warnings import forward_warnings
 
 _GRACE_S = 30.0  # the actor's own deadline comes first: its message names the missing ranks
 

@@ -1,213 +1,32 @@
-"""Progress, metrics and warnings from workers to the driver, through one small actor that the driver polls.
+"""Progress, metrics and warnings at the driver: what workers put into the mailbox is shown, and written.
 
-None of it can fail a stage whose work succeeded: a mailbox that is late is asked again, one that is lost starts again,
-and what a training loop's rows missed is written when the loop ends. What cannot be written is said, once.
+None of it can fail a stage whose work succeeded: what a training loop's rows missed is written when the loop ends, and
+what cannot be written is said, once.
 """
 
-import asyncio
 import contextlib
 import logging
 import textwrap
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 from rich.markup import escape
 
-from rbm_dist.report.metrics import MetricsWriter, Row
+from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.status import RunStatus
-from rbm_dist.runtime.liveness import MAILBOX, Sign, Signs
-from rbm_dist.runtime.placement import lasting_host
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.prometheus import ExportedMetrics
-
-if TYPE_CHECKING:
-    from rbm_dist.parallel.pace import Order
 
 _POLL_S = 0.25
 _ANSWER_S = 5.0  # longest wait for one answer of the mailbox
-_END_S = 30.0  # longest wait at the end of a loop, for a mailbox that starts again
 _LAST_S = 60.0  # longest wait for the last messages of a stage that succeeded
 _SHOWN = 20  # different warnings of one place in the code that are shown; more are counted
 _log = logging.getLogger(__name__)
-
-
-class Reporter:
-    """A worker's end: cheap calls that never fail, and wait at the end of a loop at most. Sent to workers by value."""
-
-    def __init__(self, actor: Any):
-        self._actor = actor
-
-    def begin(self, loop: str, history: list[Row]) -> None:
-        """A training loop starts, or goes on after these epochs."""
-        self._actor.put.remote({"kind": "begin", "loop": loop, "history": history})
-
-    def progress(self, loop: str, done: int, total: int, unit: str, note: str = "") -> None:
-        self._actor.put.remote({"kind": "progress", "loop": loop, "bar": (done, total, unit, note)})
-
-    def order(self) -> "Order":
-        """What the driver wants; asked by rank 0, about once a second."""
-        with contextlib.suppress(Exception):
-            return ray.get(self._actor.order.remote(), timeout=_ANSWER_S)
-        return "go"
-
-    def tell(self, order: "Order") -> None:
-        """The driver's word, until it says another. A mailbox that starts again forgets it."""
-        self._actor.tell.remote(order)
-
-    def hand_out(self, number: int, job: Any) -> None:
-        """The driver's: the job of this number for a training group; None says that there will be no more."""
-        self._actor.hand_out.remote(number, job)
-
-    def job(self, number: int, rank: int) -> tuple[Any] | None:
-        """A training worker's: the job of this number, if it is there; asking says that those before are done."""
-        with contextlib.suppress(Exception):
-            return ray.get(self._actor.job.remote(number, rank), timeout=_ANSWER_S)
-        return None
-
-    def jobs_done(self) -> int:
-        """The driver's: the jobs of all lower numbers are done."""
-        with contextlib.suppress(Exception):
-            return ray.get(self._actor.jobs_done.remote(), timeout=_ANSWER_S)
-        return 0
-
-    def add(self, loop: str, amount: int, total: int, unit: str) -> None:
-        """Some more units are done, of a total that several workers share."""
-        self._actor.put.remote({"kind": "add", "loop": loop, "amount": amount, "total": total, "unit": unit})
-
-    def heartbeat(self, loop: str, epoch: int, step: int, steps: int, figures: dict[str, float]) -> None:
-        """A training loop is alive: `step` of all its `steps`, over all epochs, are done; it is in `epoch`, from 0.
-
-        About once a second, from rank 0. `figures`: of all ranks, measured since the last one; `rows_per_s` is shown.
-        """
-        beat = {"epoch": epoch, "step": step, "steps": steps, "figures": figures}
-        self._actor.put.remote({"kind": "heartbeat", "loop": loop, **beat})
-
-    def saved(self, loop: str, step: int) -> None:
-        """A training loop has a whole checkpoint of its state after so many steps."""
-        self._actor.put.remote({"kind": "saved", "loop": loop, "step": step})
-
-    def metrics(self, loop: str, row: Row) -> None:
-        """One epoch's figures."""
-        self._actor.put.remote({"kind": "metrics", "loop": loop, "row": row})
-
-    def end(self, loop: str, history: list[Row]) -> None:
-        """A training loop ended with these epochs: rows that were lost with a mailbox are written now."""
-        put = self._actor.put.remote({"kind": "end", "loop": loop, "history": history})
-        with contextlib.suppress(Exception):
-            ray.get(put, timeout=_END_S)
-
-
-@contextlib.contextmanager
-def warnings_of(who: str) -> Iterator[None]:
-    """Forward the warnings of this block, which a process works at that may end with it."""
-    forwarder = forward_warnings(who)
-    try:
-        yield
-    finally:
-        forwarder.wait()
-
-
-def forward_warnings(who: str) -> "_Forwarder":
-    """From now on what this process logs as a warning or worse is shown by the driver too, as said by `who`."""
-    root = logging.getLogger()
-    forwarder = next((each for each in root.handlers if isinstance(each, _Forwarder)), None)
-    if forwarder is None:
-        forwarder = _Forwarder()
-        root.addHandler(forwarder)
-    forwarder.who = who
-    return forwarder
-
-
-class _Forwarder(logging.StreamHandler):
-    """Writes to stderr, that is to Ray's logs of this node, and into the mailbox."""
-
-    who = ""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.setLevel(logging.WARNING)
-        self._mailbox: Any = None
-        self._sent: Any = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
-        with contextlib.suppress(Exception):  # no driver listens
-            self._mailbox = self._mailbox or ray.get_actor(MAILBOX)
-            text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
-            place = f"{record.name}:{record.lineno}"
-            self._sent = self._mailbox.put.remote({"kind": "warning", "who": self.who, "text": text, "place": place})
-
-    def wait(self) -> None:
-        """Wait until what was sent has arrived."""
-        sent, self._sent = self._sent, None
-        if sent is not None:
-            with contextlib.suppress(Exception):
-                ray.get(sent, timeout=_ANSWER_S)
-
-    async def arrived(self) -> None:
-        """As `wait`, in an actor that goes on with other calls meanwhile."""
-        sent, self._sent = self._sent, None
-        if sent is not None:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(sent, _ANSWER_S)
-
-
-class _Mailbox:
-    def __init__(self) -> None:
-        self._messages: deque[dict[str, Any]] = deque()
-        self._order: Order = "go"
-        self._signs = Signs()
-        self._job: tuple[int, Any] = -1, None
-        self._asked: dict[int, int] = {}  # by rank, the number of the job that it asked for last
-
-    def put(self, message: dict[str, Any]) -> None:
-        self._messages.append(message)
-
-    def drain(self) -> list[dict[str, Any]]:
-        return [self._messages.popleft() for _ in range(len(self._messages))]
-
-    def tell(self, order: "Order") -> None:
-        self._order = order
-
-    def order(self) -> "Order":
-        return self._order
-
-    def hand_out(self, number: int, job: Any) -> None:
-        self._job = number, job
-
-    def job(self, number: int, rank: int) -> tuple[Any] | None:
-        self._asked[rank] = number
-        there, job = self._job
-        return (job,) if there == number else None
-
-    def jobs_done(self) -> int:
-        return self._asked.get(0, 0)
-
-    def sign(self, sign: Sign) -> None:
-        self._signs.add(sign)
-
-    def drop(self, node_id: str, pid: int) -> None:
-        self._signs.drop(node_id, pid)
-
-    def overdue(self, silence_s: float, idle_s: float) -> list[tuple[Sign, str]]:
-        return self._signs.overdue(silence_s, idle_s)
-
-    def working(self, stage: str) -> bool:
-        return self._signs.working(stage)
-
-
-def start_mailbox() -> Any:
-    """The mailbox of this driver, a new one unless there is one; it ends when what this gives is dropped.
-
-    It is on the driver's own node, unless that may be preempted. Calls outlive the actor's process.
-    """
-    mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
-    return mailbox.options(name=MAILBOX, get_if_exists=True, **lasting_host()).remote()
 
 
 class ProgressRelay:

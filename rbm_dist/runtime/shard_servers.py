@@ -23,7 +23,7 @@ from rbm_dist.parallel.mesh import deal
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.liveness import LifeSigns
 from rbm_dist.runtime.placement import on, this_host, working_hosts
-from rbm_dist.runtime.progress import forward_warnings
+from rbm_dist.runtime.worker_warnings import forward_warnings
 
 _NODES = 8192  # asked for at a time: bounds an answer, which travels through Ray's object store
 _IN_FLIGHT = 4  # questions per server

@@ -14,7 +14,7 @@ from rbm_dist.errors import RunError, disk_full_here
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
 from rbm_dist.runtime.placement import PartQueue, describe_room, this_host, working_hosts
-from rbm_dist.runtime.progress import warnings_of
+from rbm_dist.runtime.worker_warnings import warnings_of
 
 _AHEAD = 2  # tasks per CPU that are handed over before they can run; at least _AT_LEAST in all
 _AT_LEAST = 16

@@ -29,8 +29,9 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.training_checkpoints import Left
 from rbm_dist.runtime.failures import RAY_FAILURES, LostError, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.placement import describe_room, hosts, leaving_hosts, this_host, threads_per_worker
-from rbm_dist.runtime.progress import Reporter, warnings_of
+from rbm_dist.runtime.worker_warnings import warnings_of
 
 Loop = Callable[..., None]
 Job = tuple[str, Loop, dict[str, Any]]

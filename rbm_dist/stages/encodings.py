@@ -13,7 +13,7 @@ from rbm_dist.graph import encodings
 from rbm_dist.graph.encodings import POS, PROP, Step
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.stages.run import Files, Run

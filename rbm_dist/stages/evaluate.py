@@ -23,7 +23,7 @@ from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
-from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
 from rbm_dist.serve.accuracy import EVALUATED, Classes, Hits, hits, student_classes

@@ -34,7 +34,9 @@ from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, table_fil
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
 from rbm_dist.runtime.failures import RAY_FAILURES, explain
-from rbm_dist.runtime.progress import ProgressRelay, start_mailbox, warnings_of
+from rbm_dist.runtime.mailbox import start_mailbox
+from rbm_dist.runtime.progress import ProgressRelay
+from rbm_dist.runtime.worker_warnings import warnings_of
 from rbm_dist.sources.ogb import ogb_folder
 from rbm_dist.stages import lease, local
 

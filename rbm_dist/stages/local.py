@@ -24,7 +24,7 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
-from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.serve.accuracy import hits, student_accuracy
 from rbm_dist.serve.artifact import load_mixture, load_student
 from rbm_dist.serve.specialisation import mixture_figures

@@ -19,7 +19,8 @@ from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.source_table import source_table
 from rbm_dist.report.status import RunStatus
 from rbm_dist.runtime.cluster import is_own, ray_cluster
-from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
+from rbm_dist.runtime.mailbox import Reporter, start_mailbox
+from rbm_dist.runtime.progress import ProgressRelay
 from rbm_dist.runtime.training import TrainingGroups
 from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import evaluate, lease, soft_labels

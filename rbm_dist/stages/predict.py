@@ -232,7 +232,8 @@ def _once(output: Output, name: str, job: Job, on_rows: OnRows) -> int:
 def _on_cluster(todo: list[tuple[Output, str, Job]], total: int, console: Console, address: str) -> list[int]:
     from rbm_dist.config.run import ClusterConfig
     from rbm_dist.runtime.cluster import ray_cluster
-    from rbm_dist.runtime.progress import ProgressRelay, start_mailbox
+    from rbm_dist.runtime.mailbox import start_mailbox
+    from rbm_dist.runtime.progress import ProgressRelay
     from rbm_dist.runtime.tasks import run_tasks
 
     cluster = ClusterConfig()

@@ -19,7 +19,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from rbm_dist.runtime.progress import Reporter
+    from rbm_dist.runtime.mailbox import Reporter
     from rbm_dist.runtime.training import TrainingGroups
 
 Files = dict[str, storage.FileInfo]

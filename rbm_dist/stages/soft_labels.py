@@ -21,7 +21,7 @@ from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
 from rbm_dist.moe.sparse_rows import dense
-from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights

@@ -33,8 +33,8 @@ from rbm_dist.moe.sparse_rows import Rows, to_rows, to_scipy, unit
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.memory_store import make_memory_store
-from rbm_dist.runtime.progress import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.serve.accuracy import student_accuracy
 from rbm_dist.serve.artifact import empty_student, save_merged, save_student

@@ -29,7 +29,7 @@ from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
-from rbm_dist.runtime.progress import Reporter
+from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.run import Files, Run

@@ -21,8 +21,9 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import MetricsWriter
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.status import RunStatus
+from rbm_dist.runtime.mailbox import Reporter, start_mailbox
 from rbm_dist.runtime.memory_store import ActorMemoryStore
-from rbm_dist.runtime.progress import ProgressRelay, Reporter, start_mailbox
+from rbm_dist.runtime.progress import ProgressRelay
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
 from rbm_dist.runtime.training import TrainingGroups
 from tests.patience import patient

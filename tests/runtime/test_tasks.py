@@ -15,8 +15,8 @@ from ray.cluster_utils import Cluster
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
+from rbm_dist.runtime.mailbox import start_mailbox
 from rbm_dist.runtime.placement import this_host, working_hosts
-from rbm_dist.runtime.progress import start_mailbox
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
 from tests.patience import patient
 
