@@ -45,8 +45,9 @@ class Switch:
         self.ip(f"address add {_NETWORK}.1/24 dev bridge")
         self.ip("link set bridge up")
 
-    def ip(self, arguments: str, program: str = "ip", check: bool = True) -> None:
-        run("nsenter", f"--target={self._init}", "--net", program, *arguments.split(), check=check)
+    def ip(self, arguments: str, program: str = "ip", check: bool = True) -> bool:
+        """Whether it succeeded, which it must with `check`."""
+        return run("nsenter", f"--target={self._init}", "--net", program, *arguments.split(), check=check)
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function in a thread whose sockets are on the network of the hosts."""
@@ -156,7 +157,9 @@ class Host:
 
     def restore(self) -> None:
         """End a cut."""
-        self._switch.ip(f"link set dev {self._port} state forwarding", "bridge")
+        # Of a host that was just powered on the link takes a moment to be up, and before has no state.
+        command = f"link set dev {self._port} state forwarding", "bridge"
+        wait_for(lambda: self._switch.ip(*command, check=False), f"the link of {self.name}")
 
     def shape(self, mbit: float | None) -> None:
         """Bound the rate of this host's link, in each direction; None: no bound."""
@@ -193,9 +196,11 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = patien
         time.sleep(0.1)
 
 
-def run(*command: str, check: bool = True) -> None:
+def run(*command: str, check: bool = True) -> bool:
+    """Whether it succeeded, which it must with `check`."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not (check and done.returncode), f"{' '.join(command)}: {done.stderr.strip()}"
+    return done.returncode == 0
 
 
 def _start_init(command: list[str]) -> tuple[subprocess.Popen[str], int]:
