@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from tests.patience import patient
 
 # Ranks are forked from a server that has imported the slow packages once.
-mp.set_forkserver_preload(["rbm_dist.stages.student"])
+mp.set_forkserver_preload(["rbm_dist.stages.student", "sklearn.cluster"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.serve.specialisation import LOADED_NODES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_memory as memory
+from rbm_dist.train.kmeans import STARTS, sample_rows
 
 # benchmarks/results/shards.json: edges per second, 100 features, checksums included.
 _SOURCE_EDGES, _SHUFFLED_EDGES = 4.0e6, 10e6
@@ -24,8 +25,7 @@ _INPUT_S, _BACKWARD = 1.5e-9, 1.4
 _SAMPLE_S, _STEP_S, _ROUTED_STEP_S = 5e-3, 5e-3, 17e-3
 _START_S = 6.0  # CPU seconds of a process that imports torch, PyG and the stages
 _FLOPS, _EXPERT_FLOPS = 19e9, 12e9  # of a student's step, all included; MLPs, and mixtures
-_KMEANS_S = 2e-8  # per row, centre, column and start
-_KMEANS_STARTS = 10
+_START_S, _LLOYD_S = 5e-9, 2e-9  # per row, centre and column: k-means of a sample from one start; of all rows
 _PROPAGATED_BYTES = 1e9  # per second, gathered and written
 # Edges between parts: KaMinPar and the streaming partitioner on real graphs and planted ones (assumed before a run).
 CUT_SHARE = {"kaminpar": 0.25, "streaming": 0.35, "random": 1.0}
@@ -208,10 +208,12 @@ class Costs:
             each = -(-facts.num_nodes // settings.batch_size)
             total += each * (plain * _STEP_S + mixed * _ROUTED_STEP_S)
         total /= self._workers(config.cluster.most_workers)
-        if "rbm" in settings.models:  # on rank 0
-            columns = sum(memory.routed_widths(config, facts))
+        if "rbm" in settings.models:
+            sums = settings.num_experts * sum(memory.routed_widths(config, facts))
             rows = min(settings.kmeans_rows, facts.num_nodes)
-            total += _KMEANS_S * rows * settings.num_experts * columns * _KMEANS_STARTS
+            starts = math.ceil(STARTS / self._workers(config.cluster.most_workers))
+            total += _START_S * sample_rows(rows, settings.num_experts) * sums * starts
+            total += _LLOYD_S * rows * sums / self._workers(config.cluster.most_workers)
         return total
 
     def evaluate(self) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from rbm_dist.graph.shuffle import _CHUNK_ROWS as CHUNK_ROWS
 from rbm_dist.sources.edges import MERGED_EDGES, RUN_EDGES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages.baselines import SAMPLED_ROWS, SAMPLED_VALUES
+from rbm_dist.train.kmeans import sample_rows
 
 _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready and one in the making (`Prefetch`)
 # Measured on degrees that follow a power law: samples repeat nodes as often as if half of the nodes had all edges, and
@@ -195,7 +196,7 @@ def layer_widths(config: Config, facts: SourceFacts, kind: str) -> list[tuple[in
 
 
 def student_worker(config: Config, facts: SourceFacts) -> float:
-    """`train_students`: ids of all nodes and this rank's in another order; then k-means on rank 0, or a step."""
+    """`train_students`: ids of all nodes and this rank's in another order; then k-means, or a step."""
     settings, workers = config.student, config.cluster.most_workers
     ids = 8 * facts.num_nodes * (1 + 1 / workers) + 8 * facts.num_val
     rows = min(settings.batch_size, facts.num_nodes) / workers
@@ -210,7 +211,9 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
     if "rbm" in settings.models:
         inputs = [d for d, _ in layer_widths(config, facts, "rbm")]
         kept = min(settings.kmeans_rows, facts.num_nodes)
-        steps.append(4 * kept * (sum(inputs) + 3 * max(inputs)))  # all layers' inputs; one scaled, and k-means
+        # All layers' inputs of its rows, one scaled; of the sample its own rows, all, and scikit-learn's copies.
+        steps.append(4 * kept / workers * (sum(inputs) + max(inputs)))
+        steps[-1] += 4 * 4 * sample_rows(kept, settings.num_experts) * max(inputs)
         if settings.merge_tolerance is not None:  # its experts and their average, on validation
             steps.append(4 * min(_PREDICTED_ROWS, facts.num_val) * _predicted_floats(config, facts, "rbm"))
     return ids + max(steps)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,10 +25,9 @@ from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm, rbm_to_mlp
 from rbm_dist.moe.keyed_dropout import derive_keys
-from rbm_dist.moe.kmeans import kmeans_centres
 from rbm_dist.moe.memory import MemoryStore
 from rbm_dist.moe.routing import memory_statistics, self_similarity_loss
-from rbm_dist.moe.sparse_rows import Rows, to_rows, to_scipy, unit
+from rbm_dist.moe.sparse_rows import Rows, to_rows, unit
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
@@ -40,6 +38,7 @@ from rbm_dist.serve.accuracy import student_accuracy
 from rbm_dist.serve.artifact import empty_student, save_merged, save_student
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
+from rbm_dist.train.kmeans import kmeans_centres
 
 _KMEANS, _DROPOUT, _PAIRS = 5, 6, 9  # words of the random keys
 
@@ -174,23 +173,33 @@ class _Training:
         return rbm, store
 
     def _initial_memories(self, mlp: Student) -> list[Tensor]:
-        """Per layer the centres of k-means over its normalised inputs, from a seeded sample of rows; on rank 0."""
-        settings, mesh = self.settings, self.mesh
-        mlp.eval()
+        """Per layer the centres of k-means over its normalised inputs, from a seeded sample of rows; kept in files."""
         memories = self._zero_memories()
-        if mesh.rank == 0:
-            rows = np.concatenate(self.batches.nodes)
-            if len(rows) > settings.kmeans_rows:
-                draw = generator(self.config.seed, _KMEANS)
-                rows = np.sort(draw.choice(rows, settings.kmeans_rows, replace=False))
-            inputs = mlp.layer_inputs(self._rows(rows))
-            for memory_ED, x_BD in zip(memories, inputs, strict=False):  # of the first alone, if it routes for all
-                centres = kmeans_centres(to_scipy(unit(x_BD)), settings.num_experts, self.config.seed)
-                memory_ED.copy_(F.normalize(torch.from_numpy(centres), dim=1))
-        if mesh.world_group is not None:
-            for memory in memories:
-                dist.broadcast(memory, src=0, group=mesh.world_group)
+        urls = [f"{self.url}/centres-{layer}.npy" for layer in range(len(memories))]
+        kept = None
+        if self.mesh.rank == 0 and all(map(storage.exists, urls)):
+            kept = [np.array(storage.open_array(url)) for url in urls]
+        kept = self.mesh.broadcast(kept)
+        if kept is None:
+            kept = self._cluster(mlp)
+            if self.mesh.rank == 0:
+                for url, centres_ED in zip(urls, kept, strict=True):
+                    storage.write_array(url, centres_ED)
+        for memory_ED, centres_ED in zip(memories, kept, strict=True):
+            memory_ED.copy_(F.normalize(torch.from_numpy(centres_ED).to(memory_ED), dim=1))
         return memories
+
+    def _cluster(self, mlp: Student) -> list[np.ndarray]:
+        settings, mesh = self.settings, self.mesh
+        rows = np.concatenate(self.batches.nodes)
+        ids = np.concatenate([*(self.batches.nodes[part] for part in self.parts), np.empty(0, np.int64)])
+        if len(rows) > settings.kmeans_rows:
+            draw = generator(self.config.seed, _KMEANS)
+            ids = ids[np.isin(ids, draw.choice(rows, settings.kmeans_rows, replace=False))]
+        mlp.eval()
+        inputs = mlp.layer_inputs(self._rows(ids.astype(np.int64)))
+        routed = inputs if settings.routing == "layers" else inputs[:1]
+        return [kmeans_centres(unit(x_BD), ids, settings.num_experts, self.config.seed, mesh) for x_BD in routed]
 
     def _zero_memories(self) -> list[Tensor]:
         settings = self.settings
@@ -207,7 +216,7 @@ class _Training:
     ) -> TrainingCheckpoints:  # fmt: skip
         """Train for some epochs; goes on from the phase's last checkpoint.
 
-        `initial_memories` is asked for if there is none: k-means is a long wait for all but rank 0.
+        `initial_memories` is asked for if there is none: k-means is a long wait.
         """
         settings, mesh, steps = self.settings, self.mesh, self.batches.num_steps
         optimizer = optimizer or self._optimizer(model)

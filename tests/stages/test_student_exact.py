@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from rbm_dist.config.run import Config
-from rbm_dist.moe.kmeans import kmeans_centres
+from rbm_dist.moe.sparse_rows import Rows
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.stages.student import train_students
+from rbm_dist.train.kmeans import kmeans_centres
 from tests.gloo import run_ranks
 from tests.small_graph import small_store
 
@@ -158,9 +159,9 @@ def test_a_run_cut_off_goes_on_along_the_same_curve_on_other_layouts(tmp_path: P
 def test_a_resume_of_routed_training_does_no_k_means_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clustered: list[int] = []
 
-    def counted(rows: Any, count: int, seed: int) -> np.ndarray:
-        clustered.append(count)
-        return kmeans_centres(rows, count, seed)
+    def counted(rows: Rows, ids: np.ndarray, num_experts: int, seed: int, mesh: Mesh) -> np.ndarray:
+        clustered.append(num_experts)
+        return kmeans_centres(rows, ids, num_experts, seed, mesh)
 
     monkeypatch.setattr("rbm_dist.stages.student.kmeans_centres", counted)
     small_store(str(tmp_path))
@@ -172,8 +173,9 @@ def test_a_resume_of_routed_training_does_no_k_means_again(tmp_path: Path, monke
 
     whole, again = Recorder(), Recorder()
     train_here("whole", whole)
-    with pytest.raises(RuntimeError, match="cut off"):
-        train_here("cut", Cutter(("rbm", 4)))  # its last checkpoint has three routed epochs
+    for epoch in (1, 4):  # before it has a checkpoint; with one of three routed epochs
+        with pytest.raises(RuntimeError, match="cut off"):
+            train_here("cut", Cutter(("rbm", epoch)))
     assert clustered == [5, 5] * 2, "once for each layer, in each of the two runs"
     train_here("cut", again)
     assert len(clustered) == 4, "the memories are those of the checkpoint"

@@ -1,0 +1,1 @@
+"""What training is made of, apart from the model and the graph."""
