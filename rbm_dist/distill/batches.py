@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rbm_dist.graph.random_bits import generator
+from rbm_dist.randomness.bits import generator
 
 
 @dataclass(frozen=True)

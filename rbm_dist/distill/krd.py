@@ -22,7 +22,7 @@ from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import soften
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.moe.keyed_dropout import derive_keys
+from rbm_dist.randomness.rows import derive_keys
 
 _LOG_POWERS = (math.log(1e-2), math.log(1e2))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm_dist.moe.collectives import Group, all_reduce_sum
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_uniform
+from rbm_dist.randomness.rows import derive_keys, keyed_uniform
 
 
 def similarity_loss(student_BH: Tensor, teacher_BT: Tensor, global_rows: int, group: Group) -> Tensor:

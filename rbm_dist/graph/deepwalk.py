@@ -7,12 +7,12 @@ from numba import njit
 
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.random_bits import generator, key, mix
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.randomness.bits import generator, key, mix
+from rbm_dist.randomness.words import Word
 
 _WALKS, _LENGTH, _WINDOW, _EPOCHS = 10, 40, 5, 1
-_ORDER, _WALK, _VECTORS = 0xE2, 0xE3, 0xE4  # words of the random keys
 
 
 def deepwalk(store: GraphStore, dim: int, seed: int) -> Callable[[int], list[np.ndarray]]:
@@ -27,14 +27,14 @@ def deepwalk(store: GraphStore, dim: int, seed: int) -> Callable[[int], list[np.
     csc = _renumbered(store, nodes)
     observed = store.gather("split", nodes) != UNSEEN
     starts = np.tile(np.flatnonzero(observed & (np.diff(csc.indptr) > 0)), _WALKS)
-    generator(seed, _ORDER).shuffle(starts)
-    walks = _Walks(_walk(csc.indptr, csc.indices, starts, np.uint64(key(seed, _WALK)), _LENGTH))
+    generator(seed, Word.WALK_ORDER).shuffle(starts)
+    walks = _Walks(_walk(csc.indptr, csc.indices, starts, np.uint64(key(seed, Word.WALK)), _LENGTH))
     pos_ND = np.zeros((store.num_nodes, dim), np.float32)
     if len(starts):
         # One worker: several would update the vectors in an order of chance.
         vectors = Word2Vec(
             walks, vector_size=dim, window=_WINDOW, min_count=1, sg=1, epochs=_EPOCHS, workers=1,
-            seed=key(seed, _VECTORS) % 2**32,
+            seed=key(seed, Word.WALK_VECTORS) % 2**32,
         ).wv  # fmt: skip
         pos_ND[nodes[np.array(vectors.index_to_key).astype(np.int64)]] = vectors.get_normed_vectors()
     return lambda part: [pos_ND[store.ids(part)]]

@@ -21,13 +21,13 @@ from rbm_dist import storage
 from rbm_dist.config.run import EncodingsConfig
 from rbm_dist.graph.deepwalk import deepwalk
 from rbm_dist.graph.propagate import SCALES, batches, mean_of_neighbours, unit_length, unit_sum
-from rbm_dist.graph.random_bits import key, mix
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TRAIN, UNSEEN
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.randomness.bits import key, mix
+from rbm_dist.randomness.words import Word
 
 POS, PROP = "pos", "prop"
-_PROJECTION, _FOLD = 0xE0, 0xE1  # words of the random keys
 # A third of the entries of the random projection are not zero (Achlioptas, 2003). The paper's 1/√N would let unseen
 # nodes change the others' encodings, and leaves most rows of a large graph empty.
 _SPARSITY = 3
@@ -156,7 +156,7 @@ def _fastrp_steps(dim: int, hops: int, seed: int) -> list[Step]:
 
 
 def _random_projection(store: GraphStore, ids: np.ndarray, dim: int, seed: int) -> np.ndarray:
-    row_key_n = _mix(np.uint64(key(seed, _PROJECTION)), store.gather("orig_id", ids).astype(np.uint64))
+    row_key_n = _mix(np.uint64(key(seed, Word.PROJECTION)), store.gather("orig_id", ids).astype(np.uint64))
     drawn_nD = _mix(row_key_n[:, None], np.arange(dim, dtype=np.uint64)) % np.uint64(2 * _SPARSITY)
     values = np.zeros(2 * _SPARSITY, np.float32)
     values[:2] = _SPARSITY**0.5, -(_SPARSITY**0.5)
@@ -189,7 +189,9 @@ def _label_steps(config: EncodingsConfig, num_classes: int, seed: int) -> list[S
 
 def _fold(store: GraphStore, ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """The group of each training node, −1 for all other nodes, `[n]`."""
-    drawn = _mix(np.uint64(key(seed, _FOLD)), store.gather("orig_id", ids).astype(np.uint64)) % np.uint64(folds)
+    drawn = _mix(np.uint64(key(seed, Word.LABEL_FOLD)), store.gather("orig_id", ids).astype(np.uint64)) % np.uint64(
+        folds
+    )
     return np.where(store.gather("split", ids) == TRAIN, drawn.astype(np.int64), -1)
 
 

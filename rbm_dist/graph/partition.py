@@ -18,7 +18,7 @@ from rbm_dist.config.run import PartitionConfig
 from rbm_dist.errors import InputError, RunError, disk_full
 from rbm_dist.graph import streaming
 from rbm_dist.graph.csc import Csc, build, destinations
-from rbm_dist.graph.random_bits import generator
+from rbm_dist.randomness.bits import generator
 
 _CHUNK = 1 << 22
 # Bytes per node and per edge (both directions counted) that KaMinPar's process holds at its peak, fitted to graphs with

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.random_bits import mix
+from rbm_dist.randomness.bits import mix
 
 
 @dataclass(frozen=True)

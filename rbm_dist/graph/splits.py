@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from rbm_dist.errors import InputError
-from rbm_dist.graph.random_bits import generator
+from rbm_dist.randomness.bits import generator
+from rbm_dist.randomness.words import Word
 
 TRAIN, VAL, TEST, UNSEEN, NO_SPLIT = 0, 1, 2, 3, -1
 SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test", UNSEEN: "unseen"}
@@ -19,7 +20,7 @@ def split_per_class(label: np.ndarray, train: int, val: int, seed: int) -> np.nd
     A class of fewer than `train + val + 1` nodes is divided in the same proportions, a third of it left for test.
     """
     split = np.full(len(label), NO_SPLIT, np.int8)
-    rng = generator(seed, 0x5B117)
+    rng = generator(seed, Word.SPLIT)
     for cls in np.unique(label[label >= 0]):
         nodes = rng.permutation(np.flatnonzero(label == cls))
         num_train, num_val = train, val

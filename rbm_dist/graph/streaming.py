@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.random_bits import mix
+from rbm_dist.randomness.bits import mix
 
 
 def stream(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rbm_dist.models.norm import make_norm
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
+from rbm_dist.moe.keyed_dropout import keyed_dropout
 from rbm_dist.moe.sparse_rows import Rows, matmul
+from rbm_dist.randomness.rows import derive_keys
 
 
 @dataclass(frozen=True)

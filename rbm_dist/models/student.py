@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from rbm_dist.moe.experts import MAX_LOG_SCALE, StackedExperts
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout, keyed_normal
+from rbm_dist.moe.keyed_dropout import keyed_dropout
 from rbm_dist.moe.routing import Routing, route
 from rbm_dist.moe.sparse_rows import Rows, SparseRows, matmul
+from rbm_dist.randomness.rows import derive_keys, keyed_normal
 
 _GATE_WIDTH = 128
 _GATE_TEMPERATURE = 0.5  # of the vanilla mixture's cosine gate before training

@@ -1,27 +1,10 @@
-"""Dropout and noise that belong to a row, not to a rank: the same row gets the same wherever it is computed.
+"""Dropout that belongs to a row, not to a rank: of dense rows and of rows of mostly zeros."""
 
-A mask bit is a hash of (row key, column). Row keys are 64-bit hashes of (seed, epoch, step, layer, node, expert).
-"""
-
-import math
-
-import numpy as np
 import torch
-from numba import float32, float64, int32, int64, vectorize
 from torch import Tensor
 
 from rbm_dist.moe.sparse_rows import Rows, SparseRows
-
-_MASK32 = 0xFFFFFFFF
-
-
-def derive_keys(key: int | Tensor, word: int | Tensor) -> Tensor:
-    """Absorb a word (a node id, a layer, an expert) into 64-bit keys: splitmix64 on int64 tensors, `[B]`."""
-    z = torch.as_tensor(_signed(key) if isinstance(key, int) else key) ^ word
-    z = z + _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
+from rbm_dist.randomness.rows import dropout_mask
 
 
 def keyed_dropout(x_BD: Rows, key_B: Tensor | None, p: float) -> Rows:
@@ -29,60 +12,5 @@ def keyed_dropout(x_BD: Rows, key_B: Tensor | None, p: float) -> Rows:
     if key_B is None or p == 0:
         return x_BD
     if isinstance(x_BD, SparseRows):
-        return x_BD.with_values(x_BD.value_n * _mask(key_B[x_BD.row_n], x_BD.column_n, p, x_BD.value_n.dtype))
-    return x_BD * _mask(key_B[:, None], torch.arange(x_BD.shape[1], device=key_B.device), p, x_BD.dtype)
-
-
-def keyed_normal(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Standard normal noise `[B, width]` (Box & Muller, 1958)."""
-    radius, angle = (keyed_uniform(derive_keys(key_B, word), width, dtype) for word in (1, 2))
-    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-
-
-def keyed_uniform(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Uniform noise `[B, width]`, above 0 and up to 1."""
-    column = torch.arange(width, device=key_B.device)
-    return (_bits32(key_B[:, None], column).to(dtype) + 2**31 + 1) / 2**32
-
-
-def _mask(key: Tensor, column: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """0 with probability p, else 1 / (1 − p), of (key, column), broadcast over each other."""
-    threshold = int(p * 2**32) - 2**31  # bits are uniform over the signed 32-bit integers
-    if key.device.type == "cpu" and dtype in (torch.float32, torch.float64):  # one pass instead of a dozen
-        scale = np.array(1 / (1 - p), np.float32 if dtype == torch.float32 else np.float64)
-        return torch.from_numpy(_mask_numba(key.numpy(), column.numpy(), np.int32(threshold), scale))
-    return (_bits32(key, column) >= threshold).to(dtype) * (1 / (1 - p))
-
-
-def _bits32(key: Tensor, column: Tensor) -> Tensor:
-    """Uniform int32: the 32-bit murmur3 finaliser of (key, column), broadcast over each other."""
-    high, low = (_shift(key, 32)).to(torch.int32), (key & _MASK32).to(torch.int32)
-    h = high ^ (column.to(torch.int32) * _signed32(0x9E3779B1))
-    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
-        h = h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))
-        h = (h + low) * _signed32(multiplier)
-    return h ^ ((h >> 16) & 0xFFFF)
-
-
-@vectorize([float32(int64, int64, int32, float32), float64(int64, int64, int32, float64)], cache=True)
-def _mask_numba(key, column, threshold, scale):  # type: ignore[no-untyped-def]
-    """`_bits32` and the comparison, element by element."""
-    high, low = np.uint32(np.uint64(key) >> np.uint64(32)), np.uint32(key)
-    h = high ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B1))
-    h = h ^ (h >> np.uint32(16))
-    h = np.uint32(np.uint32(h + low) * np.uint32(0x85EBCA6B))
-    h = h ^ (h >> np.uint32(13))
-    h = np.uint32(np.uint32(h + low) * np.uint32(0xC2B2AE35))
-    return scale if np.int32(h ^ (h >> np.uint32(16))) >= threshold else scale * 0
-
-
-def _shift(z: Tensor, by: int) -> Tensor:
-    return (z >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _signed32(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
+        return x_BD.with_values(x_BD.value_n * dropout_mask(key_B[x_BD.row_n], x_BD.column_n, p, x_BD.value_n.dtype))
+    return x_BD * dropout_mask(key_B[:, None], torch.arange(x_BD.shape[1], device=key_B.device), p, x_BD.dtype)

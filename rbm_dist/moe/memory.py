@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm_dist.moe.collectives import Group, all_reduce_sum
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_normal
 from rbm_dist.moe.routing import MemoryStatistics, moving_average, self_similarity_loss
+from rbm_dist.randomness.rows import derive_keys, keyed_normal
 
 _log = logging.getLogger(__name__)
 # How far, as a length, a re-seeded memory lies from the busiest one: near enough to take some of its rows.

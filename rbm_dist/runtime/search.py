@@ -21,7 +21,8 @@ from ray.tune.search.variant_generator import generate_variants
 
 from rbm_dist.config.tune import Candidate, Range
 from rbm_dist.errors import InputError, RunError
-from rbm_dist.graph.random_bits import key
+from rbm_dist.randomness.bits import key
+from rbm_dist.randomness.words import Word
 from rbm_dist.report.experiment import Row
 from rbm_dist.runtime.failures import explain
 
@@ -37,7 +38,6 @@ _VAL = "val_accuracy"  # what Tune maximises
 _RETRIES = 3  # of a trial whose process was lost
 _ATTEMPTS = 1000  # to draw a possible configuration
 _NO_END = 10**6  # epochs: trials end by themselves
-_DRAW = 10  # word of the random keys
 # No handler of Ctrl-C, no files of results, no snapshots, and no tables, which the newer output has at any verbosity.
 _QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -87,7 +87,7 @@ class Draws(Searcher):
 
     def at_random(self, number: int, attempt: int = 0) -> dict[str, Any]:
         """The settings of a trial at random, possible or not."""
-        words = (self._seed, _DRAW, *self._candidate.name.encode(), number, attempt)
+        words = (self._seed, Word.TRIAL, *self._candidate.name.encode(), number, attempt)
         ((_, drawn),) = generate_variants(self._space, random_state=np.random.RandomState(key(*words) % 2**32))
         return self._settings(drawn)
 

@@ -15,18 +15,18 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
-from rbm_dist.graph.random_bits import generator
 from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student, Trace
 from rbm_dist.moe.routing import Routing
 from rbm_dist.moe.sparse_rows import dense, matmul, to_rows, unit
+from rbm_dist.randomness.bits import generator
+from rbm_dist.randomness.words import Word
 from rbm_dist.report.expert_pictures import InputMap
 from rbm_dist.sources import node_ids
 
 ARRAYS = ("label", "orig_id", ORIG_NAME, "indptr")
 """The arrays of a graph that the figures need besides a student's inputs."""
-_SAMPLE = 0x3A9  # word of the random keys
 _ROWS = 4_096
 _MAP_ROWS = 2_000
 _NEAREST = 5
@@ -69,7 +69,7 @@ def input_maps(student: Student, store: GraphStore, names: tuple[str, ...], seed
     At most 2,000 rows, drawn by the seed.
     """
     rows = min(_MAP_ROWS, store.num_nodes)
-    ids = np.sort(generator(seed, _SAMPLE).choice(store.num_nodes, rows, replace=False, shuffle=False))
+    ids = np.sort(generator(seed, Word.INSPECTED_ROWS).choice(store.num_nodes, rows, replace=False, shuffle=False))
     maps = []
     for memory_ED, trace in zip(student.memories, _traces(student, store, ids, names), strict=True):
         unit_SD = F.normalize(torch.cat([dense(trace.x_BD), memory_ED]), dim=1)

@@ -15,8 +15,8 @@ from numba import njit
 
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import id_dtype
-from rbm_dist.graph.random_bits import mix
 from rbm_dist.graph.shards import IdType
+from rbm_dist.randomness.bits import mix
 from rbm_dist.sources import table_files
 from rbm_dist.sources.pieces import At
 

@@ -14,9 +14,9 @@ from rbm_dist.config.source import RegionsConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.random_bits import generator
+from rbm_dist.randomness.bits import generator
+from rbm_dist.randomness.words import Word
 
-_REGION, _RULES, _ROWS, _EDGES = 0x4E61, 0x4E62, 0x4E63, 0x4E64  # words of the random keys
 _CENTRE_NORM = 8.0  # of each centre, where the residual has standard deviation 1 along every feature
 _SIZE_EXPONENT = 0.5  # region r has a share of nodes in proportion to (r + 1)^-exponent
 _DEGREE_SPREAD = 0.8  # standard deviation of the logarithm of a node's expected degree
@@ -53,7 +53,7 @@ def generate(config: RegionsConfig, seed: int) -> Regions:
     if config.degree >= config.num_nodes:
         raise InputError(f"source.degree: {config.degree:,} neighbours, but there are {config.num_nodes:,} nodes")
     share_R = np.arange(1, config.num_regions + 1) ** -_SIZE_EXPONENT
-    draw = generator(seed, _REGION).random(config.num_nodes)
+    draw = generator(seed, Word.REGION).random(config.num_nodes)
     region = np.searchsorted(share_R.cumsum() / share_R.sum(), draw, side="right").clip(max=config.num_regions - 1)
     label = _labels(config, seed, region)
     found = len(np.unique(label))
@@ -68,7 +68,7 @@ def generate(config: RegionsConfig, seed: int) -> Regions:
 
 def _centres_and_rules(config: RegionsConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Centres `[R, F]` and rules `[R, F, C]`, float32: random directions, so that regions differ by cosine."""
-    rng = generator(seed, _RULES)
+    rng = generator(seed, Word.REGION_RULES)
     centres_RF = rng.standard_normal((config.num_regions, config.num_features))
     rules_RFC = rng.standard_normal((config.num_regions, config.num_features, config.num_classes))
     centres_RF *= _CENTRE_NORM / np.linalg.norm(centres_RF, axis=1, keepdims=True)
@@ -79,7 +79,7 @@ def _centres_and_rules(config: RegionsConfig, seed: int) -> tuple[np.ndarray, np
 def _residual_and_noise(config: RegionsConfig, seed: int, start: int) -> np.ndarray:
     """Two draws `[2, n, F]` for the chunk of rows from `start`: what the rule sees, and what hides it."""
     rows = min(_CHUNK_ROWS, config.num_nodes - start)
-    return generator(seed, _ROWS, start).standard_normal((2, rows, config.num_features), dtype=np.float32)
+    return generator(seed, Word.REGION_ROWS, start).standard_normal((2, rows, config.num_features), dtype=np.float32)
 
 
 def _labels(config: RegionsConfig, seed: int, region: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def _labels(config: RegionsConfig, seed: int, region: np.ndarray) -> np.ndarray:
 
 def _edges(config: RegionsConfig, seed: int, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ends of `N · degree / 2` undirected edges, each end drawn in proportion to a lognormal weight per node."""
-    rng = generator(seed, _EDGES)
+    rng = generator(seed, Word.REGION_EDGES)
     num_edges = config.num_nodes * config.degree // 2
     by_group = np.argsort(group, kind="stable").astype(csc_.id_dtype(config.num_nodes))
     ends = np.cumsum(np.bincount(group))

@@ -14,14 +14,14 @@ from numba import njit
 from rbm_dist.config.source import SyntheticConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.csc import id_dtype
-from rbm_dist.graph.random_bits import generator, key, mix
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
+from rbm_dist.randomness.bits import generator, key, mix
+from rbm_dist.randomness.words import Word
 from rbm_dist.sources.streamed import Edges, Nodes, StreamedSource
 
 PIECE_EDGES = 1 << 20
 PIECE_ROWS = 1 << 17
 _CHUNK_ROWS = 1 << 13
-_PERMUTATION, _CENTRES, _NODES, _NOISE, _EDGES = 0x5A01, 0x5A02, 0x5A03, 0x5A04, 0x5A05  # words of the random keys
 _ROUNDS = 3  # of the permutation
 _UNIT = 2.0**-53
 _U = np.uint64
@@ -84,7 +84,7 @@ def _nodes(config: SyntheticConfig, seed: int) -> Nodes:
     codes = np.array([TRAIN, VAL, TEST, NO_SPLIT], np.int8)
     for start in range(0, config.num_nodes, PIECE_ROWS):
         ids = np.arange(start, min(start + PIECE_ROWS, config.num_nodes))
-        split_draw, noise_draw = generator(seed, _NODES, start).random((2, len(ids)))
+        split_draw, noise_draw = generator(seed, Word.SYNTHETIC_NODES, start).random((2, len(ids)))
         cls = communities(config, seed, ids) % config.num_classes
         noisy = noise_draw < config.label_noise  # and how far below says which other class it is
         cls[noisy] += 1 + (noise_draw[noisy] / config.label_noise * (config.num_classes - 1)).astype(np.int64)
@@ -96,7 +96,7 @@ def _nodes(config: SyntheticConfig, seed: int) -> Nodes:
 
 def _feat(config: SyntheticConfig, seed: int, piece: int) -> Iterator[np.ndarray]:
     """`[n, F]` float32: the community's centre and noise. Half of a centre's squared norm is its class's."""
-    rng = generator(seed, _CENTRES)
+    rng = generator(seed, Word.SYNTHETIC_CENTRES)
     of_class = rng.standard_normal((config.num_classes, config.num_features), np.float32)
     of_community = rng.standard_normal((config.num_communities, config.num_features), np.float32)
     centre_KF = of_class[np.arange(config.num_communities) % config.num_classes] + of_community
@@ -104,7 +104,9 @@ def _feat(config: SyntheticConfig, seed: int, piece: int) -> Iterator[np.ndarray
     end = min((piece + 1) * PIECE_ROWS, config.num_nodes)
     for start in range(piece * PIECE_ROWS, end, _CHUNK_ROWS):
         ids = np.arange(start, min(start + _CHUNK_ROWS, end))
-        rows_BF = generator(seed, _NOISE, start).standard_normal((len(ids), config.num_features), np.float32)
+        rows_BF = generator(seed, Word.SYNTHETIC_NOISE, start).standard_normal(
+            (len(ids), config.num_features), np.float32
+        )
         rows_BF *= np.float32(config.noise)
         rows_BF += centre_KF[communities(config, seed, ids)]
         yield rows_BF
@@ -117,7 +119,9 @@ def _edges(config: SyntheticConfig, seed: int, piece: int) -> Iterator[Edges]:
     offsets = _offsets(config)
     exponent = (config.power - 2) / (config.power - 1)  # 1 - a
     span_K = (np.diff(offsets) + 1.0) ** exponent - 1
-    _draw_ends(src_M, dst_M, _U(key(seed, _EDGES)), first, offsets, span_K, 1 / exponent, config.homophily)
+    _draw_ends(
+        src_M, dst_M, _U(key(seed, Word.SYNTHETIC_EDGES)), first, offsets, span_K, 1 / exponent, config.homophily
+    )
     permutation = _permutation(config, seed)
     dtype = id_dtype(config.num_nodes)
     for ranks_M in (src_M, dst_M):
@@ -181,8 +185,10 @@ def _permutation(config: SyntheticConfig, seed: int) -> tuple[np.uint64, np.uint
     bits = max(2, (config.num_nodes - 1).bit_length())
     rounds = []
     for i in range(_ROUNDS):
-        multiplier = key(seed, _PERMUTATION, i, 0) % (1 << bits) | 1
-        rounds.append((multiplier, pow(multiplier, -1, 1 << bits), key(seed, _PERMUTATION, i, 1) % (1 << bits)))
+        multiplier = key(seed, Word.SYNTHETIC_PERMUTATION, i, 0) % (1 << bits) | 1
+        rounds.append(
+            (multiplier, pow(multiplier, -1, 1 << bits), key(seed, Word.SYNTHETIC_PERMUTATION, i, 1) % (1 << bits))
+        )
     return _U(config.num_nodes), _U(bits), np.array(rounds, _U)
 
 

@@ -5,14 +5,14 @@ import warnings
 import numpy as np
 import scipy.sparse as sp
 
-from rbm_dist.graph.random_bits import generator
 from rbm_dist.graph.splits import TRAIN
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.randomness.bits import generator
+from rbm_dist.randomness.words import Word
 from rbm_dist.sources.scaling import Moments, in_proportion
 
 SAMPLED_ROWS, SAMPLED_VALUES = 20_000, 20_000_000
 _ROWS = 4096  # predicted at once, in float64
-_SAMPLE = 12  # word of the random keys
 _ITERATIONS = 50
 _INVERSE_PENALTY = 0.1
 
@@ -39,7 +39,7 @@ class FeatureRegression:
 
         train = np.concatenate([_train(store, part) for part in range(store.num_parts)])
         most = SAMPLED_ROWS if store.sparse_features else min(SAMPLED_ROWS, -(-SAMPLED_VALUES // store.num_features))
-        ids = np.sort(generator(seed, _SAMPLE).permutation(train)[:most])
+        ids = np.sort(generator(seed, Word.REGRESSION_ROWS).permutation(train)[:most])
         label, rows = store.gather("label", ids), _rows(store, ids)
         self._model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_ITERATIONS)
         self._mean_F, self._factor_F = _statistics(rows)

@@ -16,13 +16,14 @@ from threadpoolctl import threadpool_limits
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.sampler import Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student
+from rbm_dist.randomness.bits import generator, key
+from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
@@ -37,7 +38,6 @@ from rbm_dist.stages.teacher import build_teacher, sample_logits
 
 WORK = "work"
 """The folder of what is kept per part, while the stage is at work."""
-_LATENCY = 7  # word of the random keys
 _BATCHES = (1, 1024)
 _TIMED_S = 0.5
 _MIXTURE = "mixture/"  # before the names of an RbM's variants, among those of all models
@@ -193,7 +193,7 @@ def _teacher_call(config: Config, store: GraphStore, url: str) -> Call:
     model = build_teacher(config, store)
     load_weights(storage.join(url, "teacher", "model.safetensors"), model)
     model.eval()
-    fanout, draw = config.soft_labels.fanout or config.teacher.fanout, key(config.seed, _LATENCY)
+    fanout, draw = config.soft_labels.fanout or config.teacher.fanout, key(config.seed, Word.LATENCY)
     return lambda ids: lambda: sample_logits(model, store, ids, fanout, draw, training=False).softmax(1)
 
 
@@ -211,7 +211,7 @@ def _student_call(student: Student, store: GraphStore) -> Call:
 
 def _latency(call: Call, num_nodes: int, distinct: bool = False) -> dict[str, float]:
     """Median microseconds per node by batch size, on one thread. A teacher's time includes sampling and gathering."""
-    rng = generator(0, _LATENCY)
+    rng = generator(0, Word.LATENCY)
     latency = {}
     for batch in _BATCHES:
         size = min(batch, num_nodes) if distinct else batch

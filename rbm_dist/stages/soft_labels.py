@@ -16,11 +16,12 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
-from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
 from rbm_dist.moe.sparse_rows import dense
+from rbm_dist.randomness.bits import generator, key
+from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts
@@ -31,7 +32,6 @@ from rbm_dist.stages.teacher import SampledRows, add_noise, build_teacher, keep_
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
 ARRAYS = rf"{SOFT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
-_DRAW, _NOISE, _HOT = 3, 8, 11  # words of the random keys
 
 
 MakeWorker = Callable[[], Callable[[int], storage.FileInfo]]
@@ -140,7 +140,7 @@ def _make_worker(
             return storage.file_info(url)
         store.hold([part])
         if store.hot is None and read in (_sampled, _sampled_hidden):  # the first part says what all need
-            rng, batch = generator(config.seed, _HOT, part), config.soft_labels.batch_size
+            rng, batch = generator(config.seed, Word.SOFT_LABEL_HOT_ROWS, part), config.soft_labels.batch_size
             ids = rng.permutation(store.ids(part))
             steps = [[ids[start : start + batch]] for start in range(0, len(ids), batch)]
             keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
@@ -163,7 +163,7 @@ def _sampled_hidden(config: Config, store: GraphStore, ids: np.ndarray, device: 
 
 def _read_sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> SampledRows:
     fanout = config.soft_labels.fanout or config.teacher.fanout
-    return read_sample(store, ids, fanout, key(config.seed, _DRAW), device)
+    return read_sample(store, ids, fanout, key(config.seed, Word.SOFT_LABELS), device)
 
 
 def _entropy_change(
@@ -174,7 +174,7 @@ def _entropy_change(
     if noisy is not None:
         noisy_nC = torch.from_numpy(store.gather(noisy, ids))
         return lambda model: (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
-    sampled, noise_key = _read_sampled(config, store, ids, device), key(config.seed, _NOISE)
+    sampled, noise_key = _read_sampled(config, store, ids, device), key(config.seed, Word.SOFT_LABEL_NOISE)
 
     def compute(model: Sage) -> torch.Tensor:
         noisy_nC = states(model, sampled, noise_key=noise_key)[0].softmax(1).cpu()
@@ -200,7 +200,7 @@ def _exact_layer(
     def compute(model: Sage) -> torch.Tensor:
         rows_nD, neighbourhood = sampled.to(device)
         if noise:
-            rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, _NOISE))
+            rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, Word.SOFT_LABEL_NOISE))
         out = model.layer(layer, rows_nD, len(ids), neighbourhood.edge_2m)
         return out.softmax(1) if layer == model.num_layers - 1 else out
 

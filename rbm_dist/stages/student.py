@@ -20,17 +20,18 @@ from rbm_dist.config.run import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses
-from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm, rbm_to_mlp
-from rbm_dist.moe.keyed_dropout import derive_keys
 from rbm_dist.moe.memory import MemoryStore
 from rbm_dist.moe.routing import memory_statistics, self_similarity_loss
 from rbm_dist.moe.sparse_rows import Rows, to_rows, unit
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
+from rbm_dist.randomness.bits import generator, key
+from rbm_dist.randomness.rows import derive_keys
+from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.memory_store import make_memory_store
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
@@ -39,8 +40,6 @@ from rbm_dist.serve.artifact import empty_student, save_merged, save_student
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
 from rbm_dist.train.kmeans import kmeans_centres
-
-_KMEANS, _DROPOUT, _PAIRS = 5, 6, 9  # words of the random keys
 
 
 def run_student(run: Run) -> Files:
@@ -194,7 +193,7 @@ class _Training:
         rows = np.concatenate(self.batches.nodes)
         ids = np.concatenate([*(self.batches.nodes[part] for part in self.parts), np.empty(0, np.int64)])
         if len(rows) > settings.kmeans_rows:
-            draw = generator(self.config.seed, _KMEANS)
+            draw = generator(self.config.seed, Word.KMEANS_ROWS)
             ids = ids[np.isin(ids, draw.choice(rows, settings.kmeans_rows, replace=False))]
         mlp.eval()
         inputs = mlp.layer_inputs(self._rows(ids.astype(np.int64)))
@@ -267,10 +266,10 @@ class _Training:
         model.train()
         for step, shares in enumerate(self.batches.epoch(self.parts, self.config.seed, epoch)[first:], first):
             version, load_E = epoch * steps + step, None
-            batch = self._batch(shares, step, key(self.config.seed, _DROPOUT, *name.encode(), version))
+            batch = self._batch(shares, step, key(self.config.seed, Word.STUDENT_DROPOUT, *name.encode(), version))
             if memory:
                 model.set_memories(memory.pull(version))
-            terms, traces = losses(model, batch, key(self.config.seed, _PAIRS, *name.encode(), version))
+            terms, traces = losses(model, batch, key(self.config.seed, Word.KRD_PAIRS, *name.encode(), version))
             if memory:
                 statistics = [memory_statistics(trace.x_BD, trace.routing, settings.num_experts) for trace in traces]
                 memory.push(version, statistics)

@@ -20,22 +20,22 @@ from rbm_dist.config.run import Config
 from rbm_dist.distill.batches import PartBatches
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.presampling import fill_hot
-from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_normal
 from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
+from rbm_dist.randomness.bits import key
+from rbm_dist.randomness.rows import derive_keys, keyed_normal
+from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
 
-_TRAINING, _VALIDATION, _HOT = 1, 2, 10  # words of the random keys
 _HOT_BATCHES = 64  # sampled to find the nodes that are needed most
 _PENALTY = 0.3  # of the summed loss: times half the weights' square
 _COUNTS = ("edges", "asked", "hits")  # of what is read; the latter two as in `SampledRows`
@@ -165,7 +165,7 @@ def train_teacher(
     for epoch, first in checkpoints.epochs(settings.epochs):
         model.train()
         steps = train.epoch(parts, config.seed, epoch)[first:]
-        draws = (key(config.seed, _TRAINING, epoch, step) for step in itertools.count(first))
+        draws = (key(config.seed, Word.TEACHER_TRAINING, epoch, step) for step in itertools.count(first))
         loader = _ahead("training", store, steps, draws, config, mesh)
         with loader as batches:
             for step, shares in enumerate(steps, first):
@@ -230,7 +230,7 @@ def _ahead(
 
 def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Config, mesh: Mesh) -> Prefetch[Labelled]:
     # The same neighbours in every epoch: epochs are compared by this figure.
-    draws = itertools.repeat(key(config.seed, _VALIDATION))
+    draws = itertools.repeat(key(config.seed, Word.TEACHER_VALIDATION))
     return _ahead("validation", store, val.epoch(parts, config.seed, None), draws, config, mesh)
 
 
@@ -239,7 +239,7 @@ def keep_hot(store: GraphStore, config: Config, steps: list[list[np.ndarray]], f
     budget = config.cluster.cache_mb * 10**6
     if budget and len(store.held_parts) < store.num_parts and not store.sparse_features:
         seeds = [np.concatenate(shares) for shares in steps if any(map(len, shares))][:_HOT_BATCHES]
-        draws = (key(config.seed, _HOT, draw) for draw in range(_HOT_BATCHES))
+        draws = (key(config.seed, Word.TEACHER_HOT_ROWS, draw) for draw in range(_HOT_BATCHES))
         fill_hot(store, "feat", budget, zip(itertools.cycle(seeds), draws, strict=False), fanout)
 
 

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from rbm_dist.graph.random_bits import generator, key
 from rbm_dist.moe.sparse_rows import Rows, to_scipy
 from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.randomness.bits import generator, key
+from rbm_dist.randomness.words import Word
 
 STARTS = 10
 _SAMPLE, _SAMPLE_PER_CENTRE = 10_000, 100  # rows that the starts are made of: at least, and for each centre
 _CHUNK = 8192  # rows whose distances are held at a time
 _ITERATIONS, _TOLERANCE = 300, 1e-4  # at most; moved by less than this share of the variance: scikit-learn's
 _SAME = 1e-6  # starts whose sums of squares differ by less have found the same clusters
-_DRAW, _START = 12, 13  # words of the random keys
 
 
 def kmeans_centres(rows_BD: Rows, ids_B: np.ndarray, num_experts: int, seed: int, mesh: Mesh) -> np.ndarray:
@@ -31,7 +31,9 @@ def kmeans_centres(rows_BD: Rows, ids_B: np.ndarray, num_experts: int, seed: int
     """
     everyone = np.sort(np.concatenate(mesh.gather(ids_B)))
     size = sample_rows(len(everyone), num_experts)
-    chosen = everyone if len(everyone) == size else generator(seed, _DRAW).choice(everyone, size, replace=False)
+    chosen = (
+        everyone if len(everyone) == size else generator(seed, Word.KMEANS_SAMPLE).choice(everyone, size, replace=False)
+    )
     centres = _cluster(_gather(rows_BD, ids_B, chosen, mesh), num_experts, seed, mesh)
     if len(chosen) == len(everyone):  # scikit-learn has seen all
         return centres
@@ -63,7 +65,7 @@ def _cluster(rows_SD: np.ndarray | sp.csr_array, num_experts: int, seed: int, me
     found = []
     for start in range(mesh.rank, STARTS, mesh.world_size):
         with threadpool_limits(limits=1):  # several threads add up in the order they come, and runs would differ
-            each = KMeans(num_experts, n_init=1, random_state=key(seed, _START, start) % 2**31).fit(rows_SD)
+            each = KMeans(num_experts, n_init=1, random_state=key(seed, Word.KMEANS_START, start) % 2**31).fit(rows_SD)
         found.append((start, each.inertia_, each.cluster_centers_))
     found = sorted((each for share in mesh.gather(_best(found)) for each in share), key=lambda each: each[0])
     return _best(found)[0][2]

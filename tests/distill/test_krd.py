@@ -12,9 +12,9 @@ from torch import Tensor
 from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import kd_loss
 from rbm_dist.distill.krd import Pairs, ReliableSampling, krd_loss
-from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.randomness.bits import key
 from rbm_dist.sources.source import hide_unseen
 from tests.small_graph import small_graph, small_store, write_graph
 

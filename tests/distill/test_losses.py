@@ -18,9 +18,9 @@ from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.distill.nosmog import adversarial_noise
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student, make_mlp, make_moe, mlp_to_rbm
-from rbm_dist.moe.keyed_dropout import derive_keys
 from rbm_dist.moe.sparse_rows import SparseRows
 from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.randomness.rows import derive_keys
 from tests.small_graph import small_store
 
 EXPERTS, TAU = 4, 2.0

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rbm_dist.distill.nosmog import adversarial_noise, similarity_loss
 from rbm_dist.models.norm import GlobalBatchNorm, keep_statistics
-from rbm_dist.moe.keyed_dropout import derive_keys
+from rbm_dist.randomness.rows import derive_keys
 from tests.gloo import run_ranks
 
 SHARES = [slice(0, 4), slice(4, 11)]

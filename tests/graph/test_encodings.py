@@ -12,9 +12,9 @@ from rbm_dist.config.run import EncodingsConfig
 from rbm_dist.config.source import NpzConfig
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.encodings import Step, arrays, encode, encode_in_process, fill
-from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.randomness.bits import key
 from rbm_dist.sources import source
 from rbm_dist.sources.source import SourceGraph, hide_unseen
 from tests.small_graph import small_graph, write_graph

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rbm_dist.graph.csc import Csc, build
 from rbm_dist.graph.partition_report import partition_report
-from rbm_dist.graph.random_bits import mix
 from rbm_dist.graph.streaming import stream
+from rbm_dist.randomness.bits import mix
 
 
 def greedy(csc: Csc, num_parts: int, imbalance: float, passes: int, seed: int, weight: list[int]) -> list[int]:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rbm_dist.models.student import GatedLayer, Student, make_mlp, make_moe
 from rbm_dist.moe.experts import StackedExperts
-from rbm_dist.moe.keyed_dropout import derive_keys
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_gradients
+from rbm_dist.randomness.rows import derive_keys
 from tests.gloo import run_ranks
 
 E, D, P, OUT = 5, 6, 4, 3

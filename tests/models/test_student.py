@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rbm_dist.models.student import Ensemble, RoutedLayer, Student, make_mlp, mlp_to_rbm, rbm_to_mlp
 from rbm_dist.moe.experts import StackedExperts
-from rbm_dist.moe.keyed_dropout import derive_keys
+from rbm_dist.randomness.rows import derive_keys
 
 
 def mlp(norm: str = "layer", dropout: float = 0.0) -> Student:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from rbm_dist.models.sage import Neighbourhood, init_sage
 from rbm_dist.models.student import DenseLayer, RoutedLayer, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.experts import StackedExperts
-from rbm_dist.moe.keyed_dropout import derive_keys, keyed_dropout
+from rbm_dist.moe.keyed_dropout import keyed_dropout
 from rbm_dist.moe.routing import memory_statistics, route
 from rbm_dist.moe.sparse_rows import Rows, SparseRows, dense, to_rows, to_scipy, unit
+from rbm_dist.randomness.rows import derive_keys
 
 DTYPE = torch.float64
 

@@ -17,9 +17,9 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
-from rbm_dist.graph.random_bits import key
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
+from rbm_dist.randomness.bits import key
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph
 from rbm_dist.stages import soft_labels

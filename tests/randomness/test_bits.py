@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
-from rbm_dist.graph.random_bits import generator, key, mix
+from rbm_dist.randomness.bits import generator, key, mix
 
 WORDS = st.integers(0, 2**64 - 1)
 _MASK = 2**64 - 1

@@ -6,9 +6,8 @@ splitmix64 (Steele, Lea & Flood, 2014) over the words of a key; the same functio
 import numpy as np
 from numba import njit, uint64
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_M1 = np.uint64(0xBF58476D1CE4E5B9)
-_M2 = np.uint64(0x94D049BB133111EB)
+GAMMA, MULTIPLIERS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
+_GAMMA, _M1, _M2 = np.uint64(GAMMA), np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
