@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
-from rbm_dist.distill.batches import PartBatches
 from rbm_dist.distill.krd import ReliableSampling
 from rbm_dist.distill.losses import Batch, Losses
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN, VAL
@@ -40,6 +39,7 @@ from rbm_dist.serve.artifact import empty_student, save_merged, save_student
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
 from rbm_dist.train.kmeans import kmeans_centres
+from rbm_dist.train.part_batches import PartBatches
 
 
 def run_student(run: Run) -> Files:

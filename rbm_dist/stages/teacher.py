@@ -1,13 +1,9 @@
-"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss.
-
-A batch is made in two halves: `read_sample` asks the store, in a thread that works ahead; `states` is the model's.
-"""
+"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss."""
 
 import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,26 +13,23 @@ from scipy.optimize import minimize_scalar
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
-from rbm_dist.distill.batches import PartBatches
 from rbm_dist.graph.loader import Prefetch
-from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
-from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
+from rbm_dist.models.sage import Sage, init_sage
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.randomness.bits import key
-from rbm_dist.randomness.rows import derive_keys, keyed_normal
 from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
+from rbm_dist.train.part_batches import PartBatches
+from rbm_dist.train.sampled_rows import SampledRows, keep_hot, read_sample, states
 
-_HOT_BATCHES = 64  # sampled to find the nodes that are needed most
 _PENALTY = 0.3  # of the summed loss: times half the weights' square
 _COUNTS = ("edges", "asked", "hits")  # of what is read; the latter two as in `SampledRows`
 _LOG_TEMPERATURES = (math.log(0.05), math.log(20))
@@ -57,79 +50,8 @@ def build_teacher(config: Config, store: GraphStore) -> Sage:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SampledRows:
-    """What a model reads of some seeds, in CPU memory: their sampled neighbourhood and an input of each node of it."""
-
-    rows_nD: Rows  # float32
-    neighbourhood: Neighbourhood
-    key: int  # drew the sample, and draws the dropout
-    asked: int  # rows of other hosts' nodes, where some of them are kept here
-    hits: int  # and how many of these were here
-
-    def to(self, device: torch.device) -> tuple[Rows, Neighbourhood]:
-        """Rows and neighbourhood where the model is."""
-        if device.type == "cpu":
-            return self.rows_nD, self.neighbourhood
-        near = self.neighbourhood
-        rows_nD, node_n, edge_2m = (
-            each.to(device, non_blocking=True) for each in (dense(self.rows_nD), near.node_n, near.edge_2m)
-        )
-        return rows_nD, Neighbourhood(node_n, edge_2m, near.nodes_per_hop, near.edges_per_hop)
-
-
 Labelled = tuple[SampledRows, torch.Tensor]
 """Some seeds and their labels `[seeds]`."""
-
-
-def read_sample(
-    store: GraphStore,
-    seeds: np.ndarray,
-    fanout: tuple[int, ...],
-    sample_key: int,
-    device: torch.device,
-    inputs: tuple[str, ...] = ("feat",),
-) -> SampledRows:
-    """Sample, and gather the nodes' `inputs`, for a model on `device`, on which nothing is done yet."""
-    sample = store.sample(seeds, fanout, sample_key)
-    rows = store.inputs(sample.nodes, inputs)
-    gpu = device.type == "cuda"
-    if gpu and not isinstance(rows, np.ndarray):
-        rows = rows.toarray()
-    rows_nD = to_rows(rows, torch.device("cpu"), torch.float32)
-    node_n, edge_2m = torch.from_numpy(sample.nodes), torch.from_numpy(np.stack([sample.src, sample.dst]))
-    if gpu:  # from pinned memory it is copied while the GPU computes
-        rows_nD, node_n, edge_2m = (each.pin_memory() for each in (dense(rows_nD), node_n, edge_2m))
-    neighbourhood = Neighbourhood(node_n, edge_2m, sample.nodes_per_hop, sample.edges_per_hop)
-    return SampledRows(rows_nD, neighbourhood, sample_key, *(store.hot.take_counts() if store.hot else (0, 0)))
-
-
-def states(
-    model: Sage, sampled: SampledRows, training: bool = False, noise_key: int | None = None
-) -> tuple[torch.Tensor, Rows]:
-    """Logits of the seeds, `[seeds, classes]`, and their states before the last layer, `[seeds, H]`.
-
-    `noise_key` adds noise to all inputs.
-    """
-    rows_nD, neighbourhood = sampled.to(next(model.parameters()).device)
-    if noise_key is not None:
-        rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), noise_key)
-    return model.forward_hidden(rows_nD, neighbourhood, sampled.key if training else None)
-
-
-def sample_logits(
-    model: Sage, store: GraphStore, seeds: np.ndarray, fanout: tuple[int, ...], sample_key: int, training: bool
-) -> torch.Tensor:
-    """Logits of some nodes from their sampled neighbourhood, `[len(seeds), classes]`; nothing is done ahead."""
-    device = next(model.parameters()).device
-    return states(model, read_sample(store, seeds, fanout, sample_key, device), training)[0]
-
-
-def add_noise(feat_nF: Rows, nodes: np.ndarray, noise_key: int) -> torch.Tensor:
-    """Features plus unit Gaussian noise that belongs to each node, whoever asks for it."""
-    feat_nF = dense(feat_nF)
-    keys = derive_keys(noise_key, torch.from_numpy(nodes).to(feat_nF.device))
-    return feat_nF + keyed_normal(keys, feat_nF.shape[1], feat_nF.dtype)
 
 
 def train_teacher(
@@ -232,15 +154,6 @@ def _val_ahead(store: GraphStore, val: PartBatches, parts: list[int], config: Co
     # The same neighbours in every epoch: epochs are compared by this figure.
     draws = itertools.repeat(key(config.seed, Word.TEACHER_VALIDATION))
     return _ahead("validation", store, val.epoch(parts, config.seed, None), draws, config, mesh)
-
-
-def keep_hot(store: GraphStore, config: Config, steps: list[list[np.ndarray]], fanout: tuple[int, ...]) -> None:
-    """Keep the feature rows of other hosts' nodes that these steps need most, if so configured."""
-    budget = config.cluster.cache_mb * 10**6
-    if budget and len(store.held_parts) < store.num_parts and not store.sparse_features:
-        seeds = [np.concatenate(shares) for shares in steps if any(map(len, shares))][:_HOT_BATCHES]
-        draws = (key(config.seed, Word.TEACHER_HOT_ROWS, draw) for draw in range(_HOT_BATCHES))
-        fill_hot(store, "feat", budget, zip(itertools.cycle(seeds), draws, strict=False), fanout)
 
 
 @torch.no_grad()

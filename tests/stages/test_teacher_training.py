@@ -23,7 +23,8 @@ from rbm_dist.stages import teacher
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import _PENALTY as PENALTY
-from rbm_dist.stages.teacher import build_teacher, sample_logits, train_teacher
+from rbm_dist.stages.teacher import build_teacher, train_teacher
+from rbm_dist.train.sampled_rows import sample_logits
 from tests.gloo import run_ranks
 from tests.small_graph import small_store
 

@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbm_dist.distill.batches import PartBatches
+from rbm_dist.train.part_batches import PartBatches
 
 
 @st.composite
