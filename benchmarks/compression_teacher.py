@@ -17,8 +17,8 @@ from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage
 from rbm_dist.serve.accuracy import hits
-from rbm_dist.stages.teacher import build_teacher
 from rbm_dist.train.sampled_rows import read_sample, sample_logits
+from rbm_dist.train.teacher import build_teacher
 
 Predict = Callable[[np.ndarray], np.ndarray]
 

@@ -20,6 +20,6 @@ def kd_loss(logits_BC: Tensor, soft_BC: Tensor, global_rows: int, temperature: f
     return loss * (temperature**2 / global_rows)
 
 
-def label_loss(logits_BC: Tensor, label_B: Tensor, global_labelled: int) -> Tensor:
+def label_loss(logits_BC: Tensor, label_B: Tensor, global_labelled: Tensor) -> Tensor:
     """This rank's share of the mean NLL over the global batch's labelled rows; a label of -1 is none."""
-    return F.cross_entropy(logits_BC, label_B, ignore_index=-1, reduction="sum") / max(global_labelled, 1)
+    return F.cross_entropy(logits_BC, label_B, ignore_index=-1, reduction="sum") / global_labelled.clamp_min(1)

@@ -20,9 +20,6 @@ from torch import Tensor
 
 from rbm_dist.config.run import KrdConfig
 from rbm_dist.distill.kd import soften
-from rbm_dist.graph.splits import UNSEEN
-from rbm_dist.graph.store import GraphStore
-from rbm_dist.randomness.rows import derive_keys
 
 _LOG_POWERS = (math.log(1e-2), math.log(1e2))
 
@@ -31,53 +28,25 @@ _LOG_POWERS = (math.log(1e-2), math.log(1e2))
 class Pairs:
     """Teachers j of the batch's rows i."""
 
-    nodes: np.ndarray  # [n] ids; the batch's own first
-    soft_nC: np.ndarray  # their soft labels
-    teacher_m: Tensor  # int64, position of j in `nodes`
+    soft_nC: Tensor  # soft labels of all teachers; the batch's own first
+    teacher_m: Tensor  # int64, position of j among the teachers
     row_m: Tensor  # int64, the row of i
-    weight_B: Tensor  # float64, what each pair of a row counts
+    weight_B: Tensor  # what each pair of a row counts
+    bin_B: Tensor  # int64, the row's bin of δ
 
 
-class ReliableSampling:
-    """Draws the pairs of a batch, and fits q. Everything but q is the same for all epochs."""
+class Reliability:
+    """How much nodes are to be believed: q, fitted to where student and teacher agree."""
 
-    def __init__(self, settings: KrdConfig, store: GraphStore, power: float | None = None):
-        self.settings, self._store = settings, store
+    def __init__(self, settings: KrdConfig, power: float | None = None):
+        self._settings = settings
         self.power = settings.initial_power if power is None else power
-        parts = range(store.num_parts)
-        # Unseen nodes are hidden from training: how far theirs change must not scale the others'.
-        seen = [store.array("entropy_change", part)[store.array("split", part) != UNSEEN] for part in parts]
-        self._highest = max((float(change.max()) for change in seen if len(change)), default=0.0)
 
-    def change(self, ids: np.ndarray) -> np.ndarray:
-        """δ of some nodes that training sees, `[n]`, in [0, 1]."""
-        change_n = self._store.gather("entropy_change", ids).astype(np.float64)
-        return change_n / self._highest if self._highest > 0 else change_n
-
-    def pairs(self, ids: np.ndarray, draw: int) -> Pairs:
-        """The pairs of some rows. A pair's draw depends on (draw, i, j) alone."""
-        sample = self._store.sample(ids, (self.settings.fanout,), draw)
-        keep_probability_n = 1 - self.change(sample.nodes) ** self.power
-        keys_m = derive_keys(
-            derive_keys(draw, torch.from_numpy(ids[sample.dst])), torch.from_numpy(sample.nodes[sample.src])
-        )
-        uniform_m = (keys_m.numpy() >> 11 & (2**53 - 1)) / 2**53
-        kept_m = uniform_m < keep_probability_n[sample.src]
-        soft_nC = self._store.gather("soft", sample.nodes)
-        agreeing = self.settings.neighbours == "agreeing"
-        if agreeing:
-            class_n = soft_nC.argmax(1)
-            kept_m &= class_n[sample.src] == class_n[sample.dst]
-        own = np.arange(len(ids))
-        teacher_m, row_m = (torch.from_numpy(np.concatenate([own, each[kept_m]])) for each in (sample.src, sample.dst))
-        pairs_B = torch.bincount(row_m, minlength=len(ids)).double()
-        return Pairs(sample.nodes, soft_nC, teacher_m, row_m, 1 / pairs_B if agreeing else torch.ones_like(pairs_B))
-
-    def agreement(self, ids: np.ndarray, agrees: np.ndarray) -> np.ndarray:
-        """A histogram over δ, `[2, bins]`: how many of some nodes, and how many where student and teacher agree."""
-        bins, change_n = self.settings.bins, self.change(ids)
-        at = np.minimum((change_n * bins).astype(np.int64), bins - 1)
-        return np.stack([np.bincount(at, minlength=bins), np.bincount(at, weights=agrees, minlength=bins)])
+    def agreement(self, bin_B: Tensor, agrees_B: Tensor) -> Tensor:
+        """A histogram over δ, `[2, bins]` in float64: how many rows, and how many where student and teacher agree."""
+        one_B = torch.ones_like(bin_B, dtype=torch.float64)
+        empty = one_B.new_zeros(self._settings.bins)
+        return torch.stack([empty.index_add(0, bin_B, each) for each in (one_B, agrees_B.double())])
 
     def fit(self, histogram: np.ndarray) -> None:
         """Move q towards the least-squares fit of `1 − δ^q` to the share of agreement per bin."""
@@ -90,12 +59,12 @@ class ReliableSampling:
             return float(np.sum(weight * (1 - centre ** math.exp(log_power) - share) ** 2))
 
         fitted = math.exp(minimize_scalar(error, bounds=_LOG_POWERS, method="bounded").x)
-        self.power = self.settings.momentum * self.power + (1 - self.settings.momentum) * fitted
+        self.power = self._settings.momentum * self.power + (1 - self._settings.momentum) * fitted
 
 
 def krd_loss(
     logits_BC: Tensor, soft_nC: Tensor, teacher_m: Tensor, row_m: Tensor, weight_B: Tensor,
-    global_weight: float, temperature: float,
+    global_weight: float | Tensor, temperature: float,
 ) -> Tensor:  # fmt: skip
     """This rank's share of the weighted mean over the global batch's pairs of `τ²·KL(teacher_j ‖ student_i)`.
 

@@ -25,12 +25,15 @@ class Prefetch(Generic[T]):
 
     `with Prefetch(…) as batches: for batch in batches: …`. Leaving the block, in whatever way, ends the thread after
     the job at hand. A job's exception is raised where its result would have come. While the consumer has a result, at
-    most `depth` others are alive; with `depth` 0 the consumer's own thread does the jobs. Raises `RunError`, which says
-    by `what` what did not come, after a wait of `timeout_s`.
+    most `depth` others are alive; with `depth` 0 the consumer's own thread does the jobs. `finish` is what that thread
+    does with each result. Raises `RunError`, which says by `what` what did not come, after a wait of `timeout_s`.
     """
 
-    def __init__(self, what: str, jobs: Iterable[Callable[[], T]], timeout_s: float, depth: int = 2):
-        self._wait_s = 0.0
+    def __init__(
+        self, what: str, jobs: Iterable[Callable[[], T]], timeout_s: float, depth: int = 2,
+        finish: Callable[[T], T] = lambda result: result,
+    ):  # fmt: skip
+        self._wait_s, self._finish = 0.0, finish
         self._what, self._jobs, self._timeout_s, self._depth = what, iter(jobs), timeout_s, depth
         self._ahead: deque[Future[T]] = deque()
         # Jobs, each with where its result goes; None ends the thread. The consumer adds one for each that it takes.
@@ -65,11 +68,11 @@ class Prefetch(Generic[T]):
 
     def _results(self) -> Iterator[T]:
         while self._ahead:
-            yield self._take()
+            yield self._finish(self._take())
         for job in self._jobs:  # none are left, unless `depth` is 0
             with self._waiting():
                 result = job()
-            yield result
+            yield self._finish(result)
 
     def _take(self) -> T:
         future = self._ahead.popleft()

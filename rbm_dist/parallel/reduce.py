@@ -33,6 +33,14 @@ def sum_figures(figures: list[float], mesh: Mesh) -> list[float]:
     return total.tolist()
 
 
+def sum_tensor(here: Tensor, mesh: Mesh) -> Tensor:
+    """Sum a tensor without a gradient over all ranks, where it is: nothing waits for a GPU."""
+    total = here.detach().clone()
+    if mesh.world_group is not None:
+        dist.all_reduce(total, group=mesh.world_group)
+    return total
+
+
 def _sum_flat(parameters: list[nn.Parameter], group: Group) -> None:
     for parameter in parameters:
         if parameter.grad is None:  # no row of this rank reached it

@@ -34,8 +34,8 @@ from rbm_dist.serve.kernels import softmax
 from rbm_dist.serve.specialisation import expert_rows, summary, variants
 from rbm_dist.stages.baselines import FeatureRegression, majority_class
 from rbm_dist.stages.run import Files, Run
-from rbm_dist.stages.teacher import build_teacher
 from rbm_dist.train.sampled_rows import sample_logits
+from rbm_dist.train.teacher import build_teacher
 
 WORK = "work"
 """The folder of what is kept per part, while the stage is at work."""

@@ -139,7 +139,7 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     narrow, mapped = min(facts.num_features, teacher.hidden), facts.num_features > teacher.hidden
     messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
     states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)
-    ids = 8 * (facts.num_train + facts.num_val) * (1 + 1 / config.cluster.most_workers)
+    ids = 8 * 2 * (facts.num_train + facts.num_val) / config.cluster.most_workers
     model = 4 * _STATES * teacher_parameters(config, facts)
     return 4 * facts.num_nodes + ids + _ALIVE * _batch(facts, nodes, edges) + messages + states + model
 
@@ -196,10 +196,12 @@ def layer_widths(config: Config, facts: SourceFacts, kind: str) -> list[tuple[in
 
 
 def student_worker(config: Config, facts: SourceFacts) -> float:
-    """`train_students`: ids of all nodes and this rank's in another order; then k-means, or a step."""
+    """`train_students`: ids of this rank's nodes, twice in another order; then k-means, or batches ahead and a step."""
     settings, workers = config.student, config.cluster.most_workers
-    ids = 8 * facts.num_nodes * (1 + 1 / workers) + 8 * facts.num_val
+    ids = 8 * (3 * facts.num_nodes + facts.num_val) / workers
     rows = min(settings.batch_size, facts.num_nodes) / workers
+    read = layer_widths(config, facts, "mlp")[0][0] + facts.num_classes  # KRD's pairs have more
+    ids += 4 * rows * read * (_ALIVE - 1)
     steps = []
     for kind in settings.models:
         widths = layer_widths(config, facts, kind)

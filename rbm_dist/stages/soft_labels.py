@@ -27,8 +27,8 @@ from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_serve
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.run import Files, Run
-from rbm_dist.stages.teacher import build_teacher
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
+from rbm_dist.train.teacher import build_teacher
 
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
 ARRAYS = rf"{SOFT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"

@@ -32,8 +32,8 @@ def test_formula(temperature: float) -> None:
 def test_label_loss_counts_labelled_rows() -> None:
     logits, _, label = draw()
     nll = sum(-math.log(softmax(row, 1.0)[y]) for row, y in zip(logits.tolist(), label.tolist(), strict=True) if y >= 0)
-    assert label_loss(logits, label, 4).item() == pytest.approx(nll / 4)
-    assert label_loss(logits, torch.full((6,), -1), 0).item() == 0
+    assert label_loss(logits, label, torch.tensor(4)).item() == pytest.approx(nll / 4)
+    assert label_loss(logits, torch.full((6,), -1), torch.tensor(0)).item() == 0
 
 
 def test_shares_of_ranks_add_up() -> None:
@@ -42,8 +42,8 @@ def test_shares_of_ranks_add_up() -> None:
     parts = (slice(0, 2), slice(2, 2), slice(2, 6))
     shares = [kd_loss(logits[rows], soft[rows], 6, 2.0).item() for rows in parts]
     assert sum(shares) == pytest.approx(kd_loss(logits, soft, 6, 2.0).item())
-    shares = [label_loss(logits[rows], label[rows], 4).item() for rows in parts]
-    assert sum(shares) == pytest.approx(label_loss(logits, label, 4).item())
+    shares = [label_loss(logits[rows], label[rows], torch.tensor(4)).item() for rows in parts]
+    assert sum(shares) == pytest.approx(label_loss(logits, label, torch.tensor(4)).item())
 
 
 def test_gradient_and_certain_teachers() -> None:

@@ -25,7 +25,8 @@ from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
 from rbm_dist.stages.source import below, over_here, stage_source
 from rbm_dist.stages.student import train_students
-from rbm_dist.stages.teacher import build_teacher, train_teacher
+from rbm_dist.stages.teacher import train_teacher
+from rbm_dist.train.teacher import build_teacher
 from tests.stages.held import held
 
 SHARE, NOISE = 0.25, 30e6  # of what is measured; what the allocator keeps or finds at hand

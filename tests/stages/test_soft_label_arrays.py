@@ -26,8 +26,8 @@ from rbm_dist.stages import soft_labels
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
-from rbm_dist.stages.teacher import build_teacher
 from rbm_dist.train.sampled_rows import add_noise
+from rbm_dist.train.teacher import build_teacher
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 NAMES = ("soft", "hidden", "entropy_change")

@@ -41,7 +41,9 @@ class Recorder:
     def end(self, *_: Any) -> None: ...
 
     def metrics(self, loop: str, row: dict[str, float]) -> None:
-        self.rows.append((loop, int(row["epoch"]), {name: value for name, value in row.items() if name != "time"}))
+        self.rows.append(
+            (loop, int(row["epoch"]), {name: value for name, value in row.items() if name not in ("time", "wait_s")})
+        )
 
 
 def config(url: str, **student: Any) -> Config:
@@ -163,7 +165,7 @@ def test_a_resume_of_routed_training_does_no_k_means_again(tmp_path: Path, monke
         clustered.append(num_experts)
         return kmeans_centres(rows, ids, num_experts, seed, mesh)
 
-    monkeypatch.setattr("rbm_dist.stages.student.kmeans_centres", counted)
+    monkeypatch.setattr("rbm_dist.train.student.kmeans_centres", counted)
     small_store(str(tmp_path))
     graph, settings = f"{tmp_path}/graph", {"routing": "layers", "self_similarity": 0.1, "reseed_after": 2}
 

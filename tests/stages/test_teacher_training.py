@@ -19,12 +19,13 @@ from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.serve.artifact import load_weights
-from rbm_dist.stages import teacher
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.student import train_students
-from rbm_dist.stages.teacher import _PENALTY as PENALTY
-from rbm_dist.stages.teacher import build_teacher, train_teacher
+from rbm_dist.stages.teacher import train_teacher
+from rbm_dist.train import teacher
 from rbm_dist.train.sampled_rows import sample_logits
+from rbm_dist.train.teacher import _PENALTY as PENALTY
+from rbm_dist.train.teacher import build_teacher
 from tests.gloo import run_ranks
 from tests.small_graph import small_store
 

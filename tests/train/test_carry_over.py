@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
-from rbm_dist.stages.student import carry_over
+from rbm_dist.train.student import carry_over
 
 
 def steps(model: Student, adam: torch.optim.Adam, x: Tensor, count: int) -> Student:

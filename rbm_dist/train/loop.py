@@ -1,0 +1,106 @@
+"""One loop that trains teachers and students: steps, epochs, what is chosen, what is kept, and who is told."""
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.parallel.pace import Reports
+from rbm_dist.parallel.reduce import sum_gradients
+from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
+
+History = list[dict[str, Any]]
+
+
+class Listener(Reports, Protocol):
+    """Who is told how training goes."""
+
+    def begin(self, loop: str, history: History) -> None:
+        """A loop begins, after these epochs."""
+        ...
+
+    def metrics(self, loop: str, row: dict[str, Any]) -> None:
+        """An epoch is done."""
+        ...
+
+    def progress(self, loop: str, done: int, total: int, unit: str, note: str = "") -> None:
+        """So much of the loop is done."""
+        ...
+
+    def end(self, loop: str, history: History) -> None:
+        """The loop is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step was; its gradients are in the parameters, of this rank's rows alone."""
+
+    rows: int  # over all ranks
+    terms: Mapping[str, Tensor | float]  # summed over steps and ranks
+    load_E: Tensor | None = None  # how much went to each expert
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the model does on validation: figures that have `val_loss` and `val_accuracy`, and more to sum."""
+
+    figures: dict[str, float]
+    terms: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """What is trained, and on what."""
+
+    name: str  # of the loop in metrics
+    select: Literal["loss", "accuracy"]  # on validation, by which the best epoch is chosen
+
+    def steps(self, epoch: int, first: int) -> Generator[Step, None, None]:
+        """The epoch's steps from `first`: forward and backward, into gradients that are zero or None before."""
+        ...
+
+    def evaluate(self, epoch: int) -> Evaluation:
+        """The model after an epoch, on validation."""
+        ...
+
+    def figures(self, epoch: int, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The epoch's row, of which `loss` is one, of the sums over all terms. Fits what is fitted between epochs."""
+        ...
+
+
+def train(
+    task: Task, model: nn.Module, optimizer: torch.optim.Adam, checkpoints: TrainingCheckpoints, epochs: int,
+    mesh: Mesh, listener: Listener,
+) -> None:  # fmt: skip
+    """Train from where the checkpoints are up to so many epochs, or until nothing gets better.
+
+    Raises `Left` when the driver ordered the group to leave, `InputError` when a figure is not finite.
+    """
+    name, tells = task.name, mesh.rank == 0
+    if tells:
+        listener.begin(name, checkpoints.history)
+    for epoch, first in checkpoints.epochs(epochs):
+        model.train()
+        with closing(task.steps(epoch, first)) as steps:
+            for step in steps:
+                sum_gradients(model, mesh)
+                optimizer.step()
+                optimizer.zero_grad()
+                checkpoints.after_step(step.rows, step.terms, step.load_E)
+        model.eval()
+        with checkpoints.averaged(), torch.no_grad():
+            evaluation = task.evaluate(epoch)
+        figures = task.figures(epoch, checkpoints.epoch_sums(evaluation.terms)) | evaluation.figures
+        loss, accuracy = figures["val_loss"], figures["val_accuracy"]
+        # By accuracy: among equals by loss, which is weighed too little to overrule one node.
+        row = checkpoints.after_epoch(-loss if task.select == "loss" else accuracy - 1e-9 * loss, figures)
+        if tells:
+            listener.metrics(name, row)
+            note = f"loss {figures['loss']:.3f}, val loss {loss:.3f}, accuracy {accuracy:.1%}"
+            listener.progress(name, epoch + 1, epochs, "epochs", note)
+    if tells:
+        listener.end(name, checkpoints.history)

@@ -1,0 +1,168 @@
+"""The teacher's training: neighbour-sampled mini-batches, data parallel, chosen by validation."""
+
+import itertools
+import math
+from collections.abc import Generator, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from rbm_dist.config.run import Config
+from rbm_dist.graph.loader import Prefetch
+from rbm_dist.graph.splits import TRAIN, VAL
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.sage import Sage, init_sage
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.parallel.reduce import sum_figures
+from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
+from rbm_dist.randomness.bits import key
+from rbm_dist.randomness.words import Word
+from rbm_dist.train.loop import Evaluation, Listener, Step, train
+from rbm_dist.train.part_batches import PartBatches
+from rbm_dist.train.sampled_rows import SampledRows, keep_hot, read_sample, states
+
+_PENALTY = 0.3  # of the summed loss: times half the weights' square
+_COUNTS = ("edges", "asked", "hits")  # of what is read; the latter two as in `SampledRows`
+_LOG_TEMPERATURES = (math.log(0.05), math.log(20))
+Labelled = tuple[SampledRows, Tensor]
+"""Some seeds and their labels `[seeds]`."""
+
+
+def build_teacher(config: Config, store: GraphStore) -> Sage:
+    """The untrained teacher of a configuration; equal on every rank."""
+    teacher = config.teacher
+    return init_sage(
+        store.num_features, teacher.hidden, store.num_classes, len(teacher.fanout), teacher.dropout, config.seed,
+        teacher.norm,
+    )  # fmt: skip
+
+
+def trained_teacher(
+    mesh: Mesh, listener: Listener, config: Config, store: GraphStore, url: str, token: int = 0
+) -> Sage:  # fmt: skip
+    """The teacher with the weights of its best epoch. Goes on from the last checkpoint below `url`.
+
+    Every rank calls it, with its own store. `token`: of the run's owner. Raises `Left` when ordered to leave.
+    """
+    settings = config.teacher
+    model = build_teacher(config, store).to(mesh.device)
+    parts = mesh.parts(store.num_parts)
+    store.hold(parts)
+    batches = {
+        code: PartBatches.of(store, parts, lambda split, code=code: split == code, settings.batch_size)  # type: ignore[misc]
+        for code in (TRAIN, VAL)
+    }
+    task = _TeacherTask(mesh, config, store, model, batches[TRAIN], batches[VAL])
+    # The loss is a mean: a fixed decay, right for 140 labels, leaves a teacher with 30,000 too little to learn with.
+    decay = _PENALTY / batches[TRAIN].num_nodes if settings.weight_decay is None else settings.weight_decay
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=decay)
+    checkpoints = TrainingCheckpoints(
+        "teacher", "teacher", f"{url}/checkpoints", config.cluster, listener, batches[TRAIN].num_steps, model,
+        optimizer, num_experts=0, mesh=mesh, patience=settings.patience, token=token,
+    )  # fmt: skip
+    steps = [*batches[TRAIN].epoch(config.seed, 0), *batches[VAL].epoch(config.seed, None)]
+    keep_hot(store, config, steps, settings.fanout)
+    checkpoints.resume()
+    train(task, model, optimizer, checkpoints, settings.epochs, mesh, listener)
+    checkpoints.restore_best()
+    if settings.calibrate:
+        task.calibrate()
+    return model
+
+
+class _TeacherTask:
+    """One rank's part of the training."""
+
+    name = "teacher"
+
+    def __init__(
+        self, mesh: Mesh, config: Config, store: GraphStore, model: Sage, training: PartBatches, validation: PartBatches
+    ):
+        self._mesh, self._config, self._store, self._model = mesh, config, store, model
+        self._training, self._validation = training, validation
+        self.select = config.teacher.select
+
+    def steps(self, epoch: int, first: int) -> Generator[Step, None, None]:
+        """Each part's share is a batch of its own, whose gradients add up."""
+        seed, training = self._config.seed, self._training
+        steps = training.epoch(seed, epoch)[first:]
+        draws = (key(seed, Word.TEACHER_TRAINING, epoch, step) for step in itertools.count(first))
+        loader = self._ahead("training", steps, draws)
+        with loader as batches:
+            for step, shares in enumerate(steps, first):
+                rows = training.global_rows(step)
+                terms: dict[str, Any] = dict.fromkeys(("loss", *_COUNTS), 0.0)
+                for _ in filter(len, shares):
+                    sampled, label = next(batches)
+                    logits, _ = states(self._model, sampled, training=True)
+                    loss = F.cross_entropy(logits, label.to(self._mesh.device), reduction="sum") / rows
+                    loss.backward()
+                    terms["loss"] += loss.detach().double()
+                    _count(sampled, terms)
+                yield Step(rows, terms | {"wait_s": loader.take_wait_s()})
+
+    def evaluate(self, epoch: int) -> Evaluation:
+        """Loss and accuracy on the validation nodes of all ranks."""
+        counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0.0)
+        loss, correct, loader = torch.zeros(()), torch.zeros(()), self._val_ahead()
+        with loader as batches:
+            for sampled, label in batches:
+                logits, label = states(self._model, sampled)[0], label.to(self._mesh.device)
+                loss = loss + F.cross_entropy(logits, label, reduction="sum").double()
+                correct = correct + (logits.argmax(1) == label).sum()
+                _count(sampled, counts)
+        summed_loss, summed_correct = sum_figures([loss.item(), correct.item()], self._mesh)
+        rows = self._validation.num_nodes
+        figures = {"val_loss": summed_loss / rows, "val_accuracy": summed_correct / rows}
+        return Evaluation(figures, counts | {"wait_s": loader.take_wait_s()})
+
+    def figures(self, epoch: int, sums: dict[str, Tensor]) -> dict[str, float]:
+        """`wait_s` is a worker's mean wait for batches, `cache_hit_rate` of the rows of other hosts' nodes."""
+        figures = {
+            "loss": sums["loss"].item() / self._training.num_steps,
+            "wait_s": round(sums["wait_s"].item() / self._mesh.world_size, 3),
+        }
+        if sums["asked"]:
+            figures["cache_hit_rate"] = (sums["hits"] / sums["asked"]).item()
+        return figures
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Set the temperature of the logits that minimises the validation loss (Guo et al., 2017)."""
+        self._model.eval()
+        with self._val_ahead() as batches:
+            pairs = [(states(self._model, sampled)[0], label.to(self._mesh.device)) for sampled, label in batches]
+
+        def loss(log_temperature: float) -> float:
+            temperature = math.exp(log_temperature)
+            here = sum(F.cross_entropy(logits / temperature, label, reduction="sum").item() for logits, label in pairs)
+            return sum_figures([here], self._mesh)[0]  # equal on all ranks, which therefore search alike
+
+        best = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x
+        self._model.temperature.fill_(math.exp(best))
+
+    def _ahead(self, what: str, steps: list[list[np.ndarray]], draws: Iterable[int]) -> Prefetch[Labelled]:
+        """The batches of every step's shares that have any seeds, drawn with the step's key."""
+        shares = ((seeds, draw) for each, draw in zip(steps, draws, strict=False) for seeds in filter(len, each))
+        jobs = (partial(self._read, seeds, draw) for seeds, draw in shares)
+        return Prefetch(f"teacher: {what} batches", jobs, self._config.cluster.collective_timeout_s)
+
+    def _read(self, seeds: np.ndarray, draw: int) -> Labelled:
+        sampled = read_sample(self._store, seeds, self._config.teacher.fanout, draw, self._mesh.device)
+        return sampled, torch.from_numpy(self._store.gather("label", seeds))
+
+    def _val_ahead(self) -> Prefetch[Labelled]:
+        # The same neighbours in every epoch: epochs are compared by this figure.
+        draws: Iterator[int] = itertools.repeat(key(self._config.seed, Word.TEACHER_VALIDATION))
+        return self._ahead("validation", self._validation.epoch(self._config.seed, None), draws)
+
+
+def _count(sampled: SampledRows, terms: dict[str, Any]) -> None:
+    terms["edges"] += sampled.neighbourhood.edge_2m.shape[1]
+    terms["asked"] += sampled.asked
+    terms["hits"] += sampled.hits
