@@ -1,6 +1,8 @@
 """A bed: hosts that differ, an object storage that they share, and Ray on them as on real hosts."""
 
+import contextlib
 import os
+import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +74,13 @@ class Bed:
     def start_relay(self) -> None:
         """Let all hosts reach the object storage; its server, whose memory holds all, is only for its own host."""
         self.store.popen("python", "-m", "tests.cluster.relay", "5000", "5001")
+
+        def listens() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection((self.store.address, 5000), 1):
+                return True
+            return False
+
+        wait_for(lambda: self.switch.call(listens), "the relay")
 
     def mend(self) -> None:
         """Power, links and Ray as they were; what is whole is left alone."""

@@ -70,6 +70,7 @@ class Host:
     ):  # fmt: skip
         self.name, self.address, self.folder = name, f"{_NETWORK}.{number}", folder
         self._switch, self._shared, self._scratch_mb = switch, shared, scratch_mb
+        self._entered: list[subprocess.Popen[str]] = []
         for each in ("tmp/home", "scratch"):
             (folder / each).mkdir(parents=True, exist_ok=True)
         (folder / "tmp").chmod(0o1777)
@@ -119,6 +120,8 @@ class Host:
 
     def kill(self) -> None:
         """SIGKILL to all processes. Their peers see closed connections; `cut` before, and they see nothing."""
+        for each in self._entered:  # one whose process was stopped has stopped too, and would not take leave of it
+            each.send_signal(signal.SIGCONT)
         _end_init(self._unshare, self._init)
         # Or the kernel would for minutes try to close the connections of a host that is gone.
         self._switch.ip(f"link delete {self._port}", check=False)
@@ -130,7 +133,10 @@ class Host:
         """A process of this host, in its /tmp. What this gives is its parent outside: see `process_of`."""
         entered = ["nsenter", f"--target={self._init}", "--mount", "--uts", "--ipc", "--net", "--pid"]
         options = {"text": True, "stdin": subprocess.DEVNULL, **options}
-        return subprocess.Popen([*entered, "env", "-C", "/tmp", *command], env=self._environment, **options)
+        self._entered.append(
+            subprocess.Popen([*entered, "env", "-C", "/tmp", *command], env=self._environment, **options)
+        )
+        return self._entered[-1]
 
     def run(self, *command: str, timeout: float = patient(60)) -> str:
         """Run a command on this host; gives its standard output. Fails with its errors."""
