@@ -55,7 +55,7 @@ def save(
                 if mesh.rank == 0:
                     storage.remove_work(folder)
             writer = dcp.HuggingFaceStorageWriter(scratch, save_distributed=True)
-            with together(mesh, folder):
+            with together(mesh, folder, at=scratch):
                 dcp.save(state, storage_writer=writer, process_group=mesh.cpu_group, no_dist=mesh.cpu_group is None)
             files: dict[str, storage.FileInfo] = {}
             with together(mesh, folder):

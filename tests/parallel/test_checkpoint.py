@@ -245,3 +245,12 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
         checkpoint.save(url, 2, state, {}, Mesh.single())
     assert checkpoint.names(url) == ["step-00000001.0"]
     assert value(url) == 1.0
+
+
+def test_a_full_disk_of_temporary_files_is_named(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    with pytest.raises(InputError, match=rf"rank 0 on .*: {small_disk}/\S+: no space left on the device"):
+        checkpoint.save(str(tmp_path), 2, {"w": torch.zeros(1 << 20)}, {}, Mesh.single())
+    assert checkpoint.names(str(tmp_path)) == []
