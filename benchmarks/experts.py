@@ -1,30 +1,42 @@
 """Stacked experts, forward and backward: one grouped matrix product against a loop over experts, and against one dense
-product of the same arithmetic (the floor).
+product of the same arithmetic (the floor). And a whole step of an RbM against a plain torch MLP of as many flop.
 
     python -m benchmarks.experts [--quick] [--json FILE]
 
 Floor: 6 · R · D · O flop for R routed rows (forward 2, backward 4); a single dense matmul of the same rows reaches it.
+A step is 8,192 rows, 100 → 256 → 256 → 47, 8 experts, k = 2, dropout 0.1: forward, losses, memory, backward, Adam. The
+MLP is made of torch's own layers and has the width at which its flop are those of the RbM's chosen experts.
 """
 
+import math
 from collections.abc import Callable
+from itertools import count, pairwise
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks.report import Row, main, seconds
+from rbm_dist.config.run import Config
+from rbm_dist.distill.losses import Batch, Losses
+from rbm_dist.models.student import make_mlp, mlp_to_rbm
 from rbm_dist.moe.experts import StackedExperts
+from rbm_dist.moe.memory import InProcessMemoryStore
+from rbm_dist.moe.routing import memory_statistics
+from rbm_dist.parallel.mesh import Mesh
 
 
 def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     budget_s = 1.5 if quick else 8.0
-    return _compare(8, 3 * 1024, 128, budget_s) + _compare(64, 3 * 4096, 128, budget_s)
+    rows = _compare(8, 3 * 1024, 128, budget_s) + _compare(64, 3 * 4096, 128, budget_s)
+    return rows + [_step(routing, budget_s) for routing in ("layers", "input")]
 
 
 def _compare(num_experts: int, routed: int, width: int, budget_s: float) -> list[Row]:
     experts = StackedExperts(torch.randn(num_experts, width, width), torch.randn(num_experts, width))
-    weight, bias = experts.weight_LDO, experts.bias_LO
+    weight = experts.weight_LDO
     # Skewed, as routing is: the load of expert e falls like 1 / (e + 1).
     share = 1 / (torch.arange(num_experts) + 1.0)
     counts = torch.bincount(torch.multinomial(share, routed, replacement=True), minlength=num_experts)
@@ -32,7 +44,7 @@ def _compare(num_experts: int, routed: int, width: int, budget_s: float) -> list
 
     def loop() -> Tensor:
         groups = x.split(counts.tolist())
-        return torch.cat([group @ weight[e] + bias[e] for e, group in enumerate(groups)])
+        return torch.cat([group @ weight[e] for e, group in enumerate(groups)])
 
     def cost(forward: Callable[[], Tensor]) -> float:
         def step() -> None:
@@ -42,15 +54,52 @@ def _compare(num_experts: int, routed: int, width: int, budget_s: float) -> list
 
         return seconds(step, budget_s)
 
-    mine, peer, floor = (
-        cost(forward) for forward in (lambda: experts(x, counts), loop, lambda: x @ weight[0] + bias[0])
-    )
+    mine, peer, floor = (cost(forward) for forward in (lambda: experts(x, counts), loop, lambda: x @ weight[0]))
     gflops = 6 * routed * width * width / mine / 1e9
     name = f"{num_experts} experts, {routed:,} rows × {width}"
     return [
         Row(f"{name}: vs a loop", gflops, "GFLOP/s", peer / mine, 0.9),
         Row(f"{name}: share of one dense product", gflops, "GFLOP/s", floor / mine, 0.5),
     ]
+
+
+def _step(routing: str, budget_s: float) -> Row:
+    rows, widths, k = 8192, (100, 256, 256, 47), 2
+    student = {"num_experts": 8, "top_k": k, "routing": routing, "hidden": widths[1], "dropout": 0.1}
+    settings = Config.model_validate({"run_dir": "-", "student": student}).student
+    memories = [torch.randn(8, width) for width in (widths[:-1] if routing == "layers" else widths[:1])]
+    rbm = mlp_to_rbm(make_mlp(widths[0], widths[1], widths[-1], 3, "layer", 0.1, 0), memories, k)
+    memory, version = InProcessMemoryStore(None, settings.ema_decay, settings.self_similarity, settings.lr), count()
+    memory.init(memories, None)
+    losses, optimizer = Losses(settings, Mesh.single()), torch.optim.Adam(rbm.parameters())
+    x, soft = torch.randn(rows, widths[0]), torch.randn(rows, widths[-1]).softmax(1)
+    batch = Batch(x, torch.full((rows,), -1), torch.arange(rows), soft, rows)
+
+    def step() -> None:
+        now = next(version)
+        rbm.set_memories(memory.pull(now))
+        terms, traces, _ = losses(rbm, batch)
+        memory.push(now, [memory_statistics(trace.x_BD, trace.routing, 8) for trace in traces])
+        torch.stack(list(terms.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    flop = k * sum(d * o for d, o in pairwise(widths))
+    ends = widths[0] + widths[-1]
+    wide = round((math.sqrt(ends**2 + 4 * flop) - ends) / 2)  # d·w + w² + w·o = flop
+    layers: list[nn.Module] = []
+    for d, o in pairwise((widths[0], wide, wide, widths[-1])):
+        layers += [nn.Dropout(0.1), nn.Linear(d, o), nn.LayerNorm(o), nn.ReLU()]
+    mlp = nn.Sequential(*layers[:-2])
+    mlp_optimizer = torch.optim.Adam(mlp.parameters())
+
+    def mlp_step() -> None:
+        (F.kl_div(mlp(x).log_softmax(1), soft, reduction="sum") / rows).backward()
+        mlp_optimizer.step()
+        mlp_optimizer.zero_grad()
+
+    mine, peer = seconds(step, budget_s), seconds(mlp_step, budget_s)
+    return Row(f"RbM step, routing by {routing}: vs an MLP of equal flop", mine * 1e3, "ms", peer / mine, 0.8)
 
 
 if __name__ == "__main__":

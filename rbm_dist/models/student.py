@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from rbm_dist.moe.experts import MAX_LOG_SCALE, StackedExperts
+from rbm_dist.moe.fused import spread_dropped, weighted_sums
 from rbm_dist.moe.keyed_dropout import keyed_dropout
 from rbm_dist.moe.routing import Routing, route
 from rbm_dist.moe.sparse_rows import Rows, SparseRows, matmul
@@ -58,12 +59,14 @@ class ExpertsLayer(nn.Module):
         self.experts = experts
         self.top_k, self.dropout, self.dispatcher = top_k, dropout, dispatcher
 
-    def mix(self, x_BD: Rows, routing: Routing, key_B: Tensor | None) -> Tensor:
+    def mix(self, x_BD: Rows, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Tensor:
         """`Σ_j a_j · Linear_{e_j}(dropout(x))`, dropout drawn per (row, expert)."""
-        routed = self.dispatcher.dispatch(x_BD, routing.experts_Bk, routing.weights_Bk, key_B)
-        key_R = None if routed.key_R is None else derive_keys(routed.key_R, routed.expert_R)
-        outputs_RO = self.experts(keyed_dropout(routed.rows_RD, key_R, self.dropout), routed.counts_L)
-        return self.dispatcher.combine(outputs_RO, routed.meta)
+        routed = self.dispatcher.dispatch(x_BD, experts_Bk, weights_Bk, key_B if self.dropout else None)
+        rows_RD = spread_dropped(routed.rows_TD, routed.place_Tk, routed.at_R, routed.key_Tk, self.dropout)
+        products_RO = self.experts(rows_RD, routed.counts_L)
+        biases_LO, experts_Tk, weights_Tk = self.experts.bias_LO, routed.experts_Tk, routed.weights_Tk
+        sums_TO = weighted_sums(products_RO, biases_LO, routed.place_Tk, routed.at_R, experts_Tk, weights_Tk)
+        return self.dispatcher.combine(sums_TO, routed.meta)
 
 
 class RoutedLayer(ExpertsLayer):
@@ -93,8 +96,8 @@ class RoutedLayer(ExpertsLayer):
             routing = route(x_BD, self.memory_ED, self.top_k, self.temperature)
             trace = Trace(x_BD, routing)
         assert routing is not None, "the first layer has a memory"
-        weighed = Routing(routing.experts_Bk, routing.weights_Bk.detach(), routing.cosines_Bk)
-        return self.scale * self.mix(x_BD, weighed, key_B), trace
+        weights_Bk = self.scale * routing.weights_Bk.detach()
+        return self.mix(x_BD, routing.experts_Bk, weights_Bk, key_B), trace
 
     @property
     def scale(self) -> Tensor:
@@ -133,7 +136,7 @@ class GatedLayer(ExpertsLayer):
         scores_Bk, experts_Bk = scores_BE.topk(self.top_k, dim=1)
         weights_Bk = scores_BE.softmax(1).gather(1, experts_Bk)
         routing = Routing(experts_Bk, weights_Bk, scores_Bk)
-        return self.mix(x_BD, routing, key_B), Trace(x_BD, routing)
+        return self.mix(x_BD, experts_Bk, weights_Bk, key_B), Trace(x_BD, routing)
 
 
 class Student(nn.Module):

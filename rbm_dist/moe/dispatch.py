@@ -1,10 +1,10 @@
-"""Dispatch: bring each row to the experts it was routed to, and the weighted sum of their outputs back.
+"""Dispatch: bring each row to the ranks of the experts it was routed to, and the weighted sums of their outputs back.
 
 `LocalDispatcher` for experts that are all here; `AllToAllDispatcher` for experts sharded over a group of ranks,
 which sends a row once per rank (not once per expert) and returns one sum per rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,63 +13,67 @@ from torch import Tensor
 
 from rbm_dist.moe.collectives import all_to_all_rows
 from rbm_dist.moe.sparse_rows import Rows, dense
+from rbm_dist.randomness.rows import derive_keys
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows grouped by local expert."""
+    """The rows T that experts here were chosen for, and their places R among the rows grouped by local expert."""
 
-    rows_RD: Rows
-    counts_L: Tensor  # int64, rows of each local expert
-    expert_R: Tensor  # int64, the expert of each row, numbered over all ranks
-    key_R: Tensor | None  # int64, the dropout key of each row
+    rows_TD: Rows
+    experts_Tk: Tensor  # int64, numbered from the first one here; -1: an expert elsewhere
+    weights_Tk: Tensor  # of the experts' outputs
+    key_Tk: Tensor | None  # int64, the dropout key of each row for each expert
+    place_Tk: Tensor  # int64, where the row is among those grouped by expert; -1 as above
+    at_R: Tensor  # int64, what has each place, in the flattened `[T, k]`
+    counts_L: Tensor  # int64, places of each local expert
     meta: Any  # what `combine` needs; the dispatcher's own
 
 
 class Dispatcher(Protocol):
     def dispatch(self, rows_BD: Rows, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
-        """Group rows by expert. `weights_Bk` weigh the experts' outputs in `combine`."""
+        """Bring rows to their experts, with the weights of their outputs; each has a key for each of its experts."""
         ...
 
-    def combine(self, outputs_RO: Tensor, meta: Any) -> Tensor:
-        """The weighted sum over each row's experts, `[B, O]`, in the order the rows came."""
+    def combine(self, sums_TO: Tensor, meta: Any) -> Tensor:
+        """The sums over all ranks, `[B, O]`, in the order the rows came."""
         ...
-
-
-@dataclass(frozen=True)
-class _LocalMeta:
-    row_R: Tensor
-    weight_R: Tensor
-    num_rows: int
 
 
 class LocalDispatcher:
-    """All of experts `first` to `first + num_local` are here; an expert of -1 is skipped."""
+    """All experts are here, or with `first` those from `first` to `first + num_local`; then one of -1 is elsewhere."""
 
-    def __init__(self, num_local: int, first: int = 0):
-        self.num_local, self.first = num_local, first
+    def __init__(self, num_local: int, first: int | None = None):
+        self.num_local, self.first, self._all = num_local, first or 0, first is None
 
     def dispatch(self, rows_BD: Rows, experts_Bk: Tensor, weights_Bk: Tensor, key_B: Tensor | None) -> Dispatched:
-        row_R, slot_R = (experts_Bk >= 0).nonzero(as_tuple=True)
-        expert_R = experts_Bk[row_R, slot_R]
-        order = expert_R.argsort(stable=True)
-        row_R, slot_R, expert_R = row_R[order], slot_R[order], expert_R[order]
+        local_n = experts_Bk.flatten() - self.first
+        if self._all:  # no question whose answer a GPU would have to be waited for
+            expert_R, at_R = local_n.sort(stable=True)
+        else:
+            here_n = (experts_Bk >= 0).flatten().nonzero().squeeze(1)
+            expert_R, order_R = local_n[here_n].sort(stable=True)
+            at_R = here_n[order_R]
+        place_n = torch.full_like(local_n, -1)
+        place_n[at_R] = torch.arange(len(at_R), device=at_R.device)
+        counts_L = expert_R.new_zeros(self.num_local).index_add_(0, expert_R, torch.ones_like(expert_R))
         return Dispatched(
-            rows_RD=rows_BD[row_R],
-            counts_L=torch.bincount(expert_R - self.first, minlength=self.num_local),
-            expert_R=expert_R,
-            key_R=None if key_B is None else key_B[row_R],
-            meta=_LocalMeta(row_R, weights_Bk[row_R, slot_R], len(rows_BD)),
+            rows_TD=rows_BD,
+            experts_Tk=torch.where(experts_Bk >= 0, experts_Bk - self.first, -1),
+            weights_Tk=weights_Bk,
+            key_Tk=None if key_B is None else derive_keys(key_B[:, None], experts_Bk),
+            place_Tk=place_n.view_as(experts_Bk),
+            at_R=at_R,
+            counts_L=counts_L,
+            meta=None,
         )
 
-    def combine(self, outputs_RO: Tensor, meta: _LocalMeta) -> Tensor:
-        weighted_RO = outputs_RO * meta.weight_R[:, None]
-        return outputs_RO.new_zeros(meta.num_rows, outputs_RO.shape[1]).index_add(0, meta.row_R, weighted_RO)
+    def combine(self, sums_TO: Tensor, meta: None) -> Tensor:
+        return sums_TO
 
 
 @dataclass(frozen=True)
 class _AllToAllMeta:
-    local: _LocalMeta
     row_S: Tensor  # the row that each sent copy belongs to
     sent: list[int]  # copies sent to each rank
     received: list[int]
@@ -105,10 +109,8 @@ class AllToAllDispatcher:
         weights_Tk = exchange(weights_Bk[row_S])
         key_T = None if key_B is None else exchange(key_B[row_S])
         dispatched = self.local.dispatch(exchange(rows_BD[row_S]), experts_Tk, weights_Tk, key_T)
-        meta = _AllToAllMeta(dispatched.meta, row_S, sent, received, len(rows_BD))
-        return Dispatched(dispatched.rows_RD, dispatched.counts_L, dispatched.expert_R, dispatched.key_R, meta)
+        return replace(dispatched, meta=_AllToAllMeta(row_S, sent, received, len(rows_BD)))
 
-    def combine(self, outputs_RO: Tensor, meta: _AllToAllMeta) -> Tensor:
-        summed_TO = self.local.combine(outputs_RO, meta.local)
-        returned_SO = all_to_all_rows(summed_TO, meta.received, meta.sent, self.group)
+    def combine(self, sums_TO: Tensor, meta: _AllToAllMeta) -> Tensor:
+        returned_SO = all_to_all_rows(sums_TO, meta.received, meta.sent, self.group)
         return returned_SO.new_zeros(meta.num_rows, returned_SO.shape[1]).index_add(0, meta.row_S, returned_SO)

@@ -28,18 +28,14 @@ class StackedExperts(nn.Module):
         return self.weight_LDO * self.log_attention_LD.clamp(max=MAX_LOG_SCALE).exp()[:, :, None]
 
     def forward(self, rows_RD: Rows, counts_L: Tensor) -> Tensor:
-        """Apply expert l to its `counts_L[l]` consecutive rows; gives `[R, O]`."""
-        weight, bias = self.scaled_weight, self.bias_LO
+        """The products of expert l with its `counts_L[l]` consecutive rows, without biases; `[R, O]` or a bit wider."""
+        weight = self.scaled_weight
         if isinstance(rows_RD, Tensor) and not len(rows_RD):
             # Stay connected to every input, so that all ranks run the same collectives backward.
-            return rows_RD.new_zeros(0, weight.shape[2]) + (rows_RD.sum() + weight.sum() + bias.sum()) * 0
-        bias_RO = bias.repeat_interleave(counts_L, dim=0, output_size=len(rows_RD))
+            return rows_RD.new_zeros(0, weight.shape[2]) + (rows_RD.sum() + weight.sum()) * 0
         if isinstance(rows_RD, SparseRows):
-            return grouped_mm(rows_RD, weight, counts_L) + bias_RO
-        out_RO = grouped_mm(rows_RD, padded(weight), counts_L)
-        # A copy, so that the gradient that comes back is contiguous too.
-        cut = out_RO.shape[1] > weight.shape[2]
-        return (out_RO[:, : weight.shape[2]].contiguous() if cut else _ContiguousGradient.apply(out_RO)) + bias_RO
+            return grouped_mm(rows_RD, weight, counts_L)
+        return _ContiguousGradient.apply(grouped_mm(rows_RD, padded(weight), counts_L))
 
 
 def padded(weight_LDO: Tensor) -> Tensor:

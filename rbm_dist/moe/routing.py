@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm_dist.moe.collectives import Group, all_reduce_sum
-from rbm_dist.moe.sparse_rows import Rows, SparseRows, matmul, unit
+from rbm_dist.moe.sparse_rows import Rows, SparseRows, lengths, matmul
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class MemoryStatistics:
 
 def route(x_BD: Rows, memory_ED: Tensor, k: int, temperature: float = 1.0) -> Routing:
     """The k memories nearest to each row by cosine, with weights `softmax(cosine / temperature)` over those k."""
-    cosines_BE = matmul(unit(x_BD), F.normalize(memory_ED.detach(), dim=1).T.contiguous())
+    # Lengths divide the few products, not the many numbers of the rows.
+    products_BE = matmul(x_BD, F.normalize(memory_ED.detach(), dim=1).T.contiguous())
+    cosines_BE = products_BE / lengths(x_BD)[:, None]
     cosines_Bk, experts_Bk = cosines_BE.topk(k, dim=1)
     return Routing(experts_Bk, (cosines_Bk / temperature).softmax(dim=1), cosines_Bk)
 
@@ -50,10 +52,10 @@ def memory_statistics(x_BD: Rows, routing: Routing, num_experts: int) -> MemoryS
     """
     exp_Bk = routing.weights_Bk.exp()
     exp_BE = exp_Bk.new_zeros(len(exp_Bk), num_experts).scatter_(1, routing.experts_Bk, exp_Bk)
-    unit_BD = unit(x_BD)
-    if isinstance(unit_BD, SparseRows):
-        return MemoryStatistics(unit_BD.transposed().matmul(exp_BE).T.contiguous(), exp_BE.sum(0))
-    return MemoryStatistics(exp_BE.T @ unit_BD, exp_BE.sum(0))
+    share_BE = exp_BE / lengths(x_BD)[:, None]
+    if isinstance(x_BD, SparseRows):
+        return MemoryStatistics(x_BD.transposed().matmul(share_BE).T.contiguous(), exp_BE.sum(0))
+    return MemoryStatistics(share_BE.T @ x_BD, exp_BE.sum(0))
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
+_TINY = 1e-12
+
 
 class SparseRows:
     """A batch `[B, D]` in CSR: row b has the `column_n` and `value_n` from `indptr_B1[b]` to `indptr_B1[b + 1]`."""
@@ -58,8 +60,7 @@ class SparseRows:
 
     def normalized(self) -> "SparseRows":
         """Each row scaled to length 1, rows of zeros left as they are; as `torch.nn.functional.normalize`."""
-        squares_B = self.value_n.new_zeros(len(self)).index_add_(0, self.row_n, self.value_n.square())
-        return self.with_values(self.value_n / squares_B.sqrt().clamp_min(1e-12)[self.row_n])
+        return self.with_values(self.value_n / lengths(self)[self.row_n])
 
     def transposed(self) -> "SparseRows":
         """The matrix `[D, B]`."""
@@ -131,6 +132,14 @@ def to_rows(array: np.ndarray | sp.csr_array, device: torch.device, dtype: torch
 def to_scipy(rows: Rows) -> np.ndarray | sp.csr_array:
     """Rows for other libraries."""
     return rows.cpu().numpy() if isinstance(rows, Tensor) else rows.scipy()
+
+
+def lengths(rows: Rows) -> Tensor:
+    """The length of each row, `[B]`; a tiny one for a row of zeros, as `torch.nn.functional.normalize` has it."""
+    if isinstance(rows, SparseRows):
+        squares_B = rows.value_n.new_zeros(len(rows)).index_add_(0, rows.row_n, rows.value_n.square())
+        return squares_B.sqrt().clamp_min(_TINY)
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min(_TINY)
 
 
 def unit(rows: Rows) -> Rows:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import torch
-from numba import float32, float64, int32, int64, vectorize
+from numba import float32, float64, int32, int64, njit, vectorize
 from torch import Tensor
 
 from rbm_dist.randomness.bits import GAMMA, MULTIPLIERS
@@ -38,11 +38,15 @@ def keyed_uniform(key_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 def dropout_mask(key: Tensor, column: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """0 with probability p, else 1 / (1 − p), of (key, column), broadcast over each other."""
-    threshold = int(p * 2**32) - 2**31  # bits are uniform over the signed 32-bit integers
     if key.device.type == "cpu" and dtype in (torch.float32, torch.float64):  # one pass instead of a dozen
         scale = np.array(1 / (1 - p), np.float32 if dtype == torch.float32 else np.float64)
-        return torch.from_numpy(_mask_numba(key.numpy(), column.numpy(), np.int32(threshold), scale))
-    return (_bits32(key, column) >= threshold).to(dtype) * (1 / (1 - p))
+        return torch.from_numpy(_mask_numba(key.numpy(), column.numpy(), np.int32(threshold_of(p)), scale))
+    return (_bits32(key, column) >= threshold_of(p)).to(dtype) * (1 / (1 - p))
+
+
+def threshold_of(p: float) -> int:
+    """Bits below this are dropped with probability p: they are uniform over the signed 32-bit integers."""
+    return int(p * 2**32) - 2**31
 
 
 def _bits32(key: Tensor, column: Tensor) -> Tensor:
@@ -55,16 +59,22 @@ def _bits32(key: Tensor, column: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-@vectorize([float32(int64, int64, int32, float32), float64(int64, int64, int32, float64)], cache=True)
-def _mask_numba(key, column, threshold, scale):  # type: ignore[no-untyped-def]
-    """`_bits32` and the comparison, element by element."""
+@njit(int32(int64, int64), inline="always", cache=True)
+def bits32(key, column):  # type: ignore[no-untyped-def]
+    """As `_bits32`, of one key and column, in Numba."""
     high, low = np.uint32(np.uint64(key) >> np.uint64(32)), np.uint32(key)
     h = high ^ np.uint32(np.uint32(column) * np.uint32(0x9E3779B1))
     h = h ^ (h >> np.uint32(16))
     h = np.uint32(np.uint32(h + low) * np.uint32(0x85EBCA6B))
     h = h ^ (h >> np.uint32(13))
     h = np.uint32(np.uint32(h + low) * np.uint32(0xC2B2AE35))
-    return scale if np.int32(h ^ (h >> np.uint32(16))) >= threshold else scale * 0
+    return np.int32(h ^ (h >> np.uint32(16)))
+
+
+@vectorize([float32(int64, int64, int32, float32), float64(int64, int64, int32, float64)], cache=True)
+def _mask_numba(key, column, threshold, scale):  # type: ignore[no-untyped-def]
+    """`_bits32` and the comparison, element by element."""
+    return scale if bits32(key, column) >= threshold else scale * 0
 
 
 def _shift(z: Tensor, by: int) -> Tensor:

@@ -206,8 +206,8 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
     for kind in settings.models:
         widths = layer_widths(config, facts, kind)
         floats = sum(3 * d + 4 * o for d, o in widths)  # as it came, dropout, with it; outputs and their gradients
-        if kind in ("rbm", "moe"):  # a row goes to k experts; it and what they make of it are copied, gradients too
-            floats = settings.top_k * floats + sum(4 * (d + o) for d, o in widths)
+        if kind in ("rbm", "moe"):  # a row goes to k experts: a copy with dropout, what they make of it, and gradients
+            floats = sum(2 * settings.top_k * (d + o) + 2 * d + 4 * o for d, o in widths)
         states = _STATES + 2 * (settings.average > 0)  # that of the best is one, too
         steps.append(4 * rows * floats + 4 * states * student_parameters(config, facts, kind))
     if "rbm" in settings.models:

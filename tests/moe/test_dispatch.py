@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rbm_dist.moe.collectives import all_to_all_rows, traffic
-from rbm_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+from rbm_dist.moe.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher
+from rbm_dist.randomness.rows import derive_keys
 from tests.gloo import run_ranks
 
 E, K, D, OUT = 5, 2, 4, 3
@@ -37,10 +38,21 @@ def test_local(rows: int, seed: int) -> None:
     dispatcher = LocalDispatcher(E)
     routed = dispatcher.dispatch(x, experts, weights, torch.arange(rows))
     assert routed.counts_L.tolist() == [int((experts == e).sum()) for e in range(E)]
-    assert torch.equal(routed.expert_R, routed.expert_R.sort().values)
-    torch.testing.assert_close(routed.rows_RD, x[routed.key_R])
-    outputs = torch.einsum("rd,rdo->ro", routed.rows_RD, matrices[routed.expert_R])
+    grouped = experts.flatten()[routed.at_R]
+    assert torch.equal(grouped, grouped.sort().values)
+    assert torch.equal(routed.place_Tk.flatten()[routed.at_R], torch.arange(rows * K))
+    assert torch.equal(routed.key_Tk, derive_keys(torch.arange(rows)[:, None], experts))
+    outputs = outputs_of(routed, matrices)
     torch.testing.assert_close(dispatcher.combine(outputs, routed.meta), dense(x, experts, weights, matrices))
+
+
+def outputs_of(routed: Dispatched, matrices: Tensor) -> Tensor:
+    """The weighted sums of the experts that are here, row by row."""
+    here = routed.place_Tk >= 0
+    row, _ = here.nonzero(as_tuple=True)
+    each = torch.einsum("rd,rdo->ro", routed.rows_TD[row], matrices[routed.experts_Tk[here]])
+    weighed = each * routed.weights_Tk[here][:, None]
+    return weighed.new_zeros(len(routed.rows_TD), OUT).index_add(0, row, weighed)
 
 
 def across(rank: int, world: int) -> dict[str, object]:
@@ -51,11 +63,10 @@ def across(rank: int, world: int) -> dict[str, object]:
     routed = dispatcher.dispatch(x, experts, weights, rank * 100 + torch.arange(len(x)))
     first = dispatcher.local.first
     local = matrices[first : first + dispatcher.local.num_local].clone().requires_grad_()
-    groups = routed.rows_RD.split(routed.counts_L.tolist())
-    outputs = torch.cat([torch.zeros(0, OUT, dtype=x.dtype), *[g @ m for g, m in zip(groups, local, strict=True)]])
-    out = dispatcher.combine(outputs, routed.meta)
+    out = dispatcher.combine(outputs_of(routed, local), routed.meta)
     out.square().sum().backward()
-    received = sorted(zip(routed.key_R.tolist(), routed.expert_R.tolist(), strict=True))
+    here = routed.place_Tk >= 0
+    received = routed.key_Tk[here].tolist()
     return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "matrices": local.grad, "received": received}
 
 
@@ -67,7 +78,7 @@ def test_all_to_all(world: int) -> None:
     pairs = []
     for rank, rows in enumerate(ROWS[world]):
         x, experts, weights, _ = problem(rows, rank)
-        pairs += [(rank * 100 + row, int(e)) for row in range(rows) for e in experts[row]]
+        pairs += [derive_keys(rank * 100 + row, e).item() for row in range(rows) for e in experts[row]]
         leaves = (x.requires_grad_(), weights.requires_grad_(), matrices)
         out = dense(x, experts, weights, matrices)
         torch.testing.assert_close(results[rank]["out"], out.detach())

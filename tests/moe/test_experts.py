@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rbm_dist.moe.experts import StackedExperts
+from rbm_dist.moe.fused import weighted_sums
 
 
 def make(counts: list[int], width: int, outputs: int, dtype: torch.dtype) -> tuple[StackedExperts, torch.Tensor]:
@@ -19,6 +20,14 @@ def make(counts: list[int], width: int, outputs: int, dtype: torch.dtype) -> tup
         torch.randn(len(counts), outputs, generator=rng, dtype=dtype),
     )
     return experts, torch.randn(sum(counts), width, generator=rng, dtype=dtype)
+
+
+def with_bias(experts: StackedExperts, rows: Tensor, counts: Tensor) -> Tensor:
+    """Each row by its expert."""
+    place = torch.arange(len(rows))
+    of = torch.repeat_interleave(counts)[:, None]
+    products = experts(rows, counts)
+    return weighted_sums(products, experts.bias_LO, place[:, None], place, of, torch.ones_like(of, dtype=rows.dtype))
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +40,7 @@ def make(counts: list[int], width: int, outputs: int, dtype: torch.dtype) -> tup
 def test_values_and_gradients(counts: list[int], width: int, outputs: int, dtype: torch.dtype) -> None:
     experts, rows = make(counts, width, outputs, dtype)
     rows.requires_grad_()
-    out = experts(rows, torch.tensor(counts))
+    out = with_bias(experts, rows, torch.tensor(counts))
     out.square().mean().backward() if len(rows) else out.sum().backward()
     found = [rows.grad, experts.weight_LDO.grad, experts.bias_LO.grad]
     assert all(grad is not None for grad in found), "connected even without rows"
@@ -49,13 +58,13 @@ def test_values_and_gradients(counts: list[int], width: int, outputs: int, dtype
 def test_gradcheck() -> None:
     experts, rows = make([2, 0, 3], 4, 3, torch.float64)
     counts = torch.tensor([2, 0, 3])
-    assert torch.autograd.gradcheck(lambda r: experts(r, counts), (rows.requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda r: with_bias(experts, r, counts), (rows.requires_grad_(),))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_expanded_gradients_pass(reduction: str) -> None:
     experts, rows = make([3, 2], 8, 16, torch.float32)
-    getattr(experts(rows, torch.tensor([3, 2])), reduction)().backward()
+    getattr(with_bias(experts, rows, torch.tensor([3, 2])), reduction)().backward()
     assert torch.isfinite(experts.weight_LDO.grad).all()
 
 
@@ -64,20 +73,21 @@ def test_input_attention(counts: list[int]) -> None:
     plain, rows = make(counts, 4, 3, torch.float64)
     experts = StackedExperts(plain.weight_LDO.detach(), plain.bias_LO.detach(), input_attention=True)
     groups = torch.tensor(counts)
-    torch.testing.assert_close(experts(rows, groups), plain(rows, groups), msg="it begins as no attention")
+    torch.testing.assert_close(
+        with_bias(experts, rows, groups), with_bias(plain, rows, groups), msg="it begins as no attention"
+    )
 
-    def formula(rows: Tensor, attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def formula(rows: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
         scales = attention.clamp(max=math.log(100)).exp()
-        each = zip(rows.split(counts), scales, weight, bias, strict=True)
-        return torch.cat([(c * x) @ w + b for x, c, w, b in each])
+        return torch.cat([(c * x) @ w for x, c, w in zip(rows.split(counts), scales, weight, strict=True)])
 
-    def found(rows: Tensor, attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        parameters = {"log_attention_LD": attention, "weight_LDO": weight, "bias_LO": bias}
+    def found(rows: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
+        parameters = {"log_attention_LD": attention, "weight_LDO": weight, "bias_LO": experts.bias_LO.detach()}
         return torch.func.functional_call(experts, parameters, (rows, groups))
 
     attention = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     attention[0, 0] = 9.0  # beyond the limit
-    inputs = [rows, attention, experts.weight_LDO.detach(), experts.bias_LO.detach()]
+    inputs = [rows, attention, experts.weight_LDO.detach()]
     torch.testing.assert_close(found(*inputs), formula(*inputs))
     assert torch.autograd.gradcheck(found, [each.clone().requires_grad_() for each in inputs])
     out = experts(rows.requires_grad_(), groups).sum()
