@@ -188,8 +188,8 @@ class ClusterConfig(Section):
         1, description="workers that share a set of experts; divides train_workers. 1: all experts on each"
     )
     memory_store: Literal["actor", "in_process"] = Field(
-        "actor",
-        description="where the routing memory lives: one Ray actor, or a copy per worker kept equal by all-reduce",
+        "in_process",
+        description="where the routing memory lives: a copy per worker kept equal by all-reduce, or one Ray actor",
     )
     shard_servers: Count = Field(
         0, description="actors that serve the parts to workers on other hosts; 0: every worker maps all parts itself"

@@ -33,7 +33,8 @@ class RoutingMemory:
         self.memories = [memory.detach().clone().requires_grad_() for memory in memories]
         self.version = 0
         self._reseed_after = reseed_after
-        self._idle = [torch.zeros(len(memory), dtype=torch.int64) for memory in memories]  # steps without a row
+        # Steps without a row.
+        self._idle = [torch.zeros(len(memory), dtype=torch.int64, device=memory.device) for memory in memories]
         self._decay, self._self_similarity = decay, self_similarity
         # foreach off: one code path on every device, and the layers are few.
         self._adam = torch.optim.Adam(self.memories, lr=lr, foreach=False)
@@ -50,7 +51,7 @@ class RoutingMemory:
             self._adam.step()
         self.version += 1
         for index, sums in enumerate(statistics):
-            self._idle[index] = torch.where(sums.mass_E.cpu() > 0, 0, self._idle[index] + 1)
+            self._idle[index] = torch.where(sums.mass_E > 0, 0, self._idle[index] + 1)
             if self._reseed_after is not None:
                 for expert in (self._idle[index] >= self._reseed_after).nonzero().flatten().tolist():
                     self._reseed(index, expert, int(sums.mass_E.argmax()))
@@ -86,7 +87,7 @@ class RoutingMemory:
         self.version = int(state["version"])
         for layer, memory in enumerate(self.memories):
             memory.data = state[f"{layer}.memory"].clone()
-            self._idle[layer] = state[f"{layer}.idle"].clone()
+            self._idle[layer] = state[f"{layer}.idle"].to(memory.device, copy=True)
             self._adam.state[memory] = {
                 "step": torch.tensor(float(self.version)),
                 "exp_avg": state[f"{layer}.exp_avg"].clone(),
@@ -131,11 +132,12 @@ class InProcessMemoryStore:
         return [memory.detach() for memory in self._at(version).memories]
 
     def push(self, version: int, statistics: list[MemoryStatistics]) -> None:
-        total = [
-            MemoryStatistics(all_reduce_sum(layer.sum_ED, self._group), all_reduce_sum(layer.mass_E, self._group))
-            for layer in statistics
-        ]
-        self._at(version).step(total)
+        # One message for all layers: the masses are a column beside the sums.
+        blocks = [torch.cat([layer.sum_ED, layer.mass_E[:, None]], 1) for layer in statistics]
+        flat = all_reduce_sum(torch.cat([block.flatten() for block in blocks]), self._group)
+        parts = flat.split([block.numel() for block in blocks])
+        summed = [part.view_as(block) for part, block in zip(parts, blocks, strict=True)]
+        self._at(version).step([MemoryStatistics(each[:, :-1], each[:, -1]) for each in summed])
 
     def snapshot(self, version: int) -> dict[str, Tensor]:
         return self._at(version).snapshot()

@@ -8,6 +8,7 @@ The driver may order a group to save a checkpoint and leave: when it is to end, 
 import contextlib
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -153,11 +154,15 @@ class TrainingGroups:
         reporter.tell("go")
         watch, leaving = Watch(config, stage), leaving_hosts()
         room_since: float | None = None
+        looked = -math.inf
         try:
             while reporter.jobs_done() <= number:
-                reporter.hand_out(number, job)  # again and again: a mailbox that starts again has forgotten it
-                if wait([group.outcome], _POLL_S).done:
+                if wait([group.outcome], _SHORT_S).done:
                     return group.outcome.result()
+                if time.monotonic() - looked < _POLL_S:
+                    continue
+                looked = time.monotonic()
+                reporter.hand_out(number, job)  # again and again: a mailbox that starts again has forgotten it
                 watch.look()
                 small = group.workers < config.most_workers
                 grows = small and config.group_size(group.workers + _room(config)) > group.workers

@@ -29,7 +29,7 @@ SMALL = [
 ]  # fmt: skip
 ON_THREE_HOSTS = [
     "cluster.train_workers=3", "cluster.inference_workers=3", "cluster.shard_servers=3", "cluster.checkpoint_every=1",
-    "cluster.max_failures=20",
+    "cluster.max_failures=20", "cluster.memory_store=actor",
 ]  # fmt: skip
 WORKER, SERVER, MEMORY, MAILBOX = "ray::RayTrainWorker", "ray::_ShardServer", "ray::_MemoryActor", "ray::_Mailbox"
 PART = "ray::_PartActor"
