@@ -14,13 +14,21 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """`ratio`: how many times better than the peer, or the share of the floor that is reached; met at `target`."""
+    """`ratio`: how many times better than the peer, or the share of the floor that is reached; met at `target`.
+
+    Without a target the figure is only shown, as those are with `--quick` that say something at full size alone.
+    """
 
     name: str
     value: float
     unit: str
     ratio: float
-    target: float
+    target: float | None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached, if there is one."""
+        return self.target is None or self.ratio >= self.target
 
 
 def seconds(call: Callable[[], object], budget_s: float, clock: Callable[[], float] = time.thread_time) -> float:
@@ -50,8 +58,8 @@ def show(title: str, rows: list[Row], json_file: Path | None) -> None:
     for column in ("", "value", "unit", "ratio", "target", ""):
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
     for row in rows:
-        met = "met" if row.ratio >= row.target else "missed"
-        table.add_row(row.name, f"{row.value:,.2f}", row.unit, f"{row.ratio:.2f}", f"{row.target:.2f}", met)
+        target = ("–", "") if row.target is None else (f"{row.target:.2f}", "met" if row.met else "missed")
+        table.add_row(row.name, f"{row.value:,.2f}", row.unit, f"{row.ratio:.2f}", *target)
     Console().print(table)
     if json_file:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

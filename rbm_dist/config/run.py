@@ -38,7 +38,17 @@ class PartitionConfig(Section):
         return self
 
 
-class TeacherConfig(Section):
+class TrainingConfig(Section):
+    """What all training loops have, each over its own steps."""
+
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: the learning rate falls to 0 along half a cosine by the last of all epochs"
+    )
+    warmup_steps: Count = Field(0, description="steps over which the learning rate rises from 0, before all else")
+    clip_norm: Rate | None = Field(None, description="largest norm of a step's gradient, over all parameters and ranks")
+
+
+class TeacherConfig(TrainingConfig):
     """GraphSAGE, one layer per entry of `fanout`."""
 
     hidden: Positive = 128
@@ -108,7 +118,7 @@ class AdversarialConfig(Section):
     steps: Positive = 5
 
 
-class StudentConfig(Section):
+class StudentConfig(TrainingConfig):
     models: tuple[Literal["mlp", "mlp_x2", "mlp_x4", "mlp_x8", "ensemble", "moe", "rbm"], ...] = Field(
         ("mlp", "rbm"), min_length=1
     )

@@ -52,7 +52,7 @@ class TrainingCheckpoints:
         self._loop, self._section, self._url, self._cluster, self._mesh = loop, section, url, cluster, mesh
         self._model, self._optimizer, self._num_experts = model, optimizer, num_experts
         self._extra, self._restore_extra, self._token = extra, restore_extra, token
-        self._steps, self._steps_per_epoch, self._epochs = 0, steps, 0
+        self._steps, self.steps_per_epoch, self._epochs = 0, steps, 0
         self._decay = average
         parameters = dict(model.named_parameters()) if average else {}
         self._average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -93,7 +93,7 @@ class TrainingCheckpoints:
         try:
             while len(self.history) < count and not self.stopped:
                 epoch = len(self.history)
-                yield epoch, self._steps - epoch * self._steps_per_epoch
+                yield epoch, self._steps - epoch * self.steps_per_epoch
         except GeneratorExit:  # the loop was left by an error
             self._writer.linger(_GRACE_S)
             raise
@@ -113,7 +113,7 @@ class TrainingCheckpoints:
                 self._average[name].lerp_(parameter, 1 - decay)
         self._sums.add(terms)
         self._pace.after_step(rows, float(terms.get("wait_s", 0.0)), float(terms.get("edges", 0.0)), load_E)
-        if self._steps % self._steps_per_epoch:  # after its last step an epoch is about to end
+        if self._steps % self.steps_per_epoch:  # after its last step an epoch is about to end
             self._save_if_due(False)
 
     def epoch_sums(self, terms: Mapping[str, Tensor | float] | None = None) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class TrainingCheckpoints:
         """Save where all ranks know that it is time; ask whether to where it is time to ask."""
         by_steps, order, failed = self._cluster.checkpoint_steps, "go", False
         if self._pace.due:
-            all_steps = self._epochs * self._steps_per_epoch
+            all_steps = self._epochs * self.steps_per_epoch
             order, failed = self._pace.ask(
                 len(self.history), self._steps, all_steps, self._writer.writing, self._writer.failed
             )
@@ -192,7 +192,7 @@ class TrainingCheckpoints:
         if self._best_epoch and self._best_checkpoint is None:
             self._best_checkpoint = checkpoint.name_of(step, self._token)
         facts = {
-            "loop": self._loop, "epochs": len(self.history), "steps_per_epoch": self._steps_per_epoch,
+            "loop": self._loop, "epochs": len(self.history), "steps_per_epoch": self.steps_per_epoch,
             "best_score": self._best_score if self._best_epoch else None, "best_epoch": self._best_epoch,
             "best_checkpoint": self._best_checkpoint, "history": list(self.history),
         }  # fmt: skip
@@ -213,7 +213,7 @@ class TrainingCheckpoints:
         if not wrong:
             return
         epoch = len(self.history)
-        smaller = f"try a smaller {self._section}.lr than {self._optimizer.param_groups[0]['lr']:g}"
+        smaller = f"try a smaller {self._section}.lr than {self._optimizer.defaults['lr']:g}"
         if epoch == 0:  # nothing was learned yet that could have gone astray
             smaller = (
                 "the features, or what the teacher makes of them, are not finite or too large: look at the source's "

@@ -1,5 +1,6 @@
 """One loop that trains teachers and students: steps, epochs, what is chosen, what is kept, and who is told."""
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -8,9 +9,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from rbm_dist.config.run import TrainingConfig
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.pace import Reports
-from rbm_dist.parallel.reduce import sum_gradients
+from rbm_dist.parallel.reduce import clip_gradients, sum_gradients
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 
 History = list[dict[str, Any]]
@@ -72,22 +74,36 @@ class Task(Protocol):
         ...
 
 
+def learning_rate(settings: TrainingConfig, step: int, steps: int) -> float:
+    """What `lr` is multiplied with at a step, from 0, of so many."""
+    risen = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    if settings.lr_schedule == "constant":
+        return risen
+    after = max(0, step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return risen * (1 + math.cos(math.pi * after)) / 2
+
+
 def train(
     task: Task, model: nn.Module, optimizer: torch.optim.Adam, checkpoints: TrainingCheckpoints, epochs: int,
-    mesh: Mesh, listener: Listener,
+    settings: TrainingConfig, mesh: Mesh, listener: Listener,
 ) -> None:  # fmt: skip
     """Train from where the checkpoints are up to so many epochs, or until nothing gets better.
 
     Raises `Left` when the driver ordered the group to leave, `InputError` when a figure is not finite.
     """
     name, tells = task.name, mesh.rank == 0
+    (group,) = optimizer.param_groups
+    highest, per_epoch = group["lr"], checkpoints.steps_per_epoch
     if tells:
         listener.begin(name, checkpoints.history)
     for epoch, first in checkpoints.epochs(epochs):
         model.train()
         with closing(task.steps(epoch, first)) as steps:
-            for step in steps:
+            for number, step in enumerate(steps, epoch * per_epoch + first):
                 sum_gradients(model, mesh)
+                if settings.clip_norm is not None:
+                    clip_gradients(model, mesh, settings.clip_norm)
+                group["lr"] = highest * learning_rate(settings, number, epochs * per_epoch)
                 optimizer.step()
                 optimizer.zero_grad()
                 checkpoints.after_step(step.rows, step.terms, step.load_E)

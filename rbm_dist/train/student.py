@@ -185,7 +185,8 @@ class StudentTraining:
         if self.reliability:
             history, initial = checkpoints.history, settings.krd.initial_power
             self.reliability.power = history[-1]["krd_power"] if history else initial
-        train(_StudentTask(name, self, model, memory), model, optimizer, checkpoints, epochs, mesh, self.listener)
+        task = _StudentTask(name, self, model, memory)
+        train(task, model, optimizer, checkpoints, epochs, settings, mesh, self.listener)
         return checkpoints
 
 

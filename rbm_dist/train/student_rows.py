@@ -25,6 +25,7 @@ from rbm_dist.train.part_batches import PartBatches, joined
 from rbm_dist.train.reliable_pairs import ReliablePairs
 
 _CPU = torch.device("cpu")
+_CHUNK = 65_536  # rows that are on their way to a GPU at a time
 _SHARE = 0.5  # of a GPU's free memory that rows may take
 _T = TypeVar("_T")
 Labelled = tuple[Rows, Tensor]
@@ -64,9 +65,15 @@ class StudentRows:
         width = self._store.width((*self._settings.inputs, *self._names))
         if len(ids) * (width * torch.empty((), dtype=self._dtype).element_size() + 16) > budget:
             return False
-        ids = np.sort(ids)
-        read = {name: self._take(name, ids) for name in ("label", "split", *self._names)} | {"inputs": self._rows(ids)}
-        self._kept, self._ids = {name: self._to_device(dense(each)) for name, each in read.items()}, ids
+        ids, kept = np.sort(ids), {}
+        for name in ("inputs", "label", "split", *self._names):
+            for start in range(0, max(len(ids), 1), _CHUNK):
+                chunk = ids[start : start + _CHUNK]
+                rows = dense(self._rows(chunk)) if name == "inputs" else self._take(name, chunk)
+                if not start:
+                    kept[name] = torch.empty((len(ids), *rows.shape[1:]), dtype=rows.dtype, device=self._device)
+                kept[name][start : start + _CHUNK].copy_(rows)
+        self._kept, self._ids = kept, ids
         return True
 
     def inputs(self, ids: np.ndarray) -> Rows:

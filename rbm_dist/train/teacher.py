@@ -68,7 +68,7 @@ def trained_teacher(
     steps = [*batches[TRAIN].epoch(config.seed, 0), *batches[VAL].epoch(config.seed, None)]
     keep_hot(store, config, steps, settings.fanout)
     checkpoints.resume()
-    train(task, model, optimizer, checkpoints, settings.epochs, mesh, listener)
+    train(task, model, optimizer, checkpoints, settings.epochs, settings, mesh, listener)
     checkpoints.restore_best()
     if settings.calibrate:
         task.calibrate()

@@ -85,7 +85,8 @@ KRD = {"objective": "krd", "krd": {"min_update_epoch": 1}}
 # 6 steps an epoch, 9 epochs; the first 3 are the plain network's.
 STUDENTS: dict[str, dict[str, Any]] = {
     "kd, batch norm": {"norm": "batch", "routing": "layers"},
-    "kd, layer norm": {"norm": "layer", "input_attention": True},
+    "kd, layer norm": {"norm": "layer", "input_attention": True, "clip_norm": 0.05}
+    | {"lr_schedule": "cosine", "warmup_steps": 4},
     "krd, batch norm": {"norm": "batch", "reseed_after": 2} | KRD,
     "krd, layer norm": {"norm": "layer", "routing": "layers", "routing_temperature": 0.2}
     | {"objective": "krd", "krd": {"min_update_epoch": 1, "neighbours": "all"}},
