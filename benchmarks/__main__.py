@@ -13,8 +13,8 @@ from pathlib import Path
 from benchmarks.report import Row, show
 
 NAMES = (
-    "sampling", "experts", "kmeans", "loading", "student_epoch", "partitioning", "tables", "shards", "served_parts",
-    "end_to_end", "predict", "serving", "http",
+    "sampling", "experts", "kmeans", "parallel", "loading", "student_epoch", "partitioning", "tables", "shards",
+    "served_parts", "end_to_end", "predict", "serving", "http",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.cluster.submitted import Submitted, Undisturbed
 from tests.patience import patient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(patient(400))]
 
 
 def test_a_run_that_is_terminated_saves_first(submit: Callable[..., Submitted], undisturbed: Undisturbed) -> None:

@@ -1,0 +1,179 @@
+"""Ranks together, on gloo: rows to experts elsewhere and back against the bare collectives, two ranks against one, and
+the routing memory kept in each rank against the step that it belongs to.
+
+    python -m benchmarks.parallel [--quick] [--json FILE]
+
+Floors: of dispatch, `all_to_all_single` of the same rows there and back, forward and backward, and their bytes (a row
+goes once to each other rank that has one of its experts); of two ranks, twice the rows. Each rank has one thread, so
+there must be as many idle cores as ranks for times to mean anything; bytes do not depend on that.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.report import Row, main
+from rbm_dist.config.run import Config
+from rbm_dist.distill.losses import Batch, Losses
+from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
+from rbm_dist.moe.collectives import all_to_all_rows, traffic
+from rbm_dist.moe.dispatch import AllToAllDispatcher
+from rbm_dist.moe.memory import InProcessMemoryStore
+from rbm_dist.moe.routing import memory_statistics
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.parallel.reduce import sum_gradients
+
+_ROWS, _WIDTH, _K = 8192, 256, 2
+_MEMORY = (256, 512)  # experts, numbers of each
+
+
+def measure(quick: bool) -> list[Row]:
+    times = 5 if quick else 20
+    rows = []
+    for world in (2, 4):
+        cores = len(os.sched_getaffinity(0))
+        found = _on_ranks(world, _dispatch, times)
+        mine_s, raw_s, sent, least = (max(each) for each in zip(*found, strict=True))
+        name, target = f"{world} ranks, {_ROWS:,} × {_WIDTH}, k = {_K}", 1 / 1.2 if world <= cores else None
+        rows += [
+            Row(f"{name}: dispatch vs all-to-all", mine_s * 1e3, "ms", raw_s / mine_s, target),
+            Row(f"{name}: bytes vs the least", sent / 1e6, "MB", least / sent, 1 / 1.05),
+        ]
+    one, two = (world * _ROWS / max(_on_ranks(world, _step, times)) for world in (1, 2))
+    rows.append(Row("two ranks vs one, a step of an RbM", two, "rows/s", two / one, 1.8))
+    step_s, memory_s = (max(each) for each in zip(*_on_ranks(2, _memory, times), strict=True))
+    name = f"memory of {_MEMORY[0]} × {_MEMORY[1]} in each rank: share of a step"
+    rows.append(Row(name, memory_s * 1e3, "ms", 0.03 * step_s / memory_s, 1.0))
+    return rows
+
+
+def _dispatch(mesh: Mesh, times: int) -> tuple[float, float, float, float]:
+    """Seconds of dispatch and of the bare collectives, bytes sent, and the least that there are to send."""
+    rng = torch.Generator().manual_seed(mesh.rank)
+    experts = 8 * mesh.world_size
+    x = torch.randn(_ROWS, _WIDTH, generator=rng).requires_grad_()
+    chosen = torch.rand(_ROWS, experts, generator=rng).topk(_K).indices
+    weights, keys = torch.rand(_ROWS, _K, generator=rng).requires_grad_(), torch.arange(_ROWS)
+    dispatcher = AllToAllDispatcher(experts, dist.group.WORLD)
+    goes = torch.zeros(_ROWS, mesh.world_size, dtype=torch.bool).scatter_(1, chosen // dispatcher.per_rank, True)
+    send = goes.sum(0).tolist()
+    receive = torch.empty(mesh.world_size, dtype=torch.int64)
+    dist.all_to_all_single(receive, goes.sum(0))
+    copies = torch.randn(sum(send), _WIDTH, generator=rng).requires_grad_()
+
+    def mine() -> None:
+        routed = dispatcher.dispatch(x, chosen, weights, keys)
+        assert isinstance(routed.rows_TD, torch.Tensor)
+        dispatcher.combine(routed.rows_TD, routed.meta).sum().backward()
+
+    def raw() -> None:
+        there = all_to_all_rows(copies, send, receive.tolist(), dist.group.WORLD)
+        all_to_all_rows(there, receive.tolist(), send, dist.group.WORLD).sum().backward()
+
+    mine()
+    traffic.take()
+    mine()
+    sent = traffic.take()
+    # Rows that stay are not sent; those that come leave again; and all of it again for the gradients.
+    away = sum(send) - send[mesh.rank] + int(receive.sum()) - int(receive[mesh.rank])
+    return _median(mine, times), _median(raw, times), sent, 2 * away * _WIDTH * 4
+
+
+def _step(mesh: Mesh, times: int) -> float:
+    """Seconds of a step, in which each rank has as many rows."""
+    settings = Config.model_validate({"run_dir": "-", "student": {"num_experts": 8, "top_k": 2}}).student
+    student = _student(100, 8, 2)
+    losses, optimizer = Losses(settings, mesh), torch.optim.Adam(student.parameters())
+    batch = _batch(100, mesh)
+
+    def step() -> None:
+        torch.stack(list(losses(student, batch)[0].values())).sum().backward()
+        sum_gradients(student, mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _median(step, times)
+
+
+def _memory(mesh: Mesh, times: int) -> tuple[float, float]:
+    """Seconds of a step without and of what the memory adds."""
+    experts, width = _MEMORY
+    settings = Config.model_validate({"run_dir": "-", "student": {"num_experts": experts}}).student
+    student, batch = _student(width, experts, 1), _batch(width, mesh)
+    losses, optimizer = Losses(settings, mesh), torch.optim.Adam(student.parameters())
+    store = InProcessMemoryStore(mesh.world_group, settings.ema_decay, settings.self_similarity, settings.lr)
+    store.init(student.memories, None)
+    spent = {"step": 0.0, "memory": 0.0}
+
+    def both() -> None:
+        start = time.perf_counter()
+        terms, traces, _ = losses(student, batch)
+        torch.stack(list(terms.values())).sum().backward()
+        sum_gradients(student, mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.barrier()
+        middle = time.perf_counter()
+        version = both.version  # type: ignore[attr-defined]
+        store.push(version, [memory_statistics(trace.x_BD, trace.routing, experts) for trace in traces])
+        student.set_memories(store.pull(version + 1))
+        both.version += 1  # type: ignore[attr-defined]
+        spent["step"], spent["memory"] = middle - start, time.perf_counter() - middle
+
+    both.version = 0  # type: ignore[attr-defined]
+    turns = []
+    for _ in range(times + 1):
+        both()
+        turns.append((spent["step"], spent["memory"]))
+    step_s, memory_s = np.median(turns[1:], axis=0)
+    return float(step_s), float(memory_s)
+
+
+def _student(width: int, experts: int, k: int) -> Student:
+    memory = torch.randn(experts, width, generator=torch.Generator().manual_seed(0))
+    return mlp_to_rbm(make_mlp(width, 256, 47, 3, "layer", 0.1, 0), [memory], k)
+
+
+def _batch(width: int, mesh: Mesh) -> Batch:
+    rng = torch.Generator().manual_seed(mesh.rank)
+    x, soft = torch.randn(_ROWS, width, generator=rng), torch.randn(_ROWS, 47, generator=rng).softmax(1)
+    return Batch(x, torch.full((_ROWS,), -1), torch.arange(_ROWS), soft, _ROWS * mesh.world_size)
+
+
+def _median(call: Callable[[], None], times: int) -> float:
+    """Seconds on the clock, all ranks beginning together."""
+    call()
+    spent = []
+    for _ in range(times):
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return float(np.median(spent))
+
+
+def _on_ranks(world_size: int, work: Callable[[Mesh, int], Any], times: int) -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world_size, folder, work, times), world_size)
+        return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, folder: str, work: Callable[[Mesh, int], Any], times: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.save(work(Mesh.init(1, torch.device("cpu")), times), Path(folder) / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main("Ranks together, gloo, float32, one thread each", measure)
