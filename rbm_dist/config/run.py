@@ -194,6 +194,11 @@ class ClusterConfig(Section):
     )
     inference_workers: Positive = Field(2, description="actors that predict part by part; of a graph in one part: 1")
     use_gpu: bool = Field(False, description="one GPU per training and inference worker")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto",
+        description="of students' products on GPUs; auto: bf16 where the GPU has it, weights and sums in float32; "
+        "float32: without TF32",
+    )
     expert_parallel: Positive = Field(
         1, description="workers that share a set of experts; divides train_workers. 1: all experts on each"
     )

@@ -28,10 +28,11 @@ class GlobalBatchNorm(nn.Module):
         self.updates_statistics = True  # whether training forwards count for the running statistics
 
     def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = x_BD.to(self.running_mean.dtype)  # sums of many rows in bfloat16 would be far off
         if not self.training:
             mean, var = self.running_mean, self.running_var
         else:
-            rows = all_reduce_sum(x_BD.new_tensor(float(len(x_BD))), self.group).clamp_min(1)
+            rows = all_reduce_sum(x_BD.new_full((), len(x_BD)), self.group).clamp_min(1)
             mean = all_reduce_sum(x_BD.sum(0), self.group) / rows
             var = all_reduce_sum((x_BD - mean).square().sum(0), self.group) / rows
             if self.updates_statistics:

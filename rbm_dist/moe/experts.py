@@ -30,6 +30,9 @@ class StackedExperts(nn.Module):
     def forward(self, rows_RD: Rows, counts_L: Tensor) -> Tensor:
         """The products of expert l with its `counts_L[l]` consecutive rows, without biases; `[R, O]` or a bit wider."""
         weight = self.scaled_weight
+        if isinstance(rows_RD, Tensor) and torch.is_autocast_enabled(rows_RD.device.type):  # which leaves these alone
+            dtype = torch.get_autocast_dtype(rows_RD.device.type)
+            rows_RD, weight = rows_RD.to(dtype), weight.to(dtype)
         if isinstance(rows_RD, Tensor) and not len(rows_RD):
             # Stay connected to every input, so that all ranks run the same collectives backward.
             return rows_RD.new_zeros(0, weight.shape[2]) + (rows_RD.sum() + weight.sum()) * 0
@@ -55,7 +58,22 @@ def grouped_mm(rows_RD: Rows, weight_LDO: Tensor, counts_L: Tensor) -> Tensor:
     if rows_RD.dtype == torch.float64:
         groups = rows_RD.split(counts_L.tolist())
         return torch.cat([rows @ w for rows, w in zip(groups, weight_LDO, strict=True)])
+    if rows_RD.device.type != "cpu" and rows_RD.dtype != torch.bfloat16:
+        return batched_mm(rows_RD, weight_LDO, counts_L)
     return F.grouped_mm(rows_RD.contiguous(), weight_LDO, offs=counts_L.cumsum(0).to(torch.int32))
+
+
+def batched_mm(rows_RD: Tensor, weight_LDO: Tensor, counts_L: Tensor) -> Tensor:
+    """As `grouped_mm`, by one batched product of groups that are filled up with zeros to the size of the largest.
+
+    On a GPU `F.grouped_mm` has a kernel for bfloat16 alone; of other types it multiplies group by group, and waits for
+    each. This waits once, for the size of the largest group.
+    """
+    index_L = torch.arange(len(counts_L), device=counts_L.device)
+    expert_R = index_L.repeat_interleave(counts_L, output_size=len(rows_RD))
+    slot_R = torch.arange(len(rows_RD), device=counts_L.device) - (counts_L.cumsum(0) - counts_L)[expert_R]
+    filled = rows_RD.new_zeros(len(counts_L), int(counts_L.max()), rows_RD.shape[1])
+    return (filled.index_put((expert_R, slot_R), rows_RD) @ weight_LDO)[expert_R, slot_R]
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -37,9 +37,11 @@ class MemoryStatistics:
 
 def route(x_BD: Rows, memory_ED: Tensor, k: int, temperature: float = 1.0) -> Routing:
     """The k memories nearest to each row by cosine, with weights `softmax(cosine / temperature)` over those k."""
-    # Lengths divide the few products, not the many numbers of the rows.
-    products_BE = matmul(x_BD, F.normalize(memory_ED.detach(), dim=1).T.contiguous())
-    cosines_BE = products_BE / lengths(x_BD)[:, None]
+    # In full precision: rounding would send rows elsewhere, and other ones in evaluation.
+    with torch.autocast(memory_ED.device.type, enabled=False):
+        # Lengths divide the few products, not the many numbers of the rows.
+        products_BE = matmul(x_BD, F.normalize(memory_ED.detach(), dim=1).T.contiguous())
+        cosines_BE = products_BE / lengths(x_BD)[:, None]
     cosines_Bk, experts_Bk = cosines_BE.topk(k, dim=1)
     return Routing(experts_Bk, (cosines_Bk / temperature).softmax(dim=1), cosines_Bk)
 

@@ -121,7 +121,7 @@ def assigned_sums(rows_BD: Rows, centres_ED: Tensor) -> tuple[Tensor, Tensor]:
             nearest_B = (chunk_BD.matmul(weight_DE) - half_E).max(1).indices
             place_n = nearest_B[chunk_BD.row_n] * chunk_BD.width + chunk_BD.column_n
             sum_ED.view(-1).index_add_(0, place_n, chunk_BD.value_n.double())
-        count_E += torch.bincount(nearest_B, minlength=len(centres_ED))
+        count_E.index_add_(0, nearest_B, torch.ones_like(nearest_B, dtype=torch.float64))
     return sum_ED, count_E[:, None]
 
 

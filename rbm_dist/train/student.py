@@ -37,6 +37,12 @@ from rbm_dist.train.reliable_pairs import ReliablePairs
 from rbm_dist.train.student_rows import Drawn, StudentRows
 
 
+def bf16(device: torch.device, precision: str) -> torch.autocast:
+    """In this block products on a GPU are in bfloat16, if `cluster.precision` says so, or leaves it to the GPU."""
+    chosen = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=chosen and device.type != "cpu")
+
+
 class StudentTraining:
     """One student's training, on one rank. `make_memory` makes the store of the routing memory, on all ranks at once.
 
@@ -71,6 +77,10 @@ class StudentTraining:
         timeout_s = config.cluster.collective_timeout_s
         self.rows = StudentRows(store, self.settings, mesh.device, self.dtype, timeout_s, pairs)
         self.rows.keep(np.unique(np.concatenate([each.ids for each in (self.batches, *self.eval_batches.values())])))
+
+    def autocast(self) -> torch.autocast:
+        """In this block products are in bfloat16, if that is configured or chosen."""
+        return bf16(self.mesh.device, self.config.cluster.precision)
 
     def run(self) -> list[TrainingCheckpoints]:
         """Train, or go on; gives where the best state is, of each member of an ensemble.
@@ -207,7 +217,8 @@ class _StudentTask:
             for version, batch in enumerate(batches, epoch * count + first):
                 if memory:
                     model.set_memories(memory.pull(version))
-                terms, traces, more = self._losses(model, batch)
+                with training.autocast():
+                    terms, traces, more = self._losses(model, batch)
                 load_E = None
                 if memory:
                     statistics = [memory_statistics(trace.x_BD, trace.routing, experts) for trace in traces]
@@ -239,7 +250,8 @@ class _StudentTask:
             loader = training.rows.labelled(f"student {self.name}", of)
             with loader as batches:
                 for x_BF, label_B in batches:
-                    logits_BC, _ = self._model(x_BF)
+                    with training.autocast():
+                        logits_BC, _ = self._model(x_BF)
                     loss = loss + F.cross_entropy(logits_BC, label_B, reduction="sum")
                     correct = correct + (logits_BC.argmax(1) == label_B).sum()
             wait_s += loader.take_wait_s()
