@@ -11,7 +11,7 @@ from tests.cluster.bed import Bed
 from tests.cluster.submitted import MAILBOX, MEMORY, PART, SERVER, WORKER, Submitted, Undisturbed
 from tests.patience import patient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(patient(400))]
+pytestmark = pytest.mark.timeout(patient(400))
 
 
 def one_of(bed: Bed, name: str) -> psutil.Process:
@@ -19,6 +19,7 @@ def one_of(bed: Bed, name: str) -> psutil.Process:
     return random.Random(name).choice([each for host in bed.hosts.values() for each in host.processes(name)])
 
 
+@pytest.mark.slow
 def test_processes_die_in_every_stage(bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed) -> None:
     run = submit()
     for name in (WORKER, SERVER, MAILBOX):
@@ -36,6 +37,7 @@ def test_processes_die_in_every_stage(bed: Bed, submit: Callable[..., Submitted]
     undisturbed.assert_same(run)
 
 
+@pytest.mark.long
 def test_a_worker_that_hangs_is_found_and_named(
     bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
 ) -> None:
