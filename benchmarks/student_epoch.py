@@ -9,7 +9,7 @@ out of the page cache before an epoch begins. One thread computes, one reads; ru
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,17 @@ import torch
 from benchmarks.report import Row, main
 from rbm_dist.config.run import Config
 from rbm_dist.distill.losses import Batch, Losses
+from rbm_dist.graph.csc import build
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
 from rbm_dist.parallel.mesh import Mesh
-from rbm_dist.stages import partition, source
+from rbm_dist.sources.source import SourceGraph
 from rbm_dist.train.part_batches import PartBatches
 from rbm_dist.train.student_rows import Drawn, StudentRows
+from tests.small_graph import write_graph
 
 _WIDTH, _CLASSES, _PARTS, _BATCH = 128, 40, 4, 8192
+_CHUNK = 65_536  # rows
 _CPU = torch.device("cpu")
 
 
@@ -33,7 +36,7 @@ def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        store = _graph(folder, 100_000 if quick else 1_000_000)
+        store = graph(folder, 100_000 if quick else 1_000_000, _WIDTH, _CLASSES)
         for name, student in (("MLP", _mlp()), ("RbM, 8 experts, k = 1", _rbm())):
             rows.append(_compare(name, student, store))
     return rows
@@ -95,25 +98,29 @@ def _rbm() -> Student:
     return mlp_to_rbm(_mlp(), memories, 1)
 
 
-def _graph(folder: str, nodes: int) -> GraphStore:
-    """A graph with few edges, and soft labels."""
-    synthetic = {
-        "kind": "synthetic", "num_nodes": nodes, "degree": 2, "num_features": _WIDTH, "num_classes": _CLASSES,
-    }  # fmt: skip
-    config = Config.model_validate(
-        {"run_dir": folder, "source": synthetic, "partition": {"num_parts": _PARTS, "method": "random"}}
-    )
-    files = source.below(source.stage_source(config, f"{folder}/source", source.over_here), "source")
-    partition.write_graph(config, f"{folder}/source", files, f"{folder}/graph", source.over_here)
-    store = GraphStore.open(f"{folder}/graph")
+def graph(folder: str, nodes: int, width: int, classes: int) -> GraphStore:
+    """Random rows of nodes without edges, in parts, and soft labels."""
     rng = np.random.default_rng(0)
+    none = np.empty(0, np.int64)
 
-    def soft(part: int) -> Iterable[np.ndarray]:
-        rows = rng.random((len(store.ids(part)), _CLASSES), np.float32)
-        yield rows / rows.sum(1, keepdims=True)
+    def features() -> Iterator[np.ndarray]:
+        for start in range(0, nodes, _CHUNK):
+            yield rng.standard_normal((min(_CHUNK, nodes - start), width), np.float32)
+
+    given = SourceGraph(
+        csc=build(none, none, nodes, undirected=True), num_features=width, num_classes=classes,
+        label=rng.integers(0, classes, nodes), split=rng.choice(np.array([0, 1, 2], np.int8), nodes),
+        feat_chunks=features, read_edges=0, dropped_self_loops=0, dropped_duplicates=0,
+    )  # fmt: skip
+    store = write_graph(folder, given, (np.arange(nodes) * _PARTS // nodes).astype(np.int32))
+
+    def soft(part: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(store.ids(part)), _CHUNK):
+            rows = rng.random((min(_CHUNK, len(store.ids(part)) - start), classes), np.float32)
+            yield rows / rows.sum(1, keepdims=True)
 
     parts = range(_PARTS)
-    store.publish("soft", [store.write_part("soft", p, np.dtype(np.float32), (_CLASSES,), soft(p)) for p in parts])
+    store.publish("soft", [store.write_part("soft", p, np.dtype(np.float32), (classes,), soft(p)) for p in parts])
     return store
 
 
