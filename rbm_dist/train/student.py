@@ -252,7 +252,7 @@ class _StudentTask:
                 for x_BF, label_B in batches:
                     with training.autocast():
                         logits_BC, _ = self._model(x_BF)
-                    loss = loss + F.cross_entropy(logits_BC, label_B, reduction="sum")
+                    loss = loss + F.cross_entropy(logits_BC.to(training.dtype), label_B, reduction="sum")
                     correct = correct + (logits_BC.argmax(1) == label_B).sum()
             wait_s += loader.take_wait_s()
             summed_loss, summed_correct = sum_figures([loss.item(), correct.item()], training.mesh)
