@@ -4,6 +4,8 @@ scikit-learn clusters a sample, from several seeds, which are shared out among t
 Lloyd's iterations go on over all rows: each rank goes through its own, and sends `E · D` numbers per iteration.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -27,7 +29,9 @@ def kmeans_centres(rows_BD: Rows, ids_B: np.ndarray, num_experts: int, seed: int
     """The centres over the rows of all ranks, `[E, D]`, in the rows' dtype; equal on every rank.
 
     Every rank must call it, with its own rows and their ids; it may have none. Ranks and the order of rows make no
-    difference but rounding. Fewer distinct rows than experts: the rows there are, again and again.
+    difference but rounding. Fewer distinct rows than experts: the rows there are, again and again. Centres come in the
+    order of the ids of their rows: parts and experts are dealt to ranks in order, so that where experts are sharded and
+    parts are communities a row mostly finds its expert on its own rank.
     """
     everyone = np.sort(np.concatenate(mesh.gather(ids_B)))
     size = sample_rows(len(everyone), num_experts)
@@ -35,10 +39,11 @@ def kmeans_centres(rows_BD: Rows, ids_B: np.ndarray, num_experts: int, seed: int
         everyone if len(everyone) == size else generator(seed, Word.KMEANS_SAMPLE).choice(everyone, size, replace=False)
     )
     centres = _cluster(_gather(rows_BD, ids_B, chosen, mesh), num_experts, seed, mesh)
-    if len(chosen) == len(everyone):  # scikit-learn has seen all
-        return centres
     like = rows_BD if isinstance(rows_BD, Tensor) else rows_BD.value_n
-    return _lloyd(rows_BD, torch.from_numpy(centres).to(like), mesh).cpu().numpy()
+    centres_ED = torch.from_numpy(centres).to(like)
+    if size < len(everyone):  # or scikit-learn has seen all
+        centres_ED = _lloyd(rows_BD, centres_ED, mesh)
+    return centres_ED[_by_place(rows_BD, ids_B, centres_ED, mesh)].cpu().numpy()
 
 
 def sample_rows(rows: int, num_experts: int) -> int:
@@ -107,22 +112,40 @@ def _lloyd(rows_BD: Rows, centres_ED: Tensor, mesh: Mesh) -> Tensor:
     return centres_ED
 
 
+def _by_place(rows_BD: Rows, ids_B: np.ndarray, centres_ED: Tensor, mesh: Mesh) -> Tensor:
+    """The centres in the order of their rows' mean ids, those without rows last; `[E]`."""
+    total_2E = centres_ED.new_zeros(2, len(centres_ED), dtype=torch.float64)
+    id_B = torch.from_numpy(ids_B).to(total_2E)
+    for at, _, nearest_B in _nearest(rows_BD, centres_ED):
+        total_2E.index_add_(1, nearest_B, torch.stack([id_B[at], torch.ones_like(id_B[at])]))
+    sum_E, count_E = _sum(total_2E, mesh)
+    return torch.where(count_E > 0, sum_E / count_E, torch.inf).argsort(stable=True)
+
+
 def assigned_sums(rows_BD: Rows, centres_ED: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the rows nearest to each centre, `[E, D]`, and how many they are, `[E, 1]`, in float64."""
     sum_ED = torch.zeros_like(centres_ED, dtype=torch.float64)
     count_E = sum_ED.new_zeros(len(sum_ED))
-    weight_DE, half_E = centres_ED.T.contiguous(), centres_ED.square().sum(1) / 2
-    for start in range(0, len(rows_BD), _CHUNK):
-        chunk_BD = rows_BD[start : start + _CHUNK]
+    for _, chunk_BD, nearest_B in _nearest(rows_BD, centres_ED):
         if isinstance(chunk_BD, Tensor):
-            nearest_B = torch.addmm(-half_E, chunk_BD, weight_DE).max(1).indices
             sum_ED += torch.zeros_like(centres_ED).index_add_(0, nearest_B, chunk_BD)
         else:
-            nearest_B = (chunk_BD.matmul(weight_DE) - half_E).max(1).indices
             place_n = nearest_B[chunk_BD.row_n] * chunk_BD.width + chunk_BD.column_n
             sum_ED.view(-1).index_add_(0, place_n, chunk_BD.value_n.double())
         count_E.index_add_(0, nearest_B, torch.ones_like(nearest_B, dtype=torch.float64))
     return sum_ED, count_E[:, None]
+
+
+def _nearest(rows_BD: Rows, centres_ED: Tensor) -> Iterator[tuple[slice, Rows, Tensor]]:
+    """Some rows at a time, and the centre that each is nearest to."""
+    weight_DE, half_E = centres_ED.T.contiguous(), centres_ED.square().sum(1) / 2
+    for start in range(0, len(rows_BD), _CHUNK):
+        at = slice(start, start + _CHUNK)
+        chunk_BD = rows_BD[at]
+        if isinstance(chunk_BD, Tensor):
+            yield at, chunk_BD, torch.addmm(-half_E, chunk_BD, weight_DE).max(1).indices
+        else:
+            yield at, chunk_BD, (chunk_BD.matmul(weight_DE) - half_E).max(1).indices
 
 
 def _squares(rows_BD: Rows) -> Tensor:
