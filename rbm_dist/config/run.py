@@ -185,7 +185,7 @@ class StudentConfig(TrainingConfig):
 
 
 class ClusterConfig(Section):
-    """How the run is carried out; changes nothing in what it computes."""
+    """How the run is carried out; changes nothing in what it computes, but `precision` what is rounded."""
 
     train_workers: Positive | tuple[Positive, Positive] = Field(
         2,

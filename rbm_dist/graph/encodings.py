@@ -189,10 +189,8 @@ def _label_steps(config: EncodingsConfig, num_classes: int, seed: int) -> list[S
 
 def _fold(store: GraphStore, ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """The group of each training node, −1 for all other nodes, `[n]`."""
-    drawn = _mix(np.uint64(key(seed, Word.LABEL_FOLD)), store.gather("orig_id", ids).astype(np.uint64)) % np.uint64(
-        folds
-    )
-    return np.where(store.gather("split", ids) == TRAIN, drawn.astype(np.int64), -1)
+    drawn = _mix(np.uint64(key(seed, Word.LABEL_FOLD)), store.gather("orig_id", ids).astype(np.uint64))
+    return np.where(store.gather("split", ids) == TRAIN, (drawn % np.uint64(folds)).astype(np.int64), -1)
 
 
 def _labels_by_fold(store: GraphStore, ids: np.ndarray, folds: int, seed: int) -> np.ndarray:

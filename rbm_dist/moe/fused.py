@@ -90,16 +90,18 @@ class _Weighted(torch.autograd.Function):
         y_RO, bias_LO, place_Bk, expert_Bk, weights_Bk = ctx.saved_tensors
         grad_BO = grads[0].contiguous()
         grad_RO, grad_Bk = torch.empty_like(y_RO), torch.empty_like(weights_Bk)
-        shares: list[np.ndarray] = []
+        shares: dict[int, np.ndarray] = {}  # of each range of rows: threads that end in any order add up in one
 
         def spread(low: int, high: int, *arrays: np.ndarray) -> None:
-            shares.append(np.zeros(bias_LO.shape, arrays[0].dtype))
-            _spread_gradient(low, high, *arrays, shares[-1])
+            shares[low] = np.zeros(bias_LO.shape, arrays[0].dtype)
+            _spread_gradient(low, high, *arrays, shares[low])
 
         given = _arrays(grad_BO, y_RO, bias_LO, place_Bk, expert_Bk, weights_Bk)
         _in_threads(spread, len(grad_BO), *given, grad_RO.numpy(), grad_Bk.numpy())
-        bias = torch.from_numpy(sum(shares, np.zeros(bias_LO.shape, shares[0].dtype))) if shares else bias_LO * 0
-        return grad_RO, bias, None, None, grad_Bk
+        grad_LO = torch.zeros_like(bias_LO)
+        for low in sorted(shares):
+            grad_LO += torch.from_numpy(shares[low])
+        return grad_RO, grad_LO, None, None, grad_Bk
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

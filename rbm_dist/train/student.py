@@ -76,11 +76,7 @@ class StudentTraining:
         pairs = ReliablePairs(self.settings.krd, store, self.reliability) if self.reliability else None
         timeout_s = config.cluster.collective_timeout_s
         self.rows = StudentRows(store, self.settings, mesh.device, self.dtype, timeout_s, pairs)
-        self.rows.keep(np.unique(np.concatenate([each.ids for each in (self.batches, *self.eval_batches.values())])))
-
-    def autocast(self) -> torch.autocast:
-        """In this block products are in bfloat16, if that is configured or chosen."""
-        return bf16(self.mesh.device, self.config.cluster.precision)
+        self.rows.keep(self.batches.ids, *(each.ids for each in self.eval_batches.values()))
 
     def run(self) -> list[TrainingCheckpoints]:
         """Train, or go on; gives where the best state is, of each member of an ensemble.
@@ -217,7 +213,7 @@ class _StudentTask:
             for version, batch in enumerate(batches, epoch * count + first):
                 if memory:
                     model.set_memories(memory.pull(version))
-                with training.autocast():
+                with bf16(training.mesh.device, training.config.cluster.precision):
                     terms, traces, more = self._losses(model, batch)
                 load_E = None
                 if memory:
@@ -250,7 +246,7 @@ class _StudentTask:
             loader = training.rows.labelled(f"student {self.name}", of)
             with loader as batches:
                 for x_BF, label_B in batches:
-                    with training.autocast():
+                    with bf16(training.mesh.device, training.config.cluster.precision):
                         logits_BC, _ = self._model(x_BF)
                     loss = loss + F.cross_entropy(logits_BC.to(training.dtype), label_B, reduction="sum")
                     correct = correct + (logits_BC.argmax(1) == label_B).sum()

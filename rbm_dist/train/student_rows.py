@@ -55,25 +55,28 @@ class StudentRows:
         self._ids = np.empty(0, np.int64)
         self._kept: dict[str, Tensor] = {}
 
-    def keep(self, ids: np.ndarray, budget: int | None = None) -> bool:
-        """Read the rows of these nodes once, if they fit into `budget` bytes of the device; whether they do.
+    def keep(self, *ids: np.ndarray, budget: int | None = None) -> bool:
+        """Read the rows of all these nodes once, if they fit into `budget` bytes of the device; whether they do.
 
         By default half of what a GPU has free, and nothing on a CPU, where files are mapped into memory anyway.
         """
         if budget is None:
             budget = int(_SHARE * torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
-        width = self._store.width((*self._settings.inputs, *self._names))
-        if len(ids) * (width * torch.empty((), dtype=self._dtype).element_size() + 16) > budget:
+        if not budget:
             return False
-        ids, kept = np.sort(ids), {}
+        every = np.unique(np.concatenate(ids))
+        width = self._store.width((*self._settings.inputs, *self._names))
+        if len(every) * (width * torch.empty((), dtype=self._dtype).element_size() + 16) > budget:
+            return False
+        kept: dict[str, Tensor] = {}
         for name in ("inputs", "label", "split", *self._names):
-            for start in range(0, max(len(ids), 1), _CHUNK):
-                chunk = ids[start : start + _CHUNK]
+            for start in range(0, max(len(every), 1), _CHUNK):
+                chunk = every[start : start + _CHUNK]
                 rows = dense(self._rows(chunk)) if name == "inputs" else self._take(name, chunk)
                 if not start:
-                    kept[name] = torch.empty((len(ids), *rows.shape[1:]), dtype=rows.dtype, device=self._device)
+                    kept[name] = torch.empty((len(every), *rows.shape[1:]), dtype=rows.dtype, device=self._device)
                 kept[name][start : start + _CHUNK].copy_(rows)
-        self._kept, self._ids = kept, ids
+        self._kept, self._ids = kept, every
         return True
 
     def inputs(self, ids: np.ndarray) -> Rows:
@@ -93,15 +96,16 @@ class StudentRows:
         return Prefetch(f"{what}: batches for validation", jobs, self._timeout_s, ahead, self._to_device)
 
     def _batch(self, ids: np.ndarray, global_rows: int, drawn: Drawn) -> Batch:
-        label_B, split_B, soft_BC, *hidden = (self._take(name, ids) for name in ("label", "split", *self._names))
+        label_B, split_B = self._take("label", ids), self._take("split", ids)
+        pairs = self._pairs.draw(ids, drawn.pairs, self._dtype) if self._pairs else None
         return Batch(
             x_BF=self._rows(ids),
             label_B=torch.where(split_B == TRAIN, label_B, -1),
             key_B=derive_keys(drawn.dropout, self._pinned(torch.from_numpy(ids))),
-            soft_BC=soft_BC,
+            soft_BC=pairs.soft_nC[: len(ids)] if pairs else self._take("soft", ids),
             global_rows=global_rows,
-            hidden_BT=hidden[0] if hidden else None,
-            pairs=self._pairs.draw(ids, drawn.pairs, self._dtype) if self._pairs else None,
+            hidden_BT=self._take("hidden", ids) if "hidden" in self._names else None,
+            pairs=pairs,
         )
 
     def _labelled(self, ids: np.ndarray) -> Labelled:

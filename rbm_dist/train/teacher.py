@@ -54,8 +54,7 @@ def trained_teacher(
     parts = mesh.parts(store.num_parts)
     store.hold(parts)
     batches = {
-        code: PartBatches.of(store, parts, lambda split, code=code: split == code, settings.batch_size)  # type: ignore[misc]
-        for code in (TRAIN, VAL)
+        code: PartBatches.of(store, parts, partial(np.equal, code), settings.batch_size) for code in (TRAIN, VAL)
     }
     task = _TeacherTask(mesh, config, store, model, batches[TRAIN], batches[VAL])
     # The loss is a mean: a fixed decay, right for 140 labels, leaves a teacher with 30,000 too little to learn with.

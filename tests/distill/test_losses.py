@@ -171,9 +171,10 @@ def test_reliable_neighbours(store: GraphStore, rbm: Student, which: str) -> Non
     loss, batch = Losses(settings, Mesh.single(), reliability), with_pairs(batch_of(store), pairs, IDS)
     expected = expected_terms(rbm, batch)
     logits = rbm(batch.x_BF, batch.key_B)[0].detach().numpy()
-    nodes, teacher_m, row_m = pairs.links(IDS, 77)
+    links = pairs.links(IDS, 77)
+    teacher_m, row_m = links.teacher_m, links.row_m
     assert len(row_m) > len(IDS)
-    soft = softened(np.log(store.gather("soft", nodes).astype(np.float64)))
+    soft = softened(np.log(store.gather("soft", links.nodes).astype(np.float64)))
     p, q = soft[teacher_m], softened(logits)[row_m]
     kl = scipy.stats.entropy(p, q, axis=1)
     # As published a mean over pairs; else one over each row's pairs, then over the rows.

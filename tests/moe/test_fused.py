@@ -68,7 +68,11 @@ def test_threads_make_no_difference(threads: int, dtype: torch.dtype) -> None:
         spread = spread_dropped(x, d.place_Tk, d.at_R, d.key_Tk, 0.3)
         assert isinstance(spread, Tensor)
         out = weighted_sums(spread, bias, d.place_Tk, d.at_R, d.experts_Tk, weights)
-        found = torch.autograd.grad(out.square().sum(), [x, bias, weights])
+        loss = out.square().sum()
+        found = torch.autograd.grad(loss, [x, bias, weights], retain_graph=True)
+        for _ in range(20):  # threads end in any order
+            again = torch.autograd.grad(loss, [x, bias, weights], retain_graph=True)
+            assert all(map(torch.equal, found, again))
     finally:
         torch.set_num_threads(before)
     reference = spread_dropped_torch(x, d.at_R, d.key_Tk, 0.3, 2)

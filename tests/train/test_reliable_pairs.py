@@ -63,8 +63,8 @@ def pairs_of(store: GraphStore, settings: KrdConfig, power: float | None = None)
 
 def drawn(pairs: ReliablePairs, ids: np.ndarray, draw: int) -> set[tuple[int, int]]:
     """(i, j) by node id."""
-    nodes, teacher_m, row_m = pairs.links(ids, draw)
-    found = list(zip(ids[row_m].tolist(), nodes[teacher_m].tolist(), strict=True))
+    links = pairs.links(ids, draw)
+    found = list(zip(ids[links.row_m].tolist(), links.nodes[links.teacher_m].tolist(), strict=True))
     assert len(set(found)) == len(found), "a pair counts once"
     return set(found)
 
@@ -139,7 +139,7 @@ def test_draws_do_not_depend_on_who_shares_the_batch(store: GraphStore, fanout: 
     apart = [drawn(sampling, rows, 99) for rows in np.split(batch, [1, 20])]
     assert together == set(itertools.chain(*apart))
     assert together != drawn(sampling, batch, 100)
-    np.testing.assert_array_equal(sampling.links(batch, 99)[0][:50], batch)
+    np.testing.assert_array_equal(sampling.links(batch, 99).nodes[:50], batch)
     none = sampling.draw(batch[:0], 99, torch.float32)
     assert len(none.soft_nC) == len(none.row_m) == len(none.teacher_m) == len(none.bin_B) == 0
 
@@ -155,7 +155,7 @@ def test_teachers_that_never_change_all_teach(tmp_path: Path, which: str) -> Non
 def test_every_row_weighs_the_same_and_its_teachers_mean_its_class(store: GraphStore) -> None:
     sampling, ids = pairs_of(store, KrdConfig()), np.random.default_rng(0).permutation(store.num_nodes)[:90]
     pairs = sampling.draw(ids, 5, torch.float64)
-    np.testing.assert_array_equal(pairs.soft_nC, store.gather("soft", sampling.links(ids, 5)[0]))
+    np.testing.assert_array_equal(pairs.soft_nC, store.gather("soft", sampling.links(ids, 5).nodes))
     weight = torch.zeros(90, dtype=torch.float64).index_add_(0, pairs.row_m, pairs.weight_B[pairs.row_m])
     torch.testing.assert_close(weight, torch.ones(90, dtype=torch.float64))
     soft = pairs.soft_nC

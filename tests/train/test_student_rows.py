@@ -59,7 +59,7 @@ def all_batches(rows: StudentRows, of: PartBatches) -> list[Batch]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batch_has_all_that_is_known_of_its_rows(store: GraphStore, kept: bool, dtype: torch.dtype) -> None:
     rows, of = rows_of(store, dtype, similarity=0.1), batches_of(store)
-    assert rows.keep(of.ids, 10**9 if kept else 0) == kept
+    assert rows.keep(of.ids, budget=10**9 if kept else 0) == kept
     found = all_batches(rows, of)
     assert len(found) == of.num_steps
     for batch, each in zip(found, drawn(of), strict=True):
@@ -97,7 +97,7 @@ def test_sparse_rows_stay_sparse_unless_they_are_kept(tmp_path: Path, kept: bool
     soft = np.random.default_rng(0).random((240, 5)).astype(np.float32)
     store.publish("soft", [store.write_part("soft", p, soft.dtype, (5,), [soft[store.ids(p)]]) for p in range(3)])
     rows, of = rows_of(store), batches_of(store)
-    assert rows.keep(of.ids, 10**9 if kept else 0) == kept
+    assert rows.keep(of.ids, budget=10**9 if kept else 0) == kept
     for batch, each in zip(all_batches(rows, of), drawn(of), strict=True):
         assert isinstance(batch.x_BF, torch.Tensor if kept else SparseRows)
         np.testing.assert_array_equal(dense(batch.x_BF), store.gather("feat", joined(each.shares)))
@@ -106,8 +106,8 @@ def test_sparse_rows_stay_sparse_unless_they_are_kept(tmp_path: Path, kept: bool
 def test_rows_are_kept_where_there_is_room_for_all(store: GraphStore) -> None:
     of = batches_of(store)
     size = len(of.ids) * ((12 + 5) * 4 + 16)
-    assert not rows_of(store).keep(of.ids, size - 1)
-    assert rows_of(store).keep(of.ids, size)
+    assert not rows_of(store).keep(of.ids, of.ids[:3], budget=size - 1)
+    assert rows_of(store).keep(of.ids, of.ids[:3], budget=size)
     assert not rows_of(store).keep(of.ids), "on a CPU files are mapped into memory anyway"
 
 
