@@ -10,19 +10,15 @@ MLP is made of torch's own layers and has the width at which its flop are those 
 
 import math
 from collections.abc import Callable
-from itertools import count, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.report import Row, main, seconds
-from rbm_dist.config.run import Config
-from rbm_dist.distill.losses import Batch, Losses
-from rbm_dist.models.student import make_mlp, mlp_to_rbm
+from benchmarks.steps import Memory, Step, batch_of, rbm_of, settings_of
 from rbm_dist.moe.experts import StackedExperts
-from rbm_dist.moe.memory import InProcessMemoryStore
-from rbm_dist.moe.routing import memory_statistics
 from rbm_dist.parallel.mesh import Mesh
 
 
@@ -65,24 +61,14 @@ def _compare(num_experts: int, routed: int, width: int, budget_s: float) -> list
 
 def _step(routing: str, budget_s: float) -> Row:
     rows, widths, k = 8192, (100, 256, 256, 47), 2
-    student = {"num_experts": 8, "top_k": k, "routing": routing, "hidden": widths[1], "dropout": 0.1}
-    settings = Config.model_validate({"run_dir": "-", "student": student}).student
-    memories = [torch.randn(8, width) for width in (widths[:-1] if routing == "layers" else widths[:1])]
-    rbm = mlp_to_rbm(make_mlp(widths[0], widths[1], widths[-1], 3, "layer", 0.1, 0), memories, k)
-    memory, version = InProcessMemoryStore(None, settings.ema_decay, settings.self_similarity, settings.lr), count()
-    memory.init(memories, None)
-    losses, optimizer = Losses(settings, Mesh.single()), torch.optim.Adam(rbm.parameters())
-    x, soft = torch.randn(rows, widths[0]), torch.randn(rows, widths[-1]).softmax(1)
-    batch = Batch(x, torch.full((rows,), -1), torch.arange(rows), soft, rows)
-
-    def step() -> None:
-        now = next(version)
-        rbm.set_memories(memory.pull(now))
-        terms, traces, _ = losses(rbm, batch)
-        memory.push(now, [memory_statistics(trace.x_BD, trace.routing, 8) for trace in traces])
-        torch.stack(list(terms.values())).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    settings, mesh = settings_of(num_experts=8, top_k=k, routing=routing, dropout=0.1), Mesh.single()
+    rbm = rbm_of(widths, 8, k, routing)
+    batch, step, memory = (
+        batch_of(rows, widths[0], widths[-1], mesh),
+        Step(rbm, settings, mesh),
+        Memory(rbm, settings, mesh),
+    )
+    x, soft = batch.x_BF, batch.soft_BC
 
     flop = k * sum(d * o for d, o in pairwise(widths))
     ends = widths[0] + widths[-1]
@@ -98,7 +84,7 @@ def _step(routing: str, budget_s: float) -> Row:
         mlp_optimizer.step()
         mlp_optimizer.zero_grad()
 
-    mine, peer = seconds(step, budget_s), seconds(mlp_step, budget_s)
+    mine, peer = seconds(lambda: memory(step(batch)), budget_s), seconds(mlp_step, budget_s)
     return Row(f"RbM step, routing by {routing}: vs an MLP of equal flop", mine * 1e3, "ms", peer / mine, 0.8)
 
 

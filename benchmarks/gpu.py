@@ -13,15 +13,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.report import Row, main
+from benchmarks.steps import Memory, Step, batch_of, rbm_of, settings_of
 from benchmarks.student_epoch import graph
-from rbm_dist.config.run import Config, StudentConfig
-from rbm_dist.distill.losses import Batch, Losses
-from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
-from rbm_dist.moe.memory import InProcessMemoryStore
-from rbm_dist.moe.routing import memory_statistics
+from rbm_dist.models.student import make_mlp
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.train.kmeans import assigned_sums
 from rbm_dist.train.part_batches import PartBatches
@@ -67,8 +63,8 @@ def _card(device: torch.device, side: int, floats: int) -> tuple[float, float, f
 
 
 def _layer(device: torch.device, rows: int, width: int, experts: int, precision: str) -> float:
-    """Seconds of the second of two routed layers, forward and backward, with its dispatch and dropout."""
-    rbm = _rbm(device, width, width, width, experts, layers=1)
+    """Seconds of a routed layer, forward and backward, with its dispatch and dropout."""
+    rbm = rbm_of((width, width), experts, device=device)
     x, key = torch.randn(rows, width, device=device, requires_grad=True), torch.arange(rows, device=device)
 
     def step() -> None:
@@ -80,49 +76,25 @@ def _layer(device: torch.device, rows: int, width: int, experts: int, precision:
 
 
 def _steps(device: torch.device, rows: int, experts: int, target: float) -> list[Row]:
-    """A whole step against one of an MLP of the same width in plain torch, both in the GPU's precision."""
-    rows //= 4
-    rbm, settings = _rbm(device, 128, 512, 47, experts), _settings(experts)
-    mlp = make_mlp(128, 512, 47, 3, "layer", 0.1, 0).to(device)
-    batch = _batch(device, rows, 128)
-    found = {}
-    for name, student in (("RbM", rbm), ("MLP", mlp)):
-        losses, optimizer = Losses(settings, Mesh.single(device)), torch.optim.Adam(student.parameters())
-
-        def step(student: Student = student, losses: Losses = losses, optimizer: torch.optim.Adam = optimizer) -> None:
-            with bf16(device, "auto"):
-                terms, _, _ = losses(student, batch)
-            torch.stack(list(terms.values())).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        found[name] = _seconds(step, device)
-    ratio = found["MLP"] / found["RbM"]
-    return [Row(f"step of {rows:,} rows: RbM vs MLP of its width", found["RbM"] * 1e3, "ms", ratio, target)]
+    """A whole step against one of an MLP of the same width, both in the GPU's precision."""
+    rows, mesh = rows // 4, Mesh.single(device)
+    students = (
+        rbm_of((128, 512, 512, 47), experts, device=device),
+        make_mlp(128, 512, 47, 3, "layer", 0.1, 0).to(device),
+    )
+    batch, settings = batch_of(rows, 128, 47, mesh), settings_of(num_experts=experts)
+    rbm_s, mlp_s = (_seconds(partial(Step(each, settings, mesh), batch), device) for each in students)
+    return [Row(f"step of {rows:,} rows: RbM vs MLP of its width", rbm_s * 1e3, "ms", mlp_s / rbm_s, target)]
 
 
 def _memory(device: torch.device, rows: int, experts: int) -> Row:
     """What the memory takes of a step."""
-    rbm, settings = _rbm(device, 512, 512, 47, experts), _settings(experts)
-    batch, losses = _batch(device, rows // 4, 512), Losses(settings, Mesh.single(device))
-    store = InProcessMemoryStore(None, settings.ema_decay, settings.self_similarity, settings.lr)
-    store.init(rbm.memories, None)
-    versions = iter(range(10**9))
-
-    def step(with_memory: bool) -> None:
-        with bf16(device, "auto"):
-            terms, traces, _ = losses(rbm, batch)
-        if with_memory:
-            now = next(versions)
-            store.push(now, [memory_statistics(trace.x_BD, trace.routing, experts) for trace in traces])
-            rbm.set_memories(store.pull(now + 1))
-        torch.stack(list(terms.values())).sum().backward()
-
-    without, whole = (_seconds(partial(step, given), device) for given in (False, True))
-    share = (whole - without) / without
-    return Row(
-        f"memory of {experts} × 512, share of a step", 1e3 * (whole - without), "ms", 0.03 / max(share, 1e-9), 1.0
-    )
+    mesh, settings = Mesh.single(device), settings_of(num_experts=experts)
+    rbm = rbm_of((512, 512, 512, 47), experts, device=device)
+    batch, step, memory = batch_of(rows // 4, 512, 47, mesh), Step(rbm, settings, mesh), Memory(rbm, settings, mesh)
+    traces = step(batch)
+    step_s, memory_s = _seconds(partial(step, batch), device), _seconds(partial(memory, traces), device)
+    return Row(f"memory of {experts} × 512: 3 % of a step", memory_s * 1e3, "ms", 0.03 * step_s / memory_s, 1.0)
 
 
 def _epochs(device: torch.device, nodes: int) -> list[Row]:
@@ -130,21 +102,13 @@ def _epochs(device: torch.device, nodes: int) -> list[Row]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         store = graph(folder, nodes, 128, 40)
-        settings, student = _settings(16), _rbm(device, 128, 256, 40, 16)
-        of = PartBatches.of(store, list(range(store.num_parts)), lambda split: split >= 0, 8192)
-        losses, optimizer = Losses(settings, Mesh.single(device)), torch.optim.Adam(student.parameters())
-
-        def step(batch: Batch) -> None:
-            with bf16(device, "auto"):
-                terms, _, _ = losses(student, batch)
-            torch.stack(list(terms.values())).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+        settings = settings_of(num_experts=16)
+        step = Step(rbm_of((128, 256, 256, 40), 16, device=device), settings, Mesh.single(device))
+        of = PartBatches.of(store, list(range(store.num_parts)), partial(np.less_equal, 0), 8192)
         drawn = [Drawn(number, shares, number, number) for number, shares in enumerate(of.epoch(0, 0))]
         for name, budget in (("kept on the GPU", 2**40), ("from files", 0)):
             rows = StudentRows(store, settings, device, torch.float32, 600.0)
-            rows.keep(of.ids, budget)
+            rows.keep(of.ids, budget=budget)
             with rows.batches("gpu", of, drawn[:1]) as batches:
                 (first,) = batches
             alone = len(drawn) * _seconds(partial(step, first), device)
@@ -154,7 +118,7 @@ def _epochs(device: torch.device, nodes: int) -> list[Row]:
     return found
 
 
-def _epoch(rows: StudentRows, of: PartBatches, drawn: list[Drawn], step: Callable[[Batch], None]) -> None:
+def _epoch(rows: StudentRows, of: PartBatches, drawn: list[Drawn], step: Step) -> None:
     with rows.batches("gpu", of, drawn) as batches:
         for batch in batches:
             step(batch)
@@ -165,24 +129,6 @@ def _clusters(device: torch.device, rows: int, width: int, centres: int, rate: f
     spent = _seconds(partial(assigned_sums, x, x[:centres]), device)
     flop = 2 * rows * width * centres
     return Row(f"a pass of k-means, {rows:,} × {width}, {centres} centres", spent * 1e3, "ms", flop / spent / rate, 0.3)
-
-
-def _settings(experts: int) -> StudentConfig:
-    return Config.model_validate({"run_dir": "-", "student": {"num_experts": experts}}).student
-
-
-def _rbm(device: torch.device, width: int, hidden: int, classes: int, experts: int, layers: int = 3) -> Student:
-    memory = torch.randn(experts, width, generator=torch.Generator().manual_seed(0))
-    mlp = make_mlp(width, hidden, classes, layers, "layer", 0.1, 0)
-    return mlp_to_rbm(mlp, [memory], 1).to(device).train()
-
-
-def _batch(device: torch.device, rows: int, width: int) -> Batch:
-    def floats(columns: int) -> Tensor:
-        return torch.randn(rows, columns, device=device)
-
-    index = torch.arange(rows, device=device)
-    return Batch(floats(width), torch.full_like(index, -1), index, floats(47).softmax(1), rows)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, times: int = 5) -> float:

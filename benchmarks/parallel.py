@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.report import Row, main
-from rbm_dist.config.run import Config
-from rbm_dist.distill.losses import Batch, Losses
-from rbm_dist.models.student import Student, make_mlp, mlp_to_rbm
+from benchmarks.steps import Memory, Step, batch_of, rbm_of, settings_of
 from rbm_dist.moe.collectives import all_to_all_rows, traffic
 from rbm_dist.moe.dispatch import AllToAllDispatcher
-from rbm_dist.moe.memory import InProcessMemoryStore
-from rbm_dist.moe.routing import memory_statistics
 from rbm_dist.parallel.mesh import Mesh
-from rbm_dist.parallel.reduce import sum_gradients
 
 _ROWS, _WIDTH, _K = 8192, 256, 2
 _MEMORY = (256, 512)  # experts, numbers of each
@@ -89,63 +85,29 @@ def _dispatch(mesh: Mesh, times: int) -> tuple[float, float, float, float]:
 
 def _step(mesh: Mesh, times: int) -> float:
     """Seconds of a step, in which each rank has as many rows."""
-    settings = Config.model_validate({"run_dir": "-", "student": {"num_experts": 8, "top_k": 2}}).student
-    student = _student(100, 8, 2)
-    losses, optimizer = Losses(settings, mesh), torch.optim.Adam(student.parameters())
-    batch = _batch(100, mesh)
-
-    def step() -> None:
-        torch.stack(list(losses(student, batch)[0].values())).sum().backward()
-        sum_gradients(student, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return _median(step, times)
+    step = Step(rbm_of((100, 256, 256, 47), 8, _K), settings_of(num_experts=8, top_k=_K), mesh)
+    return _median(partial(step, batch_of(_ROWS, 100, 47, mesh)), times)
 
 
 def _memory(mesh: Mesh, times: int) -> tuple[float, float]:
     """Seconds of a step without and of what the memory adds."""
     experts, width = _MEMORY
-    settings = Config.model_validate({"run_dir": "-", "student": {"num_experts": experts}}).student
-    student, batch = _student(width, experts, 1), _batch(width, mesh)
-    losses, optimizer = Losses(settings, mesh), torch.optim.Adam(student.parameters())
-    store = InProcessMemoryStore(mesh.world_group, settings.ema_decay, settings.self_similarity, settings.lr)
-    store.init(student.memories, None)
-    spent = {"step": 0.0, "memory": 0.0}
-
-    def both() -> None:
-        start = time.perf_counter()
-        terms, traces, _ = losses(student, batch)
-        torch.stack(list(terms.values())).sum().backward()
-        sum_gradients(student, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-        dist.barrier()
-        middle = time.perf_counter()
-        version = both.version  # type: ignore[attr-defined]
-        store.push(version, [memory_statistics(trace.x_BD, trace.routing, experts) for trace in traces])
-        student.set_memories(store.pull(version + 1))
-        both.version += 1  # type: ignore[attr-defined]
-        spent["step"], spent["memory"] = middle - start, time.perf_counter() - middle
-
-    both.version = 0  # type: ignore[attr-defined]
+    settings, student = settings_of(num_experts=experts), rbm_of((width, 256, 256, 47), experts)
+    batch, step, memory = (
+        batch_of(_ROWS, width, 47, mesh),
+        Step(student, settings, mesh),
+        Memory(student, settings, mesh),
+    )
     turns = []
     for _ in range(times + 1):
-        both()
-        turns.append((spent["step"], spent["memory"]))
+        start = time.perf_counter()
+        traces = step(batch)
+        dist.barrier()
+        middle = time.perf_counter()
+        memory(traces)
+        turns.append((middle - start, time.perf_counter() - middle))
     step_s, memory_s = np.median(turns[1:], axis=0)
     return float(step_s), float(memory_s)
-
-
-def _student(width: int, experts: int, k: int) -> Student:
-    memory = torch.randn(experts, width, generator=torch.Generator().manual_seed(0))
-    return mlp_to_rbm(make_mlp(width, 256, 47, 3, "layer", 0.1, 0), [memory], k)
-
-
-def _batch(width: int, mesh: Mesh) -> Batch:
-    rng = torch.Generator().manual_seed(mesh.rank)
-    x, soft = torch.randn(_ROWS, width, generator=rng), torch.randn(_ROWS, 47, generator=rng).softmax(1)
-    return Batch(x, torch.full((_ROWS,), -1), torch.arange(_ROWS), soft, _ROWS * mesh.world_size)
 
 
 def _median(call: Callable[[], None], times: int) -> float:
