@@ -78,12 +78,12 @@ def _layer(device: torch.device, rows: int, width: int, experts: int, precision:
 def _steps(device: torch.device, rows: int, experts: int, target: float) -> list[Row]:
     """A whole step against one of an MLP of the same width, both in the GPU's precision."""
     rows, mesh = rows // 4, Mesh.single(device)
-    students = (
-        rbm_of((128, 512, 512, 47), experts, device=device),
-        make_mlp(128, 512, 47, 3, "layer", 0.1, 0).to(device),
-    )
+    mlp = make_mlp(128, 512, 47, 3, "layer", 0.1, 0).to(device)
     batch, settings = batch_of(rows, 128, 47, mesh), settings_of(num_experts=experts)
-    rbm_s, mlp_s = (_seconds(partial(Step(each, settings, mesh), batch), device) for each in students)
+    rbm_s, mlp_s = (
+        _seconds(partial(Step(each, settings, mesh), batch), device)
+        for each in (rbm_of((128, 512, 512, 47), experts, device=device), mlp)
+    )
     return [Row(f"step of {rows:,} rows: RbM vs MLP of its width", rbm_s * 1e3, "ms", mlp_s / rbm_s, target)]
 
 
