@@ -15,10 +15,9 @@ from rbm_dist.graph import quantised
 from rbm_dist.graph.sampler import Sample
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage
+from rbm_dist.models.sage import Sage, build_teacher
 from rbm_dist.serve.accuracy import hits
 from rbm_dist.train.sampled_rows import read_sample, sample_logits
-from rbm_dist.train.teacher import build_teacher
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
@@ -39,7 +38,7 @@ def teachers(config: Config, store: GraphStore, url: str, budget_s: float) -> It
         "teacher, 10 % of weights": _without_smallest(weights, matrices, 0.1),
     }
     for name, changed in variants.items():
-        model = build_teacher(config, store)
+        model = build_teacher(config, store.num_features, store.num_classes)
         model.load_state_dict({key: torch.from_numpy(each) for key, each in changed.items()})
         model.eval()
         size, used = _stored(name, changed, matrices)

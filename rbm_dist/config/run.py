@@ -199,8 +199,13 @@ class ClusterConfig(Section):
         description="of students' products on GPUs; auto: bf16 where the GPU has it, weights and sums in float32; "
         "float32: without TF32",
     )
-    expert_parallel: Positive = Field(
-        1, description="workers that share a set of experts; divides train_workers. 1: all experts on each"
+    expert_parallel: Positive | Literal["auto"] = Field(
+        "auto",
+        description="workers that share a set of experts; divides train_workers. 1: all experts on each; auto: that, "
+        "unless they do not fit or, at the measured rate of the network, rows are far less to send than gradients",
+    )
+    exchange_precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="of rows on their way to experts on other workers, and back; auto: that of their products"
     )
     memory_store: Literal["actor", "in_process"] = Field(
         "in_process",
@@ -232,7 +237,7 @@ class ClusterConfig(Section):
         if self.fewest_workers > self.most_workers:
             raise ValueError(f"cluster.train_workers: {self.fewest_workers} at least is more than {self.most_workers}")
         for workers in {self.fewest_workers, self.most_workers}:
-            if workers % self.expert_parallel:
+            if workers % self.workers_per_set:
                 raise ValueError(
                     f"cluster.expert_parallel: {self.expert_parallel} does not divide train_workers: {workers}"
                 )
@@ -247,13 +252,18 @@ class ClusterConfig(Section):
         return self.train_workers if isinstance(self.train_workers, int) else self.train_workers[1]
 
     @property
+    def workers_per_set(self) -> int:
+        """Training workers come in multiples of this number."""
+        return 1 if self.expert_parallel == "auto" else self.expert_parallel
+
+    @property
     def worker_resources(self) -> dict[str, float]:
         """What a training or inference worker takes of Ray."""
         return {"CPU": 1.0} | ({"GPU": 1.0} if self.use_gpu else {})
 
     def group_size(self, room: int) -> int:
         """How many workers a group has where there is room for so many: whole sets of experts."""
-        return min(room, self.most_workers) // self.expert_parallel * self.expert_parallel
+        return min(room, self.most_workers) // self.workers_per_set * self.workers_per_set
 
 
 class Config(Section):
@@ -312,7 +322,7 @@ class Config(Section):
                     f"{workers - parts} of which would have nothing to do; "
                     f"set num_parts to at least {workers}, or {name} to at most {parts}"
                 )
-        experts, group = self.student.num_experts, self.cluster.expert_parallel
+        experts, group = self.student.num_experts, self.cluster.workers_per_set
         most = _with_an_expert_each(group, experts)
         if most < group and {"rbm", "moe"} & set(self.student.models):
             raise ValueError(
@@ -327,7 +337,12 @@ class Config(Section):
         return self
 
 
+def each_has_experts(workers: int, experts: int) -> bool:
+    """Whether shards of equal size leave none of the workers that share a set of experts without one."""
+    return -(-experts // -(-experts // workers)) == workers
+
+
 def _with_an_expert_each(workers: int, experts: int) -> int:
-    """The largest group of workers, of those that divide them, in which shards of equal size leave none without one."""
+    """The largest group of workers, of those that divide them, in which each has experts."""
     groups = (group for group in range(workers, 0, -1) if workers % group == 0)
-    return next(group for group in groups if -(-experts // -(-experts // group)) == group)
+    return next(group for group in groups if each_has_experts(group, experts))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rbm_dist.config.run import Config
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.keyed_dropout import keyed_dropout
 from rbm_dist.moe.sparse_rows import Rows, matmul
@@ -91,3 +92,11 @@ def init_sage(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Sage(num_features, hidden, num_classes, num_layers, dropout, norm)
+
+
+def build_teacher(config: Config, num_features: int, num_classes: int) -> Sage:
+    """The untrained teacher of a configuration; equal on every rank."""
+    teacher = config.teacher
+    return init_sage(
+        num_features, teacher.hidden, num_classes, len(teacher.fanout), teacher.dropout, config.seed, teacher.norm
+    )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rbm_dist.moe.collectives import all_to_all_rows
+from rbm_dist.moe.collectives import all_to_all_rows, traffic
 from rbm_dist.moe.sparse_rows import Rows, dense
 from rbm_dist.randomness.rows import derive_keys
 
@@ -81,10 +81,13 @@ class _AllToAllMeta:
 
 
 class AllToAllDispatcher:
-    """Experts in equal consecutive shards over the ranks of a group (the last ranks may hold fewer, or none)."""
+    """Experts in equal consecutive shards over the ranks of a group (the last ranks may hold fewer, or none).
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup):
-        self.group = group
+    wire: type in which rows, sums and their gradients travel; default that of autocast, or theirs.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup, wire: torch.dtype | None = None):
+        self.group, self.wire = group, wire
         self.world, rank = dist.get_world_size(group), dist.get_rank(group)
         self.per_rank = -(-num_experts // self.world)
         first = min(rank * self.per_rank, num_experts)
@@ -100,17 +103,27 @@ class AllToAllDispatcher:
         receive_W = torch.empty_like(counts_W)
         dist.all_to_all_single(receive_W, counts_W, group=self.group)
         sent, received = counts_W.tolist(), receive_W.tolist()
+        traffic.copies += len(row_S)
+        traffic.stayed += sent[dist.get_rank(self.group)]
 
         def exchange(x: Tensor) -> Tensor:
             return all_to_all_rows(x, sent, received, self.group)
+
+        def exchange_rows(x: Tensor) -> Tensor:
+            return all_to_all_rows(x, sent, received, self.group, self._wire(x), needed=True)
 
         here_Sk = rank_Bk[row_S] == rank_S[:, None]
         experts_Tk = exchange(torch.where(here_Sk, experts_Bk[row_S], -1))
         weights_Tk = exchange(weights_Bk[row_S])
         key_T = None if key_B is None else exchange(key_B[row_S])
-        dispatched = self.local.dispatch(exchange(rows_BD[row_S]), experts_Tk, weights_Tk, key_T)
+        dispatched = self.local.dispatch(exchange_rows(rows_BD[row_S]), experts_Tk, weights_Tk, key_T)
         return replace(dispatched, meta=_AllToAllMeta(row_S, sent, received, len(rows_BD)))
 
     def combine(self, sums_TO: Tensor, meta: _AllToAllMeta) -> Tensor:
-        returned_SO = all_to_all_rows(sums_TO, meta.received, meta.sent, self.group)
+        wire = self._wire(sums_TO)
+        returned_SO = all_to_all_rows(sums_TO, meta.received, meta.sent, self.group, wire, needed=True)
         return returned_SO.new_zeros(meta.num_rows, returned_SO.shape[1]).index_add(0, meta.row_S, returned_SO)
+
+    def _wire(self, x: Tensor) -> torch.dtype | None:
+        kind = x.device.type
+        return self.wire or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)

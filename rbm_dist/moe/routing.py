@@ -13,6 +13,8 @@ from torch import Tensor
 from rbm_dist.moe.collectives import Group, all_reduce_sum
 from rbm_dist.moe.sparse_rows import Rows, SparseRows, lengths, matmul
 
+_MANY = 64  # experts per chosen one, from which adding rows up is less than a product with mostly zeros
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -42,7 +44,8 @@ def route(x_BD: Rows, memory_ED: Tensor, k: int, temperature: float = 1.0) -> Ro
         # Lengths divide the few products, not the many numbers of the rows.
         products_BE = matmul(x_BD, F.normalize(memory_ED.detach(), dim=1).T.contiguous())
         cosines_BE = products_BE / lengths(x_BD)[:, None]
-    cosines_Bk, experts_Bk = cosines_BE.topk(k, dim=1)
+    # The largest alone takes a fraction of the time, and is the first of several that are equal.
+    cosines_Bk, experts_Bk = cosines_BE.max(dim=1, keepdim=True) if k == 1 else cosines_BE.topk(k, dim=1)
     return Routing(experts_Bk, (cosines_Bk / temperature).softmax(dim=1), cosines_Bk)
 
 
@@ -53,6 +56,15 @@ def memory_statistics(x_BD: Rows, routing: Routing, num_experts: int) -> MemoryS
     a ≤ 1, so no maximum needs subtracting, and ranks can simply be added.
     """
     exp_Bk = routing.weights_Bk.exp()
+    k = exp_Bk.shape[1]
+    if isinstance(x_BD, Tensor) and x_BD.device.type == "cpu" and num_experts > _MANY * k:
+        # A GPU would add in any order, and runs would differ.
+        share_Bk = exp_Bk / lengths(x_BD)[:, None]
+        sum_ED = x_BD.new_zeros(num_experts, x_BD.shape[1])
+        for j in range(k):
+            sum_ED.index_add_(0, routing.experts_Bk[:, j], x_BD * share_Bk[:, j, None])
+        mass_E = exp_Bk.new_zeros(num_experts).index_add_(0, routing.experts_Bk.flatten(), exp_Bk.flatten())
+        return MemoryStatistics(sum_ED, mass_E)
     exp_BE = exp_Bk.new_zeros(len(exp_Bk), num_experts).scatter_(1, routing.experts_Bk, exp_Bk)
     share_BE = exp_BE / lengths(x_BD)[:, None]
     if isinstance(x_BD, SparseRows):

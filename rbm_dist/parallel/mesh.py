@@ -5,8 +5,7 @@ experts. Parts of the graph are dealt to all ranks, by the hosts that they are o
 """
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,22 +16,10 @@ from rbm_dist.models.norm import GlobalBatchNorm
 from rbm_dist.models.student import Student
 from rbm_dist.moe.collectives import Group
 from rbm_dist.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from rbm_dist.parallel.deal import deal
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-def deal(num_parts: int, hosts: Sequence[str]) -> list[list[int]]:
-    """The parts of each of some workers, given their hosts: as many for each, give or take one.
-
-    A host's workers have consecutive parts. Those have most edges in common, as partitioners cut parts in two, again
-    and again: between hosts half or less of the edges are cut that are if parts are dealt one by one.
-    """
-    bounds = [num_parts * worker // len(hosts) for worker in range(len(hosts) + 1)]
-    dealt: list[list[int]] = [[] for _ in hosts]
-    for place, worker in enumerate(sorted(range(len(hosts)), key=lambda worker: hosts[worker])):
-        dealt[worker] = list(range(bounds[place], bounds[place + 1]))
-    return dealt
 
 
 @dataclass(frozen=True)
@@ -65,27 +52,31 @@ class Mesh:
         timeout_s: longest wait for an object of another rank.
         """
         world = dist.get_world_size()
-        if world % expert_parallel:
-            raise ValueError(f"{world} ranks cannot be laid out with {expert_parallel} ranks per set of experts")
         if world == 1:
             return cls.single(device)
-        mesh = init_device_mesh(
-            device.type, (world // expert_parallel, expert_parallel), mesh_dim_names=("replica", "expert")
-        )
-        replicas = world // expert_parallel
         hosts = [""] * world
         dist.all_gather_object(hosts, host)
-        return cls(
-            rank=dist.get_rank(),
-            world_size=world,
+        group = dist.group.WORLD
+        cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        ranks = cls(dist.get_rank(), world, 1, device, group, None, group, None, tuple(hosts), cpu_group)
+        return ranks.sharing(expert_parallel)
+
+    def sharing(self, expert_parallel: int) -> "Mesh":
+        """The same ranks, so many of which share a set of experts. Every rank must call it. Raises `ValueError`."""
+        if self.world_size % expert_parallel:
+            raise ValueError(
+                f"{self.world_size} ranks cannot be laid out with {expert_parallel} ranks per set of experts"
+            )
+        if expert_parallel == self.expert_parallel:
+            return self
+        replicas = self.world_size // expert_parallel
+        mesh = init_device_mesh(self.device.type, (replicas, expert_parallel), mesh_dim_names=("replica", "expert"))
+        return replace(
+            self,
             expert_parallel=expert_parallel,
-            device=device,
-            world_group=dist.group.WORLD,
-            expert_group=mesh.get_group("expert") if expert_parallel > 1 else None,
+            expert_group=mesh.get_group("expert"),
             replica_group=mesh.get_group("replica") if replicas > 1 else None,
             device_mesh=mesh,
-            hosts=tuple(hosts),
-            cpu_group=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)),
         )
 
     def parts(self, num_parts: int) -> list[int]:
@@ -98,11 +89,11 @@ class Mesh:
         first = min(self.rank % self.expert_parallel * per_rank, num_experts)
         return range(first, min(first + per_rank, num_experts))
 
-    def dispatcher(self, num_experts: int) -> Dispatcher:
-        """Local if all experts are here, else all-to-all."""
+    def dispatcher(self, num_experts: int, wire: torch.dtype | None = None) -> Dispatcher:
+        """Local if all experts are here, else all-to-all. wire: type in which rows travel, see `AllToAllDispatcher`."""
         if self.expert_group is None:
             return LocalDispatcher(num_experts)
-        return AllToAllDispatcher(num_experts, self.expert_group)
+        return AllToAllDispatcher(num_experts, self.expert_group, wire)
 
     def join_batch_norms(self, student: Student) -> None:
         """Make every batch norm use the statistics of the global batch."""

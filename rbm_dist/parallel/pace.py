@@ -52,6 +52,7 @@ class Pace:
         self._steps = self._rows = 0
         self._wait_s = self._edges = 0.0
         self._load_E: Tensor | None = None
+        self._sent = traffic.sent
 
     def after_step(self, rows: int, wait_s: float = 0.0, edges: float = 0.0, load_E: Tensor | None = None) -> None:
         """Count a step: its rows over all ranks; and of this rank, how long it waited for them, its edges and experts.
@@ -87,7 +88,7 @@ class Pace:
                 order = int(time.monotonic() - self._saved >= 60 * self._minutes)
             distance = min(max(1, round(_ASK_S * self._steps / elapsed)), _GROWTH * self._distance)
         load = [] if self._load_E is None else self._load_E.tolist()
-        here = [order, distance, failed, self._wait_s, self._edges, traffic.take(), *load]
+        here = [order, distance, failed, self._wait_s, self._edges, traffic.sent - self._sent, *load]
         summed = sum_figures(here, self._mesh)
         self._distance = int(summed[1])
         if self._mesh.rank == 0:

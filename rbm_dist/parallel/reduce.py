@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rbm_dist.moe.collectives import Group
+from rbm_dist.moe.collectives import Group, summed
 from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.parallel.mesh import Mesh
 
@@ -45,7 +45,7 @@ def sum_tensor(here: Tensor, mesh: Mesh) -> Tensor:
     """Sum a tensor without a gradient over all ranks, where it is: nothing waits for a GPU."""
     total = here.detach().clone()
     if mesh.world_group is not None:
-        dist.all_reduce(total, group=mesh.world_group)
+        summed(total, mesh.world_group)
     return total
 
 
@@ -69,7 +69,7 @@ def _sum_flat(parameters: list[nn.Parameter], group: Group) -> None:
     if group is None or not parameters:
         return
     flat: Tensor = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    dist.all_reduce(flat, group=group)
-    for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    summed(flat, group)
+    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         assert parameter.grad is not None
-        parameter.grad.copy_(summed.view_as(parameter))
+        parameter.grad.copy_(total.view_as(parameter))

@@ -26,6 +26,14 @@ _NO_SCORE = -math.inf
 _GRACE_S = 10.0  # longest wait for a checkpoint that is being written when the loop breaks off: others may be gone
 
 
+def copies_of_parameters(average: bool) -> int:
+    """How often a loop holds a model's parameters: they, gradients, Adam's two, the best, and a checkpoint's of these.
+
+    average: with a moving average of the weights.
+    """
+    return 8 + 2 * average
+
+
 class Left(Exception):  # noqa: N818 - no error
     """The driver ordered the group to leave; a checkpoint of where it was is written."""
 

@@ -17,6 +17,7 @@ from rbm_dist.cpus import usable_cpus
 from rbm_dist.errors import InputError
 
 # Only handles and small arrays enter the object store; features and embeddings never do.
+_IDLE_S = 120  # a process of a task that ended waits for the next; importing is what takes time
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -56,8 +57,9 @@ def ray_cluster(config: ClusterConfig, address: str | None) -> Iterator[None]:
         # half a minute pass before it starts a lost actor again.
         cpus = max(usable_cpus(), config.most_workers + config.inference_workers) + 1
         ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
-        )
+            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
+            _system_config={"idle_worker_killing_time_threshold_ms": 1000 * _IDLE_S}, **quiet,
+        )  # fmt: skip
     # Ray puts a handler of its own in its place, which prints a stack and ends the process at once.
     if on_terminate is not None:
         signal.signal(signal.SIGTERM, on_terminate)

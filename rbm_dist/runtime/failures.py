@@ -3,13 +3,8 @@
 import re
 
 from ray.exceptions import RayError, RayTaskError
-from ray.train import TrainingFailedError
-from ray.train.v2._internal.exceptions import RayTrainError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from rbm_dist.errors import InputError, RunError
-
-RAY_FAILURES = (RayError, TrainingFailedError)
 
 # What a worker raises when it is another that died: torch has no class of its own for most of it.
 _OF_PEERS = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe", "process group", "reset by peer")
@@ -28,6 +23,9 @@ def explain(error: BaseException, stage: str) -> InputError | RunError:
 
     A `LostError` if the same may succeed when it is tried again.
     """
+    # Imported here, where something failed anyway: it takes a second of every worker that would start with it.
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
     causes: dict[str, BaseException] = {"": error}
     if isinstance(error, WorkerGroupError):
         causes = {f"rank {rank}": failure for rank, failure in error.worker_failures.items()}
@@ -52,6 +50,8 @@ def explain(error: BaseException, stage: str) -> InputError | RunError:
 
 def _is_loss(cause: BaseException) -> bool:
     """Whether this came from outside: a lost process or host, a peer's end, a deadline, storage."""
+    from ray.train.v2._internal.exceptions import RayTrainError
+
     if isinstance(cause, (OSError, TimeoutError, RunError)):
         return True
     if isinstance(cause, (RayError, RayTrainError)):

@@ -23,7 +23,7 @@ from rbm_dist.moe.routing import MemoryStatistics
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.liveness import LifeSigns
 from rbm_dist.runtime.placement import lasting_host
-from rbm_dist.runtime.worker_warnings import forward_warnings
+from rbm_dist.runtime.worker_logs import forward_warnings
 
 _GRACE_S = 30.0  # the actor's own deadline comes first: its message names the missing ranks
 
@@ -77,7 +77,7 @@ class ActorMemoryStore:
 
     def push(self, version: int, statistics: list[MemoryStatistics]) -> None:
         packed = [(_pack(layer.sum_ED), _pack(layer.mass_E)) for layer in statistics]
-        traffic.add(sum(array.nbytes for layer in packed for array in layer))
+        traffic.sent += sum(array.nbytes for layer in packed for array in layer)
         # The answer is the next version; it arrives while the backward pass runs.
         self._pending = self._actor.push.remote(version, self._mesh.rank, packed)
         self._version = version + 1

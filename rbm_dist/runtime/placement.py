@@ -14,7 +14,7 @@ from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rbm_dist.cpus import usable_cpus
-from rbm_dist.parallel.mesh import deal
+from rbm_dist.parallel.deal import deal
 
 PREEMPTIBLE = "preemptible"
 """A custom resource of Ray nodes that may be taken away; so may those with the label `ray.io/market-type: spot`."""

@@ -98,8 +98,8 @@ class ProgressRelay:
 
     def _handle(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
-        if kind == "warning":
-            self._warn(**{key: message[key] for key in ("who", "text", "place")})
+        if kind == "log":
+            self._say(**{key: message[key] for key in ("who", "text", "place", "warns")})
         elif kind in ("begin", "metrics", "end"):
             self._keep(kind, message)
         elif kind == "saved":
@@ -156,10 +156,10 @@ class ProgressRelay:
         if self._status:
             self._status.end_loop(loop)
 
-    def _warn(self, who: str, text: str, place: str) -> None:
+    def _say(self, who: str, text: str, place: str, warns: bool) -> None:
         shown = self._warned.setdefault(place, set())
         if text in shown or len(shown) >= _SHOWN:  # all ranks say the same, or one says it at every step
             self._repeated[place] += 1
             return
         shown.add(text)
-        self._bars.print(f"  [yellow]![/] {escape(who)}: {escape(text)}")
+        self._bars.print(f"  {'[yellow]![/]' if warns else '[dim]·[/]'} {escape(who)}: {escape(text)}")

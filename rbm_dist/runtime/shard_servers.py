@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import RunError
 from rbm_dist.graph.csc import id_dtype
 from rbm_dist.graph.store import GraphStore, StoredRows
-from rbm_dist.parallel.mesh import deal
-from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.parallel.deal import deal
+from rbm_dist.runtime.failures import explain
 from rbm_dist.runtime.liveness import LifeSigns
 from rbm_dist.runtime.placement import on, this_host, working_hosts
-from rbm_dist.runtime.worker_warnings import forward_warnings
+from rbm_dist.runtime.worker_logs import forward_warnings
 
 _NODES = 8192  # asked for at a time: bounds an answer, which travels through Ray's object store
 _IN_FLIGHT = 4  # questions per server
@@ -93,7 +93,7 @@ class ShardServers:
             raise RunError(
                 f"{self._url}: {self._named(ids)}: no answer from shard server {server} for {self.timeout_s:g} s"
             ) from None
-        except RAY_FAILURES as error:
+        except RayError as error:
             raise explain(error, f"{self._url}: {self._named(ids)}, shard server {server}") from None
 
     def _named(self, ids: np.ndarray) -> str:

@@ -7,14 +7,14 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import RunError, disk_full_here
-from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.failures import explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
 from rbm_dist.runtime.placement import PartQueue, describe_room, this_host, working_hosts
-from rbm_dist.runtime.worker_warnings import warnings_of
+from rbm_dist.runtime.worker_logs import warnings_of
 
 _AHEAD = 2  # tasks per CPU that are handed over before they can run; at least _AT_LEAST in all
 _AT_LEAST = 16
@@ -87,7 +87,7 @@ def run_on_parts(stage: str, make_worker: Callable[[], Any], parts: list[int], c
                 if part is not None:
                     queue.give_back(part)
                 start()
-            except RAY_FAILURES as error:
+            except RayError as error:
                 raise explain(error, stage) from None
             else:
                 if part is None:
@@ -144,7 +144,7 @@ def _collect(
     except BaseException as error:
         for ref in pending:
             ray.cancel(ref)
-        if isinstance(error, RAY_FAILURES):
+        if isinstance(error, RayError):
             raise explain(error, stage) from None
         raise
     return ray.get(refs)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 
 from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig
@@ -28,11 +29,11 @@ from rbm_dist.errors import RunError, disk_full_here
 from rbm_dist.parallel.checkpoint import saved
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.training_checkpoints import Left
-from rbm_dist.runtime.failures import RAY_FAILURES, LostError, explain
+from rbm_dist.runtime.failures import LostError, explain
 from rbm_dist.runtime.liveness import Watch, signs_of_life
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.placement import describe_room, hosts, leaving_hosts, this_host, threads_per_worker
-from rbm_dist.runtime.worker_warnings import warnings_of
+from rbm_dist.runtime.worker_logs import warnings_of
 
 Loop = Callable[..., None]
 Job = tuple[str, Loop, dict[str, Any]]
@@ -87,6 +88,8 @@ class TrainingGroups:
         Its checkpoints are somewhere below `url`. Raises `InputError`, and `RunError` for what would fail again, at
         once; `RunError` also when workers were lost more than `max_failures` times without a new checkpoint.
         """
+        from ray.train import TrainingFailedError  # it takes a second to import
+
         config, failures, before = self._config, 0, saved(url)
         while True:
             try:
@@ -96,7 +99,7 @@ class TrainingGroups:
                 if self._work(self._group, stage, (stage, loop, arguments)):
                     return
                 _log.warning("%s: hosts came or are about to go; it goes on with another group", stage)
-            except RAY_FAILURES as error:
+            except (RayError, TrainingFailedError) as error:
                 failure = explain(error, stage)
                 checkpoints = saved(url)
                 failures, before = 1 if checkpoints != before else failures + 1, checkpoints
@@ -115,7 +118,7 @@ class TrainingGroups:
             _worker,
             train_loop_config={
                 "first": self._jobs,
-                "expert_parallel": config.expert_parallel,
+                "expert_parallel": config.workers_per_set,
                 "reporter": self._reporter,
                 "timeout_s": config.collective_timeout_s,
             },

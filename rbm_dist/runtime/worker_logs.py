@@ -1,4 +1,4 @@
-"""What workers log as a warning or worse, sent to the driver, which shows it above its progress bars."""
+"""What workers log, sent to the driver, which shows it above its progress bars: warnings, and what we say ourselves."""
 
 import asyncio
 import contextlib
@@ -24,8 +24,9 @@ def warnings_of(who: str) -> Iterator[None]:
 
 
 def forward_warnings(who: str) -> "_Forwarder":
-    """From now on what this process logs as a warning or worse is shown by the driver too, as said by `who`."""
+    """From now on what this process logs is shown by the driver too, as said by `who`: of others, warnings or worse."""
     root = logging.getLogger()
+    logging.getLogger("rbm_dist").setLevel(logging.INFO)
     forwarder = next((each for each in root.handlers if isinstance(each, _Forwarder)), None)
     if forwarder is None:
         forwarder = _Forwarder()
@@ -41,7 +42,7 @@ class _Forwarder(logging.StreamHandler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setLevel(logging.WARNING)
+        self.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("rbm_dist."))
         self._mailbox: Any = None
         self._sent: Any = None
 
@@ -51,7 +52,8 @@ class _Forwarder(logging.StreamHandler):
             self._mailbox = self._mailbox or ray.get_actor(MAILBOX)
             text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
             place = f"{record.name}:{record.lineno}"
-            self._sent = self._mailbox.put.remote({"kind": "warning", "who": self.who, "text": text, "place": place})
+            message = {"who": self.who, "text": text, "place": place, "warns": record.levelno >= logging.WARNING}
+            self._sent = self._mailbox.put.remote({"kind": "log", **message})
 
     def wait(self) -> None:
         """Wait until what was sent has arrived."""

@@ -6,8 +6,6 @@ Ray tasks, not actors: there are many short steps, and tasks share processes tha
 import re
 from functools import partial
 
-import torch
-
 from rbm_dist import storage
 from rbm_dist.graph import encodings
 from rbm_dist.graph.encodings import POS, PROP, Step
@@ -55,7 +53,6 @@ def _over_tasks(run: Run, num_parts: int, servers: ShardServers | None, step: St
 def _fill(
     graph_url: str, step: Step, parts: list[int], reporter: Reporter, servers: ShardServers | None
 ) -> list[storage.FileInfo]:  # fmt: skip
-    torch.set_num_threads(1)
     store = open_graph(graph_url, servers=servers)
     store.hold(parts)
     files = encodings.fill(step, store, parts)

@@ -21,6 +21,7 @@ from rbm_dist.graph.sampler_backends import make_sampler
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.sage import build_teacher
 from rbm_dist.models.student import Student
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word
@@ -35,7 +36,6 @@ from rbm_dist.serve.specialisation import expert_rows, summary, variants
 from rbm_dist.stages.baselines import FeatureRegression, majority_class
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.train.sampled_rows import sample_logits
-from rbm_dist.train.teacher import build_teacher
 
 WORK = "work"
 """The folder of what is kept per part, while the stage is at work."""
@@ -191,7 +191,7 @@ Call = Callable[[np.ndarray], Callable[[], object]]
 
 
 def _teacher_call(config: Config, store: GraphStore, url: str) -> Call:
-    model = build_teacher(config, store)
+    model = build_teacher(config, store.num_features, store.num_classes)
     load_weights(storage.join(url, "teacher", "model.safetensors"), model)
     model.eval()
     fanout, draw = config.soft_labels.fanout or config.teacher.fanout, key(config.seed, Word.LATENCY)

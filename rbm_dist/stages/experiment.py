@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
 from rich.console import Console
 
 from rbm_dist import __version__, storage
@@ -33,10 +34,10 @@ from rbm_dist.errors import InputError, RunError, disk_full
 from rbm_dist.report.experiment import COLUMNS, Row, results_markdown, table_files, tidy
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
-from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.failures import explain
 from rbm_dist.runtime.mailbox import start_mailbox
 from rbm_dist.runtime.progress import ProgressRelay
-from rbm_dist.runtime.worker_warnings import warnings_of
+from rbm_dist.runtime.worker_logs import warnings_of
 from rbm_dist.sources.ogb import ogb_folder
 from rbm_dist.stages import lease, local
 
@@ -212,7 +213,7 @@ def _reported(figures: dict[str, Any]) -> float:
 def _result(ref: Any, trial: Trial) -> Any:
     try:
         return ray.get(ref)
-    except RAY_FAILURES as error:
+    except RayError as error:
         failure = explain(error, trial.id)
         raise InputError(f"{trial.id}: {failure}") if isinstance(failure, InputError) else failure from None
 

@@ -20,7 +20,7 @@ from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_cost, plan_memory
 
 # Anonymous memory of processes that have done nothing yet (Ray 2.60, torch 2.13 on CPU), measured.
-TASK_BASE, TRAINING_BASE, DRIVER_BASE = 280_000_000, 375_000_000, 355_000_000
+TASK_BASE, STORE_BASE, MODEL_BASE, DRIVER_BASE = 120_000_000, 265_000_000, 380_000_000, 355_000_000
 RAY_BASE = 320_000_000  # of Ray's own processes on the head
 OBJECT_STORE = 128 << 20  # shared memory, of a cluster that the run starts
 _PART_BYTES = 2 << 30  # of arrays: what a part should have at most
@@ -141,7 +141,7 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
 
     def workers(kind: str, number: int, held: float) -> list[Process]:
         count = math.ceil(number / hosts.count)
-        return [*head, Process(kind, count, TRAINING_BASE, round(held)), *idle(count)]
+        return [*head, Process(kind, count, MODEL_BASE, round(held)), *idle(count)]
 
     def served(step: list[Process]) -> list[Process]:
         number = min(cluster.shard_servers, parts)
@@ -183,10 +183,10 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
         stages.append(stage("encodings", [served(tasks("encoding task", parts, memory.encoding_task(config, facts)))]))
     student = workers("student worker", cluster.most_workers, memory.student_worker(config, facts))
     if "rbm" in config.student.models and cluster.memory_store == "actor":
-        student.append(Process("memory store", 1, TASK_BASE, 0))
+        student.append(Process("memory store", 1, STORE_BASE, 0))
     stages.append(stage("student", [served(student)]))
     steps = [
-        served(tasks("evaluation task", 1, memory.evaluation_task(config, facts))),
+        served(workers("evaluation task", 1, memory.evaluation_task(config, facts))),
         served(workers("evaluation actor", actors, memory.evaluation_actor(config, facts))),
     ]
     stages.append(stage("evaluate", steps))

@@ -187,7 +187,7 @@ class Costs:
         """Rows to the experts of other hosts and back, forward and backward: once per worker, not per expert."""
         config, settings = self.config, self.config.student
         group = config.cluster.expert_parallel
-        if group == 1 or self.hosts == 1:
+        if group == "auto" or group == 1 or self.hosts == 1:  # by default each worker has all, if they fit
             return 0.0
         copies = group * (1 - (1 - 1 / group) ** settings.top_k) * (1 - 1 / self.hosts)
         epochs = settings.epochs - (settings.pretrain_epochs if kind == "rbm" else 0)

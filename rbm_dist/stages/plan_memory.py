@@ -13,6 +13,7 @@ from rbm_dist.graph import partition
 from rbm_dist.graph.propagate import _BYTES as PROPAGATED_BYTES
 from rbm_dist.graph.shuffle import _CHUNK_EDGES as CHUNK_EDGES
 from rbm_dist.graph.shuffle import _CHUNK_ROWS as CHUNK_ROWS
+from rbm_dist.parallel.training_checkpoints import copies_of_parameters
 from rbm_dist.sources.edges import MERGED_EDGES, RUN_EDGES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages.baselines import SAMPLED_ROWS, SAMPLED_VALUES
@@ -24,7 +25,6 @@ _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready 
 _ATTRACTING, _FOUND = 0.5, 2.0
 _PREDICTED_ROWS = 65_536
 _TIMED_ROWS = 1024
-_STATES = 8  # copies of a model's parameters: gradient, Adam's two, the best, and those of a checkpoint being written
 
 
 def sampled(facts: SourceFacts, seeds: int, fanout: tuple[int, ...]) -> tuple[float, float, float]:
@@ -140,7 +140,7 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
     states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)
     ids = 8 * 2 * (facts.num_train + facts.num_val) / config.cluster.most_workers
-    model = 4 * _STATES * teacher_parameters(config, facts)
+    model = 4 * copies_of_parameters(average=False) * teacher_parameters(config, facts)
     return 4 * facts.num_nodes + ids + _ALIVE * _batch(facts, nodes, edges) + messages + states + model
 
 
@@ -208,7 +208,7 @@ def student_worker(config: Config, facts: SourceFacts) -> float:
         floats = sum(3 * d + 4 * o for d, o in widths)  # as it came, dropout, with it; outputs and their gradients
         if kind in ("rbm", "moe"):  # a row goes to k experts: a copy with dropout, what they make of it, and gradients
             floats = sum(2 * settings.top_k * (d + o) + 2 * d + 4 * o for d, o in widths)
-        states = _STATES + 2 * (settings.average > 0)  # that of the best is one, too
+        states = copies_of_parameters(settings.average > 0)
         steps.append(4 * rows * floats + 4 * states * student_parameters(config, facts, kind))
     if "rbm" in settings.models:
         inputs = [d for d, _ in layer_widths(config, facts, "rbm")]

@@ -18,7 +18,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage
+from rbm_dist.models.sage import Sage, build_teacher
 from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word
@@ -28,7 +28,6 @@ from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
-from rbm_dist.train.teacher import build_teacher
 
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
 ARRAYS = rf"{SOFT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
@@ -117,7 +116,7 @@ def _make_worker(
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
     store = open_graph(graph_url, config.teacher.sampler, servers)
-    model = build_teacher(config, store)
+    model = build_teacher(config, store.num_features, store.num_classes)
     load_weights(storage.join(teacher_url, "model.safetensors"), model)
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
     model.eval().to(device)

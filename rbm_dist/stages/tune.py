@@ -32,11 +32,11 @@ from rbm_dist.report.experiment import Row
 from rbm_dist.report.progress import ProgressBars
 from rbm_dist.report.tune import COLUMNS
 from rbm_dist.runtime.cluster import ONE_THREAD, ray_cluster, spare_cpus
-from rbm_dist.runtime.failures import RAY_FAILURES, explain
+from rbm_dist.runtime.failures import explain
 from rbm_dist.runtime.mailbox import start_mailbox
 from rbm_dist.runtime.progress import ProgressRelay
 from rbm_dist.runtime.search import Draws, refuse_missing_library, run_trials
-from rbm_dist.runtime.worker_warnings import warnings_of
+from rbm_dist.runtime.worker_logs import warnings_of
 from rbm_dist.stages import lease, local
 from rbm_dist.stages.trials import begin, read_rows, refuse_other_files, write_results, write_row
 
@@ -133,7 +133,7 @@ class _Work:
                 raise RunError(f"no graph was prepared in {self._settings.timeout_s:g} s (timeout_s)")
             try:
                 ray.get(ready)
-            except RAY_FAILURES as error:
+            except RayError as error:
                 raise explain(error, "preparing the graph") from None
         self._bars.finish("prepare")
 

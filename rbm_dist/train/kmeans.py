@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import scipy.sparse as sp
 import torch
-import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from rbm_dist.moe.collectives import summed
 from rbm_dist.moe.sparse_rows import Rows, to_scipy
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.randomness.bits import generator, key
@@ -154,6 +154,4 @@ def _squares(rows_BD: Rows) -> Tensor:
 
 
 def _sum(total: Tensor, mesh: Mesh) -> Tensor:
-    if mesh.world_group is not None:
-        dist.all_reduce(total, group=mesh.world_group)
-    return total
+    return total if mesh.world_group is None else summed(total, mesh.world_group)

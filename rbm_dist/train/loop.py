@@ -3,13 +3,14 @@
 import math
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rbm_dist.config.run import TrainingConfig
+from rbm_dist.moe.collectives import traffic
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.pace import Reports
 from rbm_dist.parallel.reduce import clip_gradients, sum_gradients
@@ -99,6 +100,7 @@ def train(
     for epoch, first in checkpoints.epochs(epochs):
         model.train()
         with closing(task.steps(epoch, first)) as steps:
+            before = replace(traffic)
             for number, step in enumerate(steps, epoch * per_epoch + first):
                 sum_gradients(model, mesh)
                 if settings.clip_norm is not None:
@@ -106,11 +108,15 @@ def train(
                 group["lr"] = highest * learning_rate(settings, number, epochs * per_epoch)
                 optimizer.step()
                 optimizer.zero_grad()
-                checkpoints.after_step(step.rows, step.terms, step.load_E)
+                sent = traffic.since(before) if mesh.world_size > 1 else {}
+                checkpoints.after_step(step.rows, {**step.terms, **sent}, step.load_E)
+                before = replace(traffic)
         model.eval()
         with checkpoints.averaged(), torch.no_grad():
             evaluation = task.evaluate(epoch)
-        figures = task.figures(epoch, checkpoints.epoch_sums(evaluation.terms)) | evaluation.figures
+        sums = checkpoints.epoch_sums(evaluation.terms)
+        exchanged = _exchanged(sums)
+        figures = task.figures(epoch, sums) | evaluation.figures | exchanged
         loss, accuracy = figures["val_loss"], figures["val_accuracy"]
         # By accuracy: among equals by loss, which is weighed too little to overrule one node.
         row = checkpoints.after_epoch(-loss if task.select == "loss" else accuracy - 1e-9 * loss, figures)
@@ -120,3 +126,17 @@ def train(
             listener.progress(name, epoch + 1, epochs, "epochs", note)
     if tells:
         listener.end(name, checkpoints.history)
+
+
+def _exchanged(sums: dict[str, Tensor]) -> dict[str, float]:
+    """What all ranks sent in the epoch's steps, in megabytes; taken out of the sums.
+
+    `sent_mb`: in all. Where experts are sharded, of them `routed_mb`: rows to their experts and back; `least_mb`: what
+    these are without anything that goes with them; `stayed`: the share of rows whose experts are on their own rank.
+    """
+    taken = {name: sums.pop(name).item() for name in vars(traffic) if name in sums}
+    figures = {"sent_mb": taken["sent"] / 1e6} if taken else {}
+    if taken.get("copies"):
+        figures |= {"routed_mb": taken["routed"] / 1e6, "least_mb": taken["least"] / 1e6}
+        figures["stayed"] = taken["stayed"] / taken["copies"]
+    return {name: round(value, 6) for name, value in figures.items()}

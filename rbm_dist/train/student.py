@@ -8,6 +8,7 @@ share the loop.
 
 import math
 from collections.abc import Callable, Generator, Iterator
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -22,9 +23,11 @@ from rbm_dist.distill.losses import Losses
 from rbm_dist.graph.splits import TEST, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.student import DenseLayer, Student, make_mlp, make_moe, mlp_to_rbm
+from rbm_dist.moe.dispatch import Dispatcher
 from rbm_dist.moe.memory import MemoryStore
 from rbm_dist.moe.routing import memory_statistics, self_similarity_loss
 from rbm_dist.moe.sparse_rows import unit
+from rbm_dist.parallel.expert_layout import share_experts
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
@@ -77,6 +80,9 @@ class StudentTraining:
         timeout_s = config.cluster.collective_timeout_s
         self.rows = StudentRows(store, self.settings, mesh.device, self.dtype, timeout_s, pairs)
         self.rows.keep(self.batches.ids, *(each.ids for each in self.eval_batches.values()))
+        if kind in ("rbm", "moe"):
+            widths = [self.width, *[self.hidden] * (self.settings.num_layers - 1), store.num_classes]
+            self.mesh = share_experts(mesh, config, list(pairwise(widths)))
 
     def run(self) -> list[TrainingCheckpoints]:
         """Train, or go on; gives where the best state is, of each member of an ensemble.
@@ -114,7 +120,7 @@ class StudentTraining:
     def _to_moe(self, mlp: Student) -> Student:
         """The vanilla mixture of the MLP's shape."""
         settings, mesh = self.settings, self.mesh
-        dispatchers = [mesh.dispatcher(settings.num_experts) for _ in mlp.layers]
+        dispatchers = self._dispatchers(mlp)
         local = mesh.local_experts(settings.num_experts)
         return make_moe(mlp, settings.num_experts, settings.top_k, self.config.seed, dispatchers, local).to(mesh.device)
 
@@ -122,7 +128,7 @@ class StudentTraining:
         """The routed network that goes on from the plain one, and its memory, which is still all zeros."""
         settings, mesh = self.settings, self.mesh
         memories = self._zero_memories()
-        dispatchers = [mesh.dispatcher(settings.num_experts) for _ in mlp.layers]
+        dispatchers = self._dispatchers(mlp)
         rbm = mlp_to_rbm(
             mlp, memories, settings.top_k, dispatchers, len(mesh.local_experts(settings.num_experts)),
             settings.routing_temperature, settings.input_attention,
@@ -130,6 +136,10 @@ class StudentTraining:
         store = self.make_memory()
         store.init(memories, None)
         return rbm, store
+
+    def _dispatchers(self, mlp: Student) -> list[Dispatcher]:
+        wire = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16}[self.config.cluster.exchange_precision]
+        return [self.mesh.dispatcher(self.settings.num_experts, wire) for _ in mlp.layers]
 
     def _initial_memories(self, mlp: Student) -> list[Tensor]:
         """Per layer the centres of k-means over its normalised inputs, from a seeded sample of rows; kept in files."""

@@ -16,7 +16,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage, init_sage
+from rbm_dist.models.sage import Sage, build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
@@ -33,15 +33,6 @@ Labelled = tuple[SampledRows, Tensor]
 """Some seeds and their labels `[seeds]`."""
 
 
-def build_teacher(config: Config, store: GraphStore) -> Sage:
-    """The untrained teacher of a configuration; equal on every rank."""
-    teacher = config.teacher
-    return init_sage(
-        store.num_features, teacher.hidden, store.num_classes, len(teacher.fanout), teacher.dropout, config.seed,
-        teacher.norm,
-    )  # fmt: skip
-
-
 def trained_teacher(
     mesh: Mesh, listener: Listener, config: Config, store: GraphStore, url: str, token: int = 0
 ) -> Sage:  # fmt: skip
@@ -50,7 +41,7 @@ def trained_teacher(
     Every rank calls it, with its own store. `token`: of the run's owner. Raises `Left` when ordered to leave.
     """
     settings = config.teacher
-    model = build_teacher(config, store).to(mesh.device)
+    model = build_teacher(config, store.num_features, store.num_classes).to(mesh.device)
     parts = mesh.parts(store.num_parts)
     store.hold(parts)
     batches = {

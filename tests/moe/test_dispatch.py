@@ -1,12 +1,14 @@
 """Dispatch and combine, local and all-to-all, against the dense weighted sum."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rbm_dist.moe.collectives import all_to_all_rows, traffic
+from rbm_dist.moe.collectives import all_reduce_sum, traffic
 from rbm_dist.moe.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher
 from rbm_dist.randomness.rows import derive_keys
 from tests.gloo import run_ranks
@@ -90,14 +92,33 @@ def test_all_to_all(world: int) -> None:
     assert sorted(pair for result in results for pair in result["received"]) == sorted(pairs), "each pair once"
 
 
-def sent(rank: int) -> int:
-    """Bytes that a rank is counted to send: one row to itself, three to the other rank, and their gradients back."""
-    traffic.take()
+def sent(rank: int, wire: torch.dtype | None) -> dict[str, float]:
+    """What is counted of a rank: of four rows one stays here, three go to the other rank's expert, and come back."""
+    dispatcher = AllToAllDispatcher(2, torch.distributed.group.WORLD, wire)
+    chosen = torch.tensor([[rank], [1 - rank], [1 - rank], [1 - rank]])
     x = torch.ones(4, D, dtype=torch.float64, requires_grad=True)
-    split = [1, 3] if rank == 0 else [3, 1]
-    all_to_all_rows(x, split, split, torch.distributed.group.WORLD).sum().backward()
-    return traffic.take()
+    weights = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
+    before = replace(traffic)
+    routed = dispatcher.dispatch(x, chosen, weights, None)
+    outputs = outputs_of(routed, torch.ones(1, D, OUT, dtype=torch.float64))
+    dispatcher.combine(outputs, routed.meta).sum().backward()
+    return traffic.since(before)
 
 
-def test_what_is_sent_to_others_is_counted() -> None:
-    assert run_ranks(sent, 2) == [2 * 3 * D * 8] * 2
+@pytest.mark.parametrize(("wire", "size"), [(None, 8), (torch.bfloat16, 2)])
+def test_what_is_sent_to_others_is_counted(wire: torch.dtype | None, size: int) -> None:
+    least = 3 * size * 2 * (D + OUT)  # rows and sums, and the gradients of both
+    routed = least + 3 * 8 * 3  # the choices, the weights, and the gradients of these
+    expected = {"sent": routed, "routed": routed, "least": least, "copies": 4, "stayed": 1}
+    assert run_ranks(sent, 2, wire) == [expected] * 2
+
+
+def summed_up(rank: int) -> float:
+    before = traffic.sent
+    x = torch.ones(10, dtype=torch.float32, requires_grad=True)
+    all_reduce_sum(x, torch.distributed.group.WORLD).sum().backward()
+    return traffic.sent - before
+
+
+def test_a_sum_is_counted_as_in_a_ring() -> None:
+    assert run_ranks(summed_up, 4) == [pytest.approx(2 * 2 * 3 / 4 * 10 * 4)] * 4, "forward and backward"

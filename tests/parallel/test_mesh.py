@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rbm_dist.parallel.mesh import Mesh, deal
+from rbm_dist.parallel.deal import deal
+from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
 from tests.gloo import run_ranks
 

@@ -43,7 +43,10 @@ class Terminal:
         return ProgressRelay(self.mailbox, self.bars, self.writer)
 
     def warnings(self) -> list[str]:
-        return [line.removeprefix("  ! ") for line in self.out.getvalue().splitlines() if line.startswith("  ! ")]
+        return self.said("!")
+
+    def said(self, mark: str) -> list[str]:
+        return [line.removeprefix(f"  {mark} ") for line in self.out.getvalue().splitlines() if line[2:3] == mark]
 
     def epochs(self, loop: str) -> list[int]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
@@ -174,7 +177,9 @@ def test_heartbeats_show_steps_with_what_the_last_epoch_gave(terminal: Terminal)
 
 
 def warn(number: int) -> None:
-    _log.info("not for the operator")
+    logging.getLogger("another").info("not for the operator")
+    if number == 0:
+        _log.info("laid out so")
     _log.warning("checkpoint passed over: [part %d]", number % 2)
     if number == 3:
         try:
@@ -192,6 +197,7 @@ def test_warnings_of_tasks_and_part_actors_are_shown_once(terminal: Terminal) ->
         "checkpoint passed over: [part 0]", "checkpoint passed over: [part 1]", "it went on: ValueError('a cause')"
     ]  # fmt: skip
     assert "partition, task 3: it went on: ValueError('a cause')" in shown
+    assert terminal.said("·") == ["partition, task 0: laid out so"], "no warning, but worth a line"
     assert shown[3] == "4 more warning(s) like: checkpoint passed over: [part 0]"
     with terminal.relay():
         run_on_parts("soft_labels", lambda: warn, [7], ClusterConfig(inference_workers=1))

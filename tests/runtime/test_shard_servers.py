@@ -13,7 +13,7 @@ import ray
 from rbm_dist.config.run import ClusterConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.parallel.mesh import deal
+from rbm_dist.parallel.deal import deal
 from rbm_dist.runtime.placement import this_host, working_hosts
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from tests.patience import patient

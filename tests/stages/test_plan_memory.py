@@ -14,6 +14,7 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.partition import memory_needed
 from rbm_dist.graph.store import GraphStore
+from rbm_dist.models.sage import build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import empty_student, save_student, save_weights
 from rbm_dist.sources.facts import source_facts
@@ -26,7 +27,6 @@ from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_sof
 from rbm_dist.stages.source import below, over_here, stage_source
 from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import train_teacher
-from rbm_dist.train.teacher import build_teacher
 from tests.stages.held import held
 
 SHARE, NOISE = 0.25, 30e6  # of what is measured; what the allocator keeps or finds at hand
@@ -63,7 +63,9 @@ def soften(url: str) -> None:
 def untrained(config: Config) -> None:
     """A teacher and an RbM that have learned nothing."""
     store = GraphStore.open(f"{config.run_dir}/graph")
-    save_weights(f"{config.run_dir}/teacher/model.safetensors", build_teacher(config, store))
+    save_weights(
+        f"{config.run_dir}/teacher/model.safetensors", build_teacher(config, store.num_features, store.num_classes)
+    )
     settings = config.student
     facts = {
         "kind": "rbm", "inputs": ["feat"], "num_features": store.num_features, "num_classes": store.num_classes,

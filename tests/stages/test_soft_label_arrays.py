@@ -18,7 +18,7 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage
+from rbm_dist.models.sage import Sage, build_teacher
 from rbm_dist.randomness.bits import key
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph
@@ -27,7 +27,6 @@ from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
 from rbm_dist.train.sampled_rows import add_noise
-from rbm_dist.train.teacher import build_teacher
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 NAMES = ("soft", "hidden", "entropy_change")
@@ -59,7 +58,7 @@ def prepare(
             "soft_labels": {"batch_size": 50, "hidden": True, "entropy_change": True} | soft_labels,
         }
     )
-    teacher = build_teacher(config, store)
+    teacher = build_teacher(config, store.num_features, store.num_classes)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter *= 1.5
