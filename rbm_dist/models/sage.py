@@ -69,10 +69,17 @@ class Sage(nn.Module):
         """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them."""
         if layer > 0:
             x_sD = keyed_dropout(x_sD, key_s, self.dropout)
-        out = _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m)
+        return self._after(layer, _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m))
+
+    def layer_of_means(self, layer: int, x_nD: Tensor, mean_nD: Tensor) -> Tensor:
+        """As `layer`, in evaluation, of nodes whose in-neighbours' mean state is known."""
+        conv: Any = self.convs[layer]
+        return self._after(layer, conv.lin_l(mean_nD) + conv.lin_r(x_nD))
+
+    def _after(self, layer: int, out_nO: Tensor) -> Tensor:
         if layer == self.num_layers - 1:
-            return out / self.temperature
-        return self.norms[layer](out).relu()
+            return out_nO / self.temperature
+        return self.norms[layer](out_nO).relu()
 
 
 def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:

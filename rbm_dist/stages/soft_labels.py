@@ -1,13 +1,14 @@
 """Stage `soft_labels`: the teacher's class distribution for every node, by actors that each work on their own parts.
 
 `sampled`: mini-batches with sampled neighbours. `exact`: layer by layer over all in-neighbours; each layer's states are
-an array of the store, so memory is bounded by a few batches and their neighbours whatever the depth. Either way the
-store is read in a thread that works ahead of the model.
+an array of the store, so memory is bounded by a few batches whatever the depth. The store averages the in-neighbours,
+a bounded number of them at a time, whatever a node's degree; sparse features, and ones with noise, which it cannot,
+are gathered for batches of few edges. Either way the store is read in a thread that works ahead of the model.
 """
 
 import functools
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
+from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage, build_teacher
@@ -32,6 +34,8 @@ from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_s
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
 ARRAYS = rf"{SOFT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
+AVERAGED_ROWS = 16_384  # nodes whose in-neighbours are averaged at a time
+GATHERED_EDGES = 1 << 18  # in-edges whose sources' rows are gathered at a time
 
 
 MakeWorker = Callable[[], Callable[[int], storage.FileInfo]]
@@ -52,12 +56,15 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
     wanted = [SOFT, *[HIDDEN] * settings.hidden, *[ENTROPY_CHANGE] * settings.entropy_change]
     clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
 
-    def fill(name: str, read: Read) -> None:
-        _fill(run, store, name, read, over_parts, servers)
+    def fill(name: str, read: Read, batch: int = settings.batch_size, edges: int | None = None) -> None:
+        _fill(run, store, name, read, batch, edges, over_parts, servers)
 
     def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
         for layer, (before, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
-            fill(name, functools.partial(_exact_layer, layer=layer, before=before, noise=noise and layer == 0))
+            if layer == 0 and (noise or store.sparse_features):
+                fill(name, functools.partial(_exact_gathered, noise=noise), edges=GATHERED_EDGES)
+            else:
+                fill(name, functools.partial(_exact_layer, layer=layer, before=before), AVERAGED_ROWS)
 
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
         exact = settings.inference == "exact"
@@ -94,13 +101,17 @@ Read = Callable[[Config, GraphStore, np.ndarray, torch.device], Compute]
 
 
 def _fill(
-    run: Run, store: GraphStore, name: str, read: Read, over_parts: OverParts, servers: ShardServers | None
+    run: Run, store: GraphStore, name: str, read: Read, batch: int, edges: int | None, over_parts: OverParts,
+    servers: ShardServers | None,
 ) -> None:  # fmt: skip
-    """Fill a new array in all parts; parts that a cut-off run finished are kept."""
+    """Fill a new array in all parts; parts that a cut-off run finished are kept.
+
+    batch: nodes at a time; their in-edges are at most `edges`, but for a node that has more alone.
+    """
     if storage.exists(run.path("graph", f"{name}.json")):
         return
     make_worker = functools.partial(
-        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, run.reporter, servers
+        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, batch, edges, run.reporter, servers
     )
     store.publish(name, over_parts(run, make_worker, list(range(store.num_parts))))
 
@@ -110,8 +121,8 @@ def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[stor
 
 
 def _make_worker(
-    config: Config, graph_url: str, teacher_url: str, name: str, read: Read, reporter: Reporter,
-    servers: ShardServers | None,
+    config: Config, graph_url: str, teacher_url: str, name: str, read: Read, batch: int, edges: int | None,
+    reporter: Reporter, servers: ShardServers | None,
 ) -> Callable[[int], storage.FileInfo]:  # fmt: skip
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
@@ -122,11 +133,7 @@ def _make_worker(
     model.eval().to(device)
 
     def chunks(part: int) -> Generator[np.ndarray, None, None]:
-        ids, batch = store.ids(part), config.soft_labels.batch_size
-        jobs = (
-            functools.partial(read, config, store, ids[start : start + batch], device)
-            for start in range(0, len(ids), batch)
-        )
+        jobs = (functools.partial(read, config, store, ids, device) for ids in _batches(store, part, batch, edges))
         with Prefetch(f"soft labels: '{name}' of part {part}", jobs, config.cluster.collective_timeout_s) as batches:
             for compute in batches:
                 with torch.no_grad():
@@ -140,7 +147,7 @@ def _make_worker(
             return storage.file_info(url)
         store.hold([part])
         if store.hot is None and read in (_sampled, _sampled_hidden):  # the first part says what all need
-            rng, batch = generator(config.seed, Word.SOFT_LABEL_HOT_ROWS, part), config.soft_labels.batch_size
+            rng = generator(config.seed, Word.SOFT_LABEL_HOT_ROWS, part)
             ids = rng.permutation(store.ids(part))
             steps = [[ids[start : start + batch]] for start in range(0, len(ids), batch)]
             keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
@@ -149,6 +156,18 @@ def _make_worker(
             return store.write_part(name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), rows)
 
     return fill
+
+
+def _batches(store: GraphStore, part: int, batch: int, edges: int | None) -> Iterator[np.ndarray]:
+    """A part's nodes, so many at a time, with so many in-edges at most."""
+    ids, start = store.ids(part), 0
+    while start < len(ids):
+        stop = start + batch
+        if edges is not None:
+            ends = store.array("indptr", part)
+            stop = min(stop, max(start + 1, int(np.searchsorted(ends, ends[start] + edges, side="right")) - 1))
+        yield ids[start:stop]
+        start = stop
 
 
 def _sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
@@ -193,18 +212,35 @@ def _copy(config: Config, store: GraphStore, ids: np.ndarray, device: torch.devi
 
 
 def _exact_layer(
-    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, layer: int, before: str, noise: bool
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, layer: int, before: str
 ) -> Compute:
-    sampled = read_sample(store, ids, (-1,), key(0), device, (before,))
+    mean_nD, own_nD = (
+        torch.from_numpy(rows) for rows in (mean_of_neighbours(store, before, ids), store.gather(before, ids))
+    )
+
+    def compute(model: Sage) -> torch.Tensor:
+        return _states_or_soft(model, layer, model.layer_of_means(layer, own_nD.to(device), mean_nD.to(device)))
+
+    return compute
+
+
+def _exact_gathered(
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, noise: bool
+) -> Compute:  # fmt: skip
+    """The first layer, of all in-neighbours' features as they are."""
+    sampled = read_sample(store, ids, (-1,), key(0), device)
 
     def compute(model: Sage) -> torch.Tensor:
         rows_nD, neighbourhood = sampled.to(device)
         if noise:
             rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, Word.SOFT_LABEL_NOISE))
-        out = model.layer(layer, rows_nD, len(ids), neighbourhood.edge_2m)
-        return out.softmax(1) if layer == model.num_layers - 1 else out
+        return _states_or_soft(model, 0, model.layer(0, rows_nD, len(ids), neighbourhood.edge_2m))
 
     return compute
+
+
+def _states_or_soft(model: Sage, layer: int, out_nO: torch.Tensor) -> torch.Tensor:
+    return out_nO.softmax(1) if layer == model.num_layers - 1 else out_nO
 
 
 def _remove(url: str, store: GraphStore, name: str) -> None:
