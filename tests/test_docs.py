@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 def keys(model: type[Section], prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found += keys(field.annotation, f"{prefix}{name}.")
+        kinds = (field.annotation, *get_args(field.annotation))  # one that may be null is a union
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        if inner and name != "source":
+            found += keys(inner[0], f"{prefix}{name}.")
         elif name != "source":
             found.append(f"{prefix}{name}")
     return found

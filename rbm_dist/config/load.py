@@ -45,6 +45,10 @@ def absolute(config: Config) -> Config:
     for key, path in locations(config).items():
         *sections, name = key.split(".")
         reduce(getitem, sections, tree)[name] = absolute_path(path)
+    external = tree["teacher"]["external"]
+    if external is not None:
+        external["paths"] = [absolute_path(path) for path in external["paths"]]
+        external["ids"] = external["ids"] and absolute_path(external["ids"])
     return Config.model_validate(tree)
 
 

@@ -48,9 +48,48 @@ class TrainingConfig(Section):
     clip_norm: Rate | None = Field(None, description="largest norm of a step's gradient, over all parameters and ranks")
 
 
-class TeacherConfig(TrainingConfig):
-    """GraphSAGE, one layer per entry of `fanout`."""
+class ExternalTeacherConfig(Section):
+    """Predictions that a model elsewhere made for the nodes, in place of a teacher that is trained here."""
 
+    paths: tuple[str, ...] = Field(
+        min_length=1,
+        description="files of predictions, [rows, classes] each: .npy, .npz, .pt, .parquet, plain numbers; "
+        "the probabilities of several are averaged",
+    )
+    kind: Literal["logits", "probabilities", "log_probabilities"] = Field(description="what the numbers are")
+    rows: Literal["nodes", "splits", "ids"] = Field(
+        "nodes",
+        description="whose the rows are; nodes: of the caller's nodes in their order; splits: of the training, then "
+        "the validation, then the test nodes, each in their order; ids: see `ids`",
+    )
+    ids: str | None = Field(None, description=".npy file of the node id of each row, integers or text")
+    id_column: str = Field("id", description="of Parquet files: the column of the node id of each row, for rows: ids")
+    array: str | None = Field(None, description="its name in .npz and .pt files that hold several")
+    dtype: Literal["float16", "float32", "float64"] | None = Field(
+        None, description="of files of numbers without a header, row after row"
+    )
+    missing: Literal["refuse", "labels"] = Field(
+        "refuse", description="nodes without a row; labels: training nodes learn from their labels, others not at all"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        parquet = all(path.endswith((".parquet", ".pq")) for path in self.paths)
+        if self.ids is not None and self.rows != "ids":
+            raise ValueError(f"teacher.external.ids: means nothing with rows: {self.rows}; set rows: ids")
+        if self.rows == "ids" and self.ids is None and not parquet:
+            raise ValueError(
+                "teacher.external.rows: ids needs teacher.external.ids, or Parquet files with a column of them"
+            )
+        return self
+
+
+class TeacherConfig(TrainingConfig):
+    """GraphSAGE, one layer per entry of `fanout`; or `external`."""
+
+    external: ExternalTeacherConfig | None = Field(
+        None, description="predictions of a model elsewhere; nothing is trained, and all other keys mean nothing"
+    )
     hidden: Positive = 128
     sampler: Literal["numba", "pyg_lib", "torch_sparse"] = Field(
         "numba", description="the sampling kernel of all stages"
@@ -295,6 +334,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.teacher.external is not None:
+            for name in ("entropy_change", "hidden"):
+                if getattr(self.soft_labels, name):
+                    raise ValueError(f"soft_labels.{name}: needs a teacher that is trained here, not teacher.external")
+            if self.teacher.calibrate:
+                raise ValueError("teacher.calibrate: needs a teacher that is trained here, not teacher.external")
         fanout = self.soft_labels.fanout
         if fanout is not None and len(fanout) != len(self.teacher.fanout):
             raise ValueError(

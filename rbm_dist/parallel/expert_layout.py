@@ -61,10 +61,9 @@ def share_experts(mesh: Mesh, config: Config, widths: Sequence[tuple[int, int]])
     )  # fmt: skip
     if mesh.rank == 0:
         _log.info(
-            "%s; a rank holds %.0f MB of them and what training keeps beside, of %.0f MB free; on the wire a step "
-            "takes %.1f ms at %.0f MB/s and %.2f ms per exchange, %.1f ms with %s",
+            "%s: %.0f of %.0f MB free, %.1f ms a step on the wire at %.0f MB/s; %s: %.0f MB, %.1f ms",
             _named(chosen.expert_parallel), chosen.held / 1e6, free / 1e6, 1e3 * chosen.exchange_s,
-            wire.bytes_per_s / 1e6, 1e3 * wire.call_s, 1e3 * each.exchange_s, _named(each.expert_parallel),
+            wire.bytes_per_s / 1e6, _named(each.expert_parallel), each.held / 1e6, 1e3 * each.exchange_s,
         )  # fmt: skip
     return mesh.sharing(chosen.expert_parallel)
 

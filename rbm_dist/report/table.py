@@ -19,9 +19,9 @@ NAMES = {
     "rbm": "RbM",
 }
 
-_NO_BETTER = (
-    "On validation the teacher is no better than the baseline '{}': students have little to learn from it. "
-    "Its features may have a scale that it cannot learn from (source.normalize, teacher.norm, teacher.weight_decay), "
+_NO_BETTER = "On validation the teacher is no better than the baseline '{}': students have little to learn from it."
+_WHY = (
+    " Its features may have a scale that it cannot learn from (source.normalize, teacher.norm, teacher.weight_decay), "
     "its training may be too short (teacher.epochs, teacher.lr), or edges mostly join nodes of different classes, "
     "which GraphSAGE averages away: then the baseline is the better choice."
 )
@@ -51,6 +51,8 @@ def models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def shown_name(model: str, results: dict[str, Any]) -> str:
     """A model's name for people."""
+    if model == "teacher" and results.get("teacher_is_external"):
+        return "teacher (external)"
     merged = models(results)[model].get("mixture", {}).get("merged")
     return NAMES.get(model, model) + (", as an MLP" if merged else "")
 
@@ -84,7 +86,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     baselines = results.get("baselines", {})
     best = max(baselines, key=lambda name: baselines[name]["val"], default=None)
     if best and results["teacher"]["val"] <= baselines[best]["val"]:
-        lines.append(_NO_BETTER.format(NAMES[best]))
+        lines.append(_NO_BETTER.format(NAMES[best]) + _WHY * (not results.get("teacher_is_external")))
     lines += _worst_classes(results)
     mixture = results["students"].get("rbm", {}).get("mixture")  # a run of an earlier version has none
     if mixture:

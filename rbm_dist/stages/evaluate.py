@@ -116,6 +116,7 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         "classes": _classes(store.class_names, models),
         "baselines": {name: found[name].accuracy() for name in ("majority", "regression")},
         "teacher": found["teacher"].accuracy(),
+        "teacher_is_external": config.teacher.external is not None,
         "students": {kind: found[kind].accuracy() for kind in students},
     }
     if "rbm" in students:
@@ -124,7 +125,9 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         counted = {name: found[_MIXTURE + name] for name in variants(mixture)}
         rows_ME = [np.sum(rows_PE, axis=0) for rows_PE in zip(*(part["experts"] for part in counts), strict=True)]
         figures["students"]["rbm"]["mixture"] = {"merged": merged, **summary(mixture, counted, rows_ME)}
-    figures["latency_us"] = {"teacher": _latency(_teacher_call(config, store, url), store.size, distinct=True)}
+    figures["latency_us"] = {}
+    if config.teacher.external is None:  # of another nobody knows here how long it takes
+        figures["latency_us"]["teacher"] = _latency(_teacher_call(config, store, url), store.size, distinct=True)
     figures["latency_us"] |= {kind: _latency(_student_call(each, store), store.size) for kind, each in students.items()}
     return figures
 
@@ -153,8 +156,13 @@ def _classes(names: list[str] | None, models: Mapping[str, Hits]) -> list[dict[s
 
 
 def teacher_classes(store: GraphStore) -> Classes:
-    """What the soft labels say."""
-    return lambda ids: store.gather("soft", ids).argmax(1)
+    """What the soft labels say; -1 where they say nothing."""
+
+    def classes(ids: np.ndarray) -> np.ndarray:
+        soft_nC = store.gather("soft", ids)
+        return np.where(soft_nC.max(1) > 0, soft_nC.argmax(1), -1)
+
+    return classes
 
 
 def baseline_classes(store: GraphStore, baselines: Baselines) -> dict[str, Classes]:

@@ -30,6 +30,7 @@ from rbm_dist.serve.artifact import load_mixture, load_student
 from rbm_dist.serve.specialisation import mixture_figures
 from rbm_dist.stages import partition, source
 from rbm_dist.stages.evaluate import teacher_classes
+from rbm_dist.stages.external_teacher import look_at_external
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
 from rbm_dist.stages.student import train_students
@@ -107,7 +108,10 @@ def prepare(config: Config, url: str) -> dict[str, Any]:
     config = config.model_copy(update={"cluster": _IN_PROCESS})
     run = Run(config, url, MetricsRecorder())
     _write_graph(run)
-    train_teacher(Mesh.single(), run.reporter, config, run.graph_url, run.path("teacher"))
+    if config.teacher.external is not None:
+        look_at_external(config, run.graph_url, run.path("teacher"))
+    else:
+        train_teacher(Mesh.single(), run.reporter, config, run.graph_url, run.path("teacher"))
     write_soft_labels(run, _over_parts)
     store = GraphStore.open(run.graph_url)
     encode_in_process(store, config.encodings, config.seed)

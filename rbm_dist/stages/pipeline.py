@@ -46,7 +46,10 @@ STAGES = [
         makes=rf"(indptr|indices|feat-\d+|feat_(scaling|indicators|moments)|{_PER_ROW})\.npy|(source|inputs)\.json|work",
     ),
     _PARTITION,
-    Stage("teacher", "teacher", ("teacher",), run_teacher, makes=r"model\.safetensors|checkpoints|ray_train"),
+    Stage(
+        "teacher", "teacher", ("teacher",), run_teacher,
+        makes=r"model\.safetensors|external\.json|checkpoints|ray_train",
+    ),
     Stage("soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels),
     Stage("encodings", "encodings", ("encodings",), encodings_.run_encodings, encodings_.reset_encodings),
     # With `encodings`: a run without that stage would otherwise not notice that they are wanted now.

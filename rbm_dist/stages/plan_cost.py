@@ -79,6 +79,8 @@ class Costs:
 
     # --------------------------------------------------------------------------------------- teacher, soft labels
     def teacher(self) -> tuple[float, ...]:
+        if self.config.teacher.external is not None:
+            return 0, 0, self._predictions(), 0
         model = 4 * memory.teacher_parameters(self.config, self.facts)
         checkpoints = self._checkpoints(self.config.teacher.epochs)
         rows, edges, steps = self._teacher_samples()
@@ -89,6 +91,8 @@ class Costs:
         facts, settings, config = self.facts, self.config.soft_labels, self.config
         columns = facts.num_classes + settings.entropy_change + settings.hidden * config.teacher.hidden
         kept, written = 4 * facts.num_nodes * columns, 4 * facts.num_nodes * columns
+        if config.teacher.external is not None:
+            return written, kept, kept + self._predictions(), 0
         if settings.inference == "exact":  # the layers between, once more with noise
             layers = (len(config.teacher.fanout) - 1) * config.teacher.hidden
             written += (
@@ -98,6 +102,11 @@ class Costs:
             )
         rows, edges = self._inferred()
         return written, kept, self._graph(4), self._rows_sent(rows, edges)
+
+    def _predictions(self) -> float:
+        """Bytes of the files of a teacher from elsewhere, if they are float32."""
+        external = self.config.teacher.external
+        return 0 if external is None else 4.0 * len(external.paths) * self.facts.num_nodes * self.facts.num_classes
 
     def _teacher_samples(self) -> tuple[float, float, int]:
         """Nodes and edges that are sampled in all epochs, and the optimiser's steps."""
@@ -132,12 +141,16 @@ class Costs:
         return edges * (1 / _SAMPLED_EDGES + _INPUT_S * memory.feature_bytes(self.facts))
 
     def _teacher_s(self) -> float:
+        if self.config.teacher.external is not None:
+            return self._predictions() / _PROPAGATED_BYTES
         _, edges, steps = self._teacher_samples()
         samples = steps * self.config.partition.num_parts * (1 + self.facts.num_val / max(self.facts.num_train, 1))
         spent = _BACKWARD * self._edges_s(edges) + _SAMPLE_S * samples
         return spent / self._workers(self.config.cluster.most_workers)
 
     def _soft_labels_s(self) -> float:
+        if self.config.teacher.external is not None:
+            return self._predictions() / _PROPAGATED_BYTES
         return self._edges_s(self._inferred()[1]) / self._workers(self.config.cluster.inference_workers)
 
     def _workers(self, count: int) -> int:

@@ -17,6 +17,7 @@ from rbm_dist.parallel.training_checkpoints import copies_of_parameters
 from rbm_dist.sources.edges import MERGED_EDGES, RUN_EDGES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages.baselines import SAMPLED_ROWS, SAMPLED_VALUES
+from rbm_dist.stages.soft_labels import AVERAGED_ROWS, GATHERED_EDGES
 from rbm_dist.train.kmeans import sample_rows
 
 _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready and one in the making (`Prefetch`)
@@ -153,17 +154,46 @@ def hot_rows(config: Config, facts: SourceFacts) -> float:
 
 def inference_actor(config: Config, facts: SourceFacts) -> float:
     """`soft_labels._make_worker`: positions of the sampler, batches ahead, and the messages of a layer."""
+    if config.teacher.external is not None:
+        return external_rows(config, facts)
     settings, fanout = config.soft_labels, config.soft_labels.fanout
-    seeds = min(settings.batch_size, math.ceil(facts.num_nodes / config.partition.num_parts))
+    part = math.ceil(facts.num_nodes / config.partition.num_parts)
+    seeds = min(settings.batch_size, part)
     if settings.inference == "exact":
+        averaged = _averaged(config, facts, min(AVERAGED_ROWS, part))
+        if facts.nonzeros is None and not settings.entropy_change:
+            return averaged
+        # The first layer is gathered.
+        seeds = min(seeds, max(1, math.floor(GATHERED_EDGES * facts.num_nodes / facts.num_edges)))
         nodes, edges, inner = sampled(facts, seeds, (-1,))
     else:
+        averaged = 0
         nodes, edges, inner = sampled(facts, seeds, fanout or config.teacher.fanout)
     noise = 0.0
     if settings.entropy_change:  # `keyed_normal`: two uniform draws and their hashes
         noise = 6 * 4 * nodes * facts.num_features
     computed = max(_inferred(config, facts, nodes, edges, inner), noise)
-    return 4 * facts.num_nodes + _ALIVE * _batch(facts, nodes, edges) + computed
+    return max(averaged, 4 * facts.num_nodes + _ALIVE * _batch(facts, nodes, edges) + computed)
+
+
+def _averaged(config: Config, facts: SourceFacts, rows: int) -> float:
+    """`soft_labels._exact_layer`: batches of means and own states; of one the states, and what is being averaged."""
+    hidden = config.teacher.hidden
+    width = max(hidden, facts.num_features if facts.nonzeros is None else 0)
+    degree = facts.num_edges / facts.num_nodes
+    edges = min(PROPAGATED_BYTES / (4 * width), rows * degree)
+    states = 4 * rows * (2 + (config.teacher.norm != "none")) * hidden
+    return _ALIVE * 2 * 4 * rows * width + states + edges * (4 * width + 40)  # rows of distinct sources, sorted ids
+
+
+def external_rows(config: Config, facts: SourceFacts) -> float:
+    """`ExternalTeacher`: batches in float64, files that cannot be mapped, and where rows are of those not in order."""
+    external = config.teacher.external
+    assert external is not None
+    row = 8 * facts.num_classes
+    whole = sum(not path.endswith((".npy", ".pt", ".pth")) and external.dtype is None for path in external.paths)
+    order = {"nodes": 0, "splits": 8 + 9 + 16, "ids": 8 + 12 + 38}[external.rows]  # kept, and while it is made
+    return 4 * row * AVERAGED_ROWS + facts.num_nodes * (whole * row + order)
 
 
 def _inferred(config: Config, facts: SourceFacts, nodes: float, edges: float, inner: float) -> float:

@@ -4,12 +4,14 @@
 an array of the store, so memory is bounded by a few batches whatever the depth. The store averages the in-neighbours,
 a bounded number of them at a time, whatever a node's degree; sparse features, and ones with noise, which it cannot,
 are gathered for batches of few edges. Either way the store is read in a thread that works ahead of the model.
+Of a teacher from elsewhere its predictions are brought into the order of the parts.
 """
 
 import functools
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +30,13 @@ from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
+from rbm_dist.stages.external_teacher import open_external
 from rbm_dist.stages.run import Files, Run
+from rbm_dist.train.external_teacher import TAUGHT, leaves_out
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
 
 SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
-ARRAYS = rf"{SOFT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
+ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
 AVERAGED_ROWS = 16_384  # nodes whose in-neighbours are averaged at a time
 GATHERED_EDGES = 1 << 18  # in-edges whose sources' rows are gathered at a time
@@ -53,7 +57,9 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
     """The stage's work, wherever `over_parts` carries it out."""
     settings, layers = run.config.soft_labels, len(run.config.teacher.fanout)
     store = GraphStore.open(run.graph_url)
+    external = run.config.teacher.external
     wanted = [SOFT, *[HIDDEN] * settings.hidden, *[ENTROPY_CHANGE] * settings.entropy_change]
+    wanted += [TAUGHT] * leaves_out(external)
     clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
 
     def fill(name: str, read: Read, batch: int = settings.batch_size, edges: int | None = None) -> None:
@@ -68,7 +74,11 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
 
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
         exact = settings.inference == "exact"
-        if exact:
+        if external is not None:
+            fill(SOFT, _external, AVERAGED_ROWS)
+            if leaves_out(external):
+                fill(TAUGHT, _taught, AVERAGED_ROWS)
+        elif exact:
             layer_by_layer(clean, SOFT, noise=False)
         else:
             fill(SOFT, _sampled)
@@ -95,9 +105,9 @@ def reset_soft_labels(url: str) -> None:
                 _remove(url, store, stem)
 
 
-Compute = Callable[[Sage], torch.Tensor]
+Compute = Callable[[Any], torch.Tensor]
 Read = Callable[[Config, GraphStore, np.ndarray, torch.device], Compute]
-"""Takes what some nodes' rows depend on out of the store; what it gives computes them with a model on the device."""
+"""Takes what some nodes' rows depend on out of the store; what it gives computes them with the teacher."""
 
 
 def _fill(
@@ -127,10 +137,14 @@ def _make_worker(
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
     store = open_graph(graph_url, config.teacher.sampler, servers)
-    model = build_teacher(config, store.num_features, store.num_classes)
-    load_weights(storage.join(teacher_url, "model.safetensors"), model)
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-    model.eval().to(device)
+    model: Any
+    if config.teacher.external is not None:
+        model = open_external(config, store, teacher_url)
+    else:
+        model = build_teacher(config, store.num_features, store.num_classes)
+        load_weights(storage.join(teacher_url, "model.safetensors"), model)
+        model.eval().to(device)
 
     def chunks(part: int) -> Generator[np.ndarray, None, None]:
         jobs = (functools.partial(read, config, store, ids, device) for ids in _batches(store, part, batch, edges))
@@ -151,7 +165,7 @@ def _make_worker(
             ids = rng.permutation(store.ids(part))
             steps = [[ids[start : start + batch]] for start in range(0, len(ids), batch)]
             keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
-        shapes = {SOFT: (store.num_classes,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: ()}
+        shapes = {SOFT: (store.num_classes,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: (), TAUGHT: ()}
         with closing(chunks(part)) as rows:  # a disk that is full, say, leaves no thread behind
             return store.write_part(name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), rows)
 
@@ -241,6 +255,14 @@ def _exact_gathered(
 
 def _states_or_soft(model: Sage, layer: int, out_nO: torch.Tensor) -> torch.Tensor:
     return out_nO.softmax(1) if layer == model.num_layers - 1 else out_nO
+
+
+def _external(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
+    return lambda teacher: torch.from_numpy(teacher.probabilities(ids))
+
+
+def _taught(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
+    return lambda teacher: torch.from_numpy(teacher.taught(ids).astype(np.float32))
 
 
 def _remove(url: str, store: GraphStore, name: str) -> None:

@@ -1,10 +1,15 @@
-"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss."""
+"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss.
+
+Or, with `teacher.external`, a look at the predictions that a model elsewhere made.
+"""
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph
+from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.artifact import save_weights
+from rbm_dist.stages.external_teacher import EXTERNAL, look_at_external
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
 from rbm_dist.train.loop import Listener
@@ -12,7 +17,11 @@ from rbm_dist.train.teacher import trained_teacher
 
 
 def run_teacher(run: Run) -> Files:
-    """Train the teacher; writes `<run>/teacher/model.safetensors`."""
+    """Train the teacher; writes `<run>/teacher/model.safetensors`, or `external.json` of a teacher from elsewhere."""
+    if run.config.teacher.external is not None:
+        arguments = (run.config, run.graph_url, run.path("teacher"))
+        (info,) = run_tasks("teacher", look_at_external, [arguments], run.config.cluster)
+        return {f"teacher/{EXTERNAL}": info}
     train_on_graph(run, "teacher", train_teacher)
     return {"teacher/model.safetensors": storage.file_info(run.path("teacher", "model.safetensors"))}
 

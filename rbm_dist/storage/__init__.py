@@ -1,7 +1,7 @@
 """Files on any fsspec URL: written whole or not at all, with a checksum, and arrays that are memory-mapped."""
 
 from rbm_dist.storage.arrays import ArrayFile, Rows, open_array, open_rows, write_array, write_chunks
-from rbm_dist.storage.cache import budget, cache_folder
+from rbm_dist.storage.cache import budget, cache_folder, fetched
 from rbm_dist.storage.checksums import FileInfo, file_info, sizes_and_times, verify
 from rbm_dist.storage.files import (
     HashingWriter,
@@ -41,6 +41,7 @@ __all__ = [
     "cache_folder",
     "copy_in",
     "exists",
+    "fetched",
     "file_info",
     "filesystem",
     "is_file",

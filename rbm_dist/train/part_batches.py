@@ -26,10 +26,16 @@ class PartBatches:
 
     @classmethod
     def of(
-        cls, store: GraphStore, parts: list[int], wanted: Callable[[np.ndarray], np.ndarray], batch_size: int
-    ) -> Self:
-        """The nodes of splits that are `wanted`, `[n] → bool [n]`; `parts` are this rank's."""
+        cls, store: GraphStore, parts: list[int], wanted: Callable[[np.ndarray], np.ndarray], batch_size: int,
+        only: str | None = None,
+    ) -> Self:  # fmt: skip
+        """The nodes of splits that are `wanted`, `[n] → bool [n]`; `parts` are this rank's.
+
+        only: an array of the store that is not zero where nodes count.
+        """
         masks = (wanted(store.array("split", part)) for part in range(store.num_parts))
+        if only is not None:
+            masks = (mask & (store.array(only, part) != 0) for part, mask in enumerate(masks))
         chosen = [(int(mask.sum()), mask if part in parts else None) for part, mask in enumerate(masks)]
         nodes = {part: store.ids(part)[mask] for part, (_, mask) in enumerate(chosen) if mask is not None}
         return cls([count for count, _ in chosen], nodes, batch_size)

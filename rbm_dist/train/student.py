@@ -33,6 +33,7 @@ from rbm_dist.parallel.reduce import sum_figures
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word
+from rbm_dist.train.external_teacher import TAUGHT, leaves_out
 from rbm_dist.train.kmeans import kmeans_centres
 from rbm_dist.train.loop import Evaluation, Listener, Step, train
 from rbm_dist.train.part_batches import PartBatches
@@ -61,11 +62,12 @@ class StudentTraining:
         self.kind, self.settings, self.make_memory, self.token = kind, config.student, make_memory, token
         parts = mesh.parts(store.num_parts)
 
-        def batches_of(wanted: Callable[[np.ndarray], np.ndarray]) -> PartBatches:
-            return PartBatches.of(store, parts, wanted, self.settings.batch_size)
+        def batches_of(wanted: Callable[[np.ndarray], np.ndarray], only: str | None = None) -> PartBatches:
+            return PartBatches.of(store, parts, wanted, self.settings.batch_size, only)
 
         left_out = [UNSEEN, VAL] if self.settings.hold_out_validation else [UNSEEN]
-        self.batches = batches_of(lambda split: ~np.isin(split, left_out))
+        taught = TAUGHT if leaves_out(config.teacher.external) else None
+        self.batches = batches_of(lambda split: ~np.isin(split, left_out), taught)
         self.eval_batches = {"val": batches_of(lambda split: split == VAL)}
         if track_test:
             name, code = ("unseen", UNSEEN) if config.source.unseen_share else ("test", TEST)

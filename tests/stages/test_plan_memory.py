@@ -92,11 +92,12 @@ class FewBatches(MetricsRecorder):
 
 
 def infer(config: Config) -> None:
-    def first_part(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-        return [make_worker()(0)]
+    def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+        worker = make_worker()
+        return [worker(part) for part in parts]
 
     with contextlib.suppress(EnoughError):
-        write_soft_labels(Run(config, config.run_dir, FewBatches()), first_part)
+        write_soft_labels(Run(config, config.run_dir, FewBatches()), over_parts)
 
 
 def study(config: Config) -> None:
@@ -176,7 +177,10 @@ def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, batch_size: int) 
     check("teacher", plan_memory.teacher_worker(config, source_facts(config.source, 0)), measured)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 2048}, {"batch_size": 1024, "fanout": [15, 20]}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_size": 2048}, {"batch_size": 1024, "fanout": [15, 20]}, {"batch_size": 512, "inference": "exact"}],
+)
 def test_soft_labels(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[str, Any]) -> None:
     source, url = wide
     warm = configured(tiny / f"soft-{settings['batch_size']}", source | TINY)

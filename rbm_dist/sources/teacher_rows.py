@@ -1,0 +1,133 @@
+"""Files of predictions that a model elsewhere made: whatever their format, an array `[rows, classes]` and maybe ids."""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rbm_dist import storage
+from rbm_dist.config.run import ExternalTeacherConfig
+from rbm_dist.errors import InputError, RunError
+from rbm_dist.sources import table_files
+
+_KEY = "teacher.external"
+_PARQUET, _TORCH = (".parquet", ".pq"), (".pt", ".pth")
+
+
+def read_rows(url: str, settings: ExternalTeacherConfig, num_classes: int) -> tuple[np.ndarray, pa.Array | None]:
+    """A file's rows `[rows, classes]`, floats, and their ids if they are in the file.
+
+    Arrays of `.npy`, `.pt` and raw files are mapped, those of `.npz` and Parquet read whole. Raises `InputError`.
+    """
+    suffix, ids = PurePosixPath(url).suffix.lower(), None
+    try:
+        if settings.dtype is not None:
+            rows = _raw(url, settings.dtype, num_classes)
+        elif suffix == ".npy":
+            rows = storage.open_array(url)
+        elif suffix == ".npz":
+            rows = _npz(url, settings.array)
+        elif suffix in _TORCH:
+            rows = _torch(url, settings.array)
+        elif suffix in _PARQUET:
+            rows, ids = _parquet(url, settings.id_column if settings.rows == "ids" else None)
+        else:
+            raise InputError(
+                f"{url}: predictions are read from .npy, .npz, .pt, .pth, .parquet and .pq files; of numbers without a "
+                f"header set {_KEY}.dtype"
+            )
+    except (InputError, RunError):
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such file ({_KEY}.paths)") from None
+    except Exception as error:  # each library has its own
+        raise InputError(f"{url}: cannot be read: {' '.join(str(error).split())[:300]} ({_KEY}.paths)") from None
+    _check_shape(url, rows, num_classes)
+    return rows, ids
+
+
+def read_ids(url: str) -> pa.Array:
+    """The ids of a `.npy` file, integers or text `[rows]`. Raises `InputError`."""
+    found = storage.open_array(url)
+    if found.ndim != 1 or found.dtype.kind not in "iuUS":
+        raise InputError(f"{url}: ids are integers or text, one per row; this is {found.dtype} of shape {found.shape}")
+    return pa.array(found.astype(str) if found.dtype.kind == "S" else np.asarray(found))
+
+
+def _check_shape(url: str, rows: np.ndarray, num_classes: int) -> None:
+    if rows.ndim != 2 or rows.dtype.kind != "f":
+        hint = "; classes are not enough, a teacher says how likely each is" if rows.dtype.kind in "iub" else ""
+        raise InputError(
+            f"{url}: predictions are real numbers of shape [rows, classes]; this is {rows.dtype} of shape "
+            f"{[*rows.shape]}{hint}"
+        )
+    if rows.shape[1] != num_classes:
+        raise InputError(f"{url}: {rows.shape[1]} columns; the graph has {num_classes} classes")
+
+
+def _local(url: str) -> Path:
+    """A file that this process can map; a remote one is fetched into the cache."""
+    if storage.is_local(url):
+        return Path(storage.absolute(url))
+    with storage.fetched(url) as file:
+        return Path(file.name)
+
+
+def _raw(url: str, dtype: str, num_classes: int) -> np.ndarray:
+    path = _local(url)
+    row, size = num_classes * np.dtype(dtype).itemsize, path.stat().st_size
+    if not size or size % row:
+        raise InputError(
+            f"{url}: {size:,} bytes are no whole number of rows of {num_classes} {dtype} ({row:,} bytes each) "
+            f"({_KEY}.dtype)"
+        )
+    return np.memmap(path, dtype, "r", shape=(size // row, num_classes))
+
+
+def _npz(url: str, name: str | None) -> np.ndarray:
+    with np.load(_local(url), allow_pickle=False) as archive:
+        return archive[_chosen(url, archive.files, name)]
+
+
+def _torch(url: str, name: str | None) -> np.ndarray:
+    import torch
+
+    found: Any = torch.load(_local(url), map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(found, dict):
+        tensors = [str(key) for key, value in found.items() if isinstance(value, torch.Tensor)]
+        found = found[_chosen(url, tensors, name)]
+    if not isinstance(found, torch.Tensor):
+        raise InputError(f"{url}: holds a {type(found).__name__}, not a tensor or a dictionary of tensors")
+    return (found.float() if found.dtype == torch.bfloat16 else found).detach().numpy()
+
+
+def _chosen(url: str, names: list[str], name: str | None) -> str:
+    if name in names:
+        return name
+    if name is None and len(names) == 1:
+        return names[0]
+    wanted = f"no array '{name}'" if name is not None else "several arrays; say which"
+    raise InputError(f"{url}: {wanted if names else 'no arrays'} ({_KEY}.array); found {', '.join(names) or 'nothing'}")
+
+
+def _parquet(url: str, id_column: str | None) -> tuple[np.ndarray, pa.Array | None]:
+    fs, path = storage.filesystem(url)
+    with fs.open(path, "rb") as file:
+        table = pq.read_table(file)
+    ids = None
+    if id_column is not None:
+        if id_column not in table.column_names:
+            raise InputError(
+                f"{url}: no column '{id_column}' of ids ({_KEY}.id_column); found {', '.join(table.column_names[:10])}"
+            )
+        ids = table.column(id_column).combine_chunks()
+        table = table.drop_columns([id_column])
+    columns = [column.combine_chunks() for column in table.columns]
+    if any(column.null_count for column in columns):
+        raise InputError(f"{url}: some predictions are missing")
+    if len(columns) == 1 and table_files.is_list(columns[0].type):
+        values = columns[0].flatten()
+        return values.to_numpy(zero_copy_only=False).reshape(len(table), -1), ids
+    return np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1), ids

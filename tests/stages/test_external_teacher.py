@@ -1,0 +1,131 @@
+"""A run with a teacher from elsewhere, from its file to a student, in this process."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rbm_dist import storage
+from rbm_dist.config.load import load
+from rbm_dist.config.run import Config
+from rbm_dist.errors import InputError
+from rbm_dist.graph.splits import TEST, TRAIN
+from rbm_dist.graph.store import GraphStore
+from rbm_dist.parallel.mesh import Mesh
+from rbm_dist.runtime.memory_store import make_memory_store
+from rbm_dist.serve.accuracy import hits, student_accuracy
+from rbm_dist.serve.artifact import load_student
+from rbm_dist.stages.evaluate import teacher_classes
+from rbm_dist.stages.external_teacher import look_at_external
+from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.run import Run
+from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.student import train_students
+from rbm_dist.train.student import StudentTraining
+from tests.small_graph import small_graph, write_graph
+
+NODES, CLASSES = 240, 5
+
+
+def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+    worker = make_worker()
+    return [worker(part) for part in parts]
+
+
+def prepared(folder: Path, **external: Any) -> tuple[Config, GraphStore]:
+    """A graph in three parts that share nodes out at random; a teacher that knows the labels, for the first 180."""
+    part_N = np.random.default_rng(4).integers(0, 3, NODES).astype(np.int32)
+    store = write_graph(str(folder), small_graph(), part_N)
+    logits = 4 * np.eye(CLASSES)[small_graph().label] + np.random.default_rng(0).normal(size=(NODES, CLASSES))
+    np.save(folder / "all.npy", logits)
+    np.save(folder / "some.npy", logits[:180])
+    np.save(folder / "ids.npy", np.arange(180))
+    student = {"models": ["rbm"], "hidden": 16, "epochs": 30, "pretrain_epochs": 10, "batch_size": 60, "num_experts": 4}
+    external = {"paths": [str(folder / "all.npy")], "kind": "logits"} | external
+    tree = {"run_dir": str(folder), "teacher": {"external": external}, "student": student}
+    return Config.model_validate(tree | {"partition": {"num_parts": 3}}), store
+
+
+def softened(config: Config) -> set[str]:
+    run = Run(config, config.run_dir, MetricsRecorder())
+    look_at_external(config, run.graph_url, run.path("teacher"))
+    return set(write_soft_labels(run, over_parts))
+
+
+def test_a_student_learns_from_it(tmp_path: Path) -> None:
+    config, store = prepared(tmp_path)
+    assert softened(config) == {f"graph/part-0000{part}/soft.npy" for part in range(3)}
+    assert storage.read_json(f"{tmp_path}/teacher/external.json")["with_rows"] == NODES
+    found = hits(store, teacher_classes(store)).accuracy()
+    assert found["test"] is not None
+    assert found["test"] > 0.9, "each node has its own row"
+    train_students(Mesh.single(), MetricsRecorder(), config, store.url, f"{tmp_path}/student")
+    accuracy = student_accuracy(load_student(f"{tmp_path}/student/rbm"), store)
+    assert accuracy["test"] is not None
+    assert accuracy["test"] > 0.6, "of five classes"
+
+
+def test_who_is_not_taught_is_left_out(tmp_path: Path) -> None:
+    some = {"paths": [str(tmp_path / "some.npy")], "rows": "ids", "ids": str(tmp_path / "ids.npy")}
+    config, store = prepared(tmp_path, **some, missing="labels")
+    names = softened(config)
+    assert "graph/part-00002/taught.npy" in names
+    mesh, cluster = Mesh.single(), config.cluster
+    training = StudentTraining(
+        mesh, MetricsRecorder(), config, store, f"{tmp_path}/student", "mlp",
+        lambda: make_memory_store("in_process", mesh, cluster.collective_timeout_s, 0.9, 0.0, 0.01, None),
+    )  # fmt: skip
+    orig, split = (store.gather(name, np.arange(NODES)) for name in ("orig_id", "split"))
+    expected = np.flatnonzero((orig < 180) | (split == TRAIN))
+    np.testing.assert_array_equal(np.sort(training.batches.ids), expected)
+    assert len(expected) < NODES
+    right = hits(store, teacher_classes(store))
+    share = (orig[split == TEST] < 180).mean()
+    test = right.accuracy()["test"]
+    assert test is not None
+    assert share - 0.1 < test <= share, "who has no row counts as wrong"
+    reset_soft_labels(config.run_dir)
+    assert not list(tmp_path.rglob("taught*"))
+
+
+def test_a_file_that_changes_in_between_is_refused(tmp_path: Path) -> None:
+    config, store = prepared(tmp_path)
+    run = Run(config, config.run_dir, MetricsRecorder())
+    look_at_external(config, store.url, run.path("teacher"))
+    os.utime(tmp_path / "all.npy", (1, 1))
+    with pytest.raises(
+        InputError, match=r"all.npy: was changed after the stage teacher looked at it; delete .*/teacher"
+    ):
+        write_soft_labels(run, over_parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("soft_labels.hidden=true", "soft_labels.hidden: needs a teacher that is trained here, not teacher.external"),
+        ("soft_labels.entropy_change=true", "soft_labels.entropy_change: needs a teacher that is trained here"),
+        ("teacher.calibrate=true", "teacher.calibrate: needs a teacher that is trained here"),
+        ("teacher.external.ids=ids.npy", "teacher.external.ids: means nothing with rows: nodes; set rows: ids"),
+        ("teacher.external.rows=ids", "teacher.external.rows: ids needs teacher.external.ids, or Parquet files"),
+        ("teacher.external.kind=classes", "teacher.external.kind: Input should be 'logits'"),
+        ("teacher.external.paths=[]", "teacher.external.paths: "),
+    ],
+)
+def test_what_cannot_be_had_of_it_is_refused(tmp_path: Path, settings: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: {tmp_path}/run\nteacher: {{external: {{paths: [soft.npy], kind: logits}}}}\n")
+    with pytest.raises(InputError, match=message):
+        load(path, [settings])
+
+
+def test_its_paths_start_at_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        "run_dir: run\nteacher: {external: {paths: [a.npy, s3://b/c.npy], kind: logits}}\n"
+    )
+    external = load("run.yaml", ["teacher.external.rows=ids", "teacher.external.ids=ids.npy"]).teacher.external
+    assert external is not None
+    assert external.paths == (f"{tmp_path}/a.npy", "s3://b/c.npy")
+    assert external.ids == f"{tmp_path}/ids.npy"
