@@ -116,6 +116,10 @@ class SoftLabelsConfig(Section):
         False, description="also store how the teacher's entropy changes under feature noise; `student.objective: krd`"
     )
     hidden: bool = Field(False, description="also store the teacher's last hidden states; for `student.similarity`")
+    store: Literal["float32", "float16", "top_m"] = Field(
+        "float32", description="how probabilities are stored; top_m: those of the likeliest classes, in 4 bytes each"
+    )
+    top_m: Positive = Field(8, description="classes that top_m keeps; the others share the rest evenly")
 
 
 class EncodingsConfig(Section):
@@ -354,6 +358,8 @@ class Config(Section):
             )
         if self.student.objective == "krd" and not self.soft_labels.entropy_change:
             raise ValueError("student.objective: krd needs soft_labels.entropy_change: true")
+        if self.soft_labels.entropy_change and self.soft_labels.store == "top_m":
+            raise ValueError("soft_labels.entropy_change: needs soft_labels.store: float32 or float16, not top_m")
         if self.student.similarity > 0 and not self.soft_labels.hidden:
             raise ValueError("student.similarity: needs soft_labels.hidden: true")
         if self.soft_labels.hidden and len(self.teacher.fanout) < 2:

@@ -19,6 +19,7 @@ from numba import njit
 from rbm_dist import storage
 from rbm_dist.errors import InputError
 from rbm_dist.graph import csc as csc_
+from rbm_dist.graph import soft_rows
 from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.hot_rows import HotRows
 from rbm_dist.graph.quantised import decode
@@ -36,6 +37,9 @@ from rbm_dist.graph.shards import (
 
 # Checked when they are used: arrays that have not one row per node.
 _NOT_BY_NODE = ("indptr", "indices", *SPARSE_FEAT)
+
+SOFT = "soft"
+"""The teacher's class distributions, which may be stored in fewer bytes; see `soft_rows.py`."""
 
 StoredRows: TypeAlias = np.ndarray | sp.csr_array
 """Rows of an array, as they are stored: sparse features are a CSR matrix."""
@@ -142,13 +146,17 @@ class GraphStore:
         return self._arrays[name, part]
 
     def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory; `feat` as float32.
+        """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory.
+
+        `feat` and `soft` are float32, however they are stored.
 
         Raises `ValueError` if an id is out of range.
         """
         rows = self.stored_rows(name, ids)
         if not isinstance(rows, np.ndarray):
             return rows.toarray()
+        if name == SOFT:
+            return soft_rows.decode(rows, self.num_classes)
         return decode(rows, self._feat_scale) if name == "feat" else rows
 
     def stored_rows(self, name: str, ids: np.ndarray) -> StoredRows:
@@ -176,9 +184,13 @@ class GraphStore:
 
     def width(self, names: tuple[str, ...]) -> int:
         """The number of columns of `inputs`."""
-        return sum(
-            self.num_features if name == "feat" else self.array(name, self._some_part).shape[1] for name in names
-        )
+        return sum(self._width(name) for name in names)
+
+    def _width(self, name: str) -> int:
+        if name == "feat":
+            return self.num_features
+        array = self.array(name, self._some_part)
+        return self.num_classes if name == SOFT and array.dtype == np.uint16 else array.shape[1]
 
     def sample(self, seeds: np.ndarray, fanout: tuple[int, ...], key: int) -> Sample:
         """Sample the neighbourhood of some nodes over all parts; see `Sampler.sample`."""

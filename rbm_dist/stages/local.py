@@ -20,7 +20,7 @@ from rbm_dist.config.run import ClusterConfig, Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.encodings import encode_in_process
 from rbm_dist.graph.splits import VAL
-from rbm_dist.graph.store import GraphStore
+from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
@@ -115,7 +115,7 @@ def prepare(config: Config, url: str) -> dict[str, Any]:
     write_soft_labels(run, _over_parts)
     store = GraphStore.open(run.graph_url)
     encode_in_process(store, config.encodings, config.seed)
-    highest = np.concatenate([store.array("soft", part).max(axis=1) for part in range(store.num_parts)])
+    highest = np.concatenate([store.gather(SOFT, store.ids(part)).max(axis=1) for part in range(store.num_parts)])
     figures = {**hits(store, teacher_classes(store)).accuracy(), "confidence": float(highest.mean())}
     storage.write_json(figures_url, figures)
     return figures

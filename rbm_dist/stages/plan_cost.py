@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from rbm_dist.config.run import Config
+from rbm_dist.graph.soft_rows import layout
 from rbm_dist.serve.specialisation import LOADED_NODES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_memory as memory
@@ -89,8 +90,9 @@ class Costs:
 
     def soft_labels(self) -> tuple[float, ...]:
         facts, settings, config = self.facts, self.config.soft_labels, self.config
-        columns = facts.num_classes + settings.entropy_change + settings.hidden * config.teacher.hidden
-        kept, written = 4 * facts.num_nodes * columns, 4 * facts.num_nodes * columns
+        dtype, width = layout(settings.store, settings.top_m, facts.num_classes)
+        row = dtype.itemsize * width + 4 * (settings.entropy_change + settings.hidden * config.teacher.hidden)
+        kept = written = facts.num_nodes * row
         if config.teacher.external is not None:
             return written, kept, kept + self._predictions(), 0
         if settings.inference == "exact":  # the layers between, once more with noise

@@ -21,7 +21,8 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.shards import part_name
-from rbm_dist.graph.store import GraphStore
+from rbm_dist.graph.soft_rows import encode, layout
+from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.models.sage import Sage, build_teacher
 from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.randomness.bits import generator, key
@@ -35,7 +36,7 @@ from rbm_dist.stages.run import Files, Run
 from rbm_dist.train.external_teacher import TAUGHT, leaves_out
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
 
-SOFT, HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "soft", "hidden", "entropy_change", "noisy_soft"
+HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "hidden", "entropy_change", "noisy_soft"
 ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
 AVERAGED_ROWS = 16_384  # nodes whose in-neighbours are averaged at a time
@@ -48,7 +49,7 @@ OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
 
 
 def run_soft_labels(run: Run) -> Files:
-    """Write the float32 arrays `soft` `[N, C]` and, if configured, `entropy_change` `[N]` and `hidden` `[N, H]`."""
+    """Write the array `soft` (`[N, C]`, see `soft_rows`); if configured, `entropy_change` `[N]` and `hidden` `[N, H]`."""
     with shard_servers(run.config.cluster, run.graph_url) as servers:
         return write_soft_labels(run, _by_actors, servers)
 
@@ -136,6 +137,7 @@ def _make_worker(
 ) -> Callable[[int], storage.FileInfo]:  # fmt: skip
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
+    settings = config.soft_labels
     store = open_graph(graph_url, config.teacher.sampler, servers)
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
     model: Any
@@ -152,7 +154,7 @@ def _make_worker(
             for compute in batches:
                 with torch.no_grad():
                     rows = compute(model).cpu().numpy()
-                yield rows
+                yield encode(rows, settings.store, settings.top_m) if name == SOFT else rows
                 reporter.add(f"soft labels: {name}", len(rows), store.num_nodes, "nodes")
 
     def fill(part: int) -> storage.FileInfo:
@@ -165,9 +167,11 @@ def _make_worker(
             ids = rng.permutation(store.ids(part))
             steps = [[ids[start : start + batch]] for start in range(0, len(ids), batch)]
             keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
-        shapes = {SOFT: (store.num_classes,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: (), TAUGHT: ()}
+        dtype, width = layout(settings.store, settings.top_m, store.num_classes)
+        shapes = {SOFT: (width,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: (), TAUGHT: ()}
         with closing(chunks(part)) as rows:  # a disk that is full, say, leaves no thread behind
-            return store.write_part(name, part, np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,)), rows)
+            dtype = dtype if name == SOFT else np.dtype(np.float32)
+            return store.write_part(name, part, dtype, shapes.get(name, (config.teacher.hidden,)), rows)
 
     return fill
 

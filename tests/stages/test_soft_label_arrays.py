@@ -17,6 +17,7 @@ import torch
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
+from rbm_dist.graph.soft_rows import decode, encode
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.sage import Sage, build_teacher
 from rbm_dist.randomness.bits import key
@@ -203,3 +204,20 @@ def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
     run, _ = prepare(tmp_path, GRAPHS["dense"], 2, 2, hidden=False, entropy_change=False)
     listed = write_soft_labels(run, over_parts)
     assert set(listed) == {"graph/part-00000/soft.npy", "graph/part-00001/soft.npy"}
+
+
+@pytest.mark.parametrize(("store", "size"), [("float16", 2 * 5), ("top_m", 4 * 3)])
+@pytest.mark.parametrize("inference", ["exact", "sampled"])
+def test_fewer_bytes_say_nearly_the_same(tmp_path: Path, inference: str, store: str, size: int) -> None:
+    settings = {"inference": inference, "entropy_change": False, "top_m": 3}
+    found = {}
+    for each in ("float32", store):
+        run, _ = prepare(tmp_path / each, GRAPHS["dense"], 3, 2, **settings, store=each)
+        write_soft_labels(run, over_parts)
+        graph = GraphStore.open(run.graph_url)
+        assert graph.width(("soft",)) == 5
+        found[each] = graph.gather("soft", np.arange(240))
+    stored = graph.array("soft", 0)
+    assert stored.dtype.itemsize * stored.shape[1] == size
+    np.testing.assert_array_equal(found[store], decode(encode(found["float32"], store, 3), 5))
+    np.testing.assert_array_equal(found[store].argmax(1), found["float32"].argmax(1))
