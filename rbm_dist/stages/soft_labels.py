@@ -49,7 +49,7 @@ OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
 
 
 def run_soft_labels(run: Run) -> Files:
-    """Write the array `soft` (`[N, C]`, see `soft_rows`); if configured, `entropy_change` `[N]` and `hidden` `[N, H]`."""
+    """Write the array `soft` (`[N, C]`, see `soft_rows`); if configured, `entropy_change` `[N]`, `hidden` `[N, H]`."""
     with shard_servers(run.config.cluster, run.graph_url) as servers:
         return write_soft_labels(run, _by_actors, servers)
 
