@@ -27,6 +27,7 @@ _WHY = (
 )
 
 _EXPERTS = 16  # whose shares are shown
+_UNCALIBRATED, _AT_ODDS = 0.1, 0.5  # calibration error and disagreement of soft labels that are warned about
 _WORST = 3  # classes that are named
 _NAME = 20  # characters of a class that are shown
 _SHORT = 10  # where three of them share a line
@@ -87,6 +88,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     best = max(baselines, key=lambda name: baselines[name]["val"], default=None)
     if best and results["teacher"]["val"] <= baselines[best]["val"]:
         lines.append(_NO_BETTER.format(NAMES[best]) + _WHY * (not results.get("teacher_is_external")))
+    lines += _soft_labels(results)
     lines += _worst_classes(results)
     mixture = results["students"].get("rbm", {}).get("mixture")  # a run of an earlier version has none
     if mixture:
@@ -97,6 +99,29 @@ def notes(results: dict[str, Any]) -> list[str]:
                 f"On validation the RbM is not ahead of the MLP ({percent(rbm['val'])}, {percent(mlp['val'])}): "
                 "its experts do not earn their place here; serve the MLP."
             )
+    return lines
+
+
+def _soft_labels(results: dict[str, Any]) -> list[str]:
+    """How sure, how right and how much at odds with neighbours the soft labels are; and what to change if they are."""
+    found = results.get("soft_labels")  # a run of an earlier version has none
+    if not found:
+        return []
+    line = (
+        f"soft labels: {percent(found['confidence'])} sure and {percent(results['teacher']['val'])} right on "
+        f"validation, calibration error {percent(found['calibration_error'])}"
+    )
+    if found["disagreement"] is not None:
+        line += f"; of {percent(found['disagreement'])} of nodes another class than of their neighbours' mean"
+    lines = [line]
+    if found["calibration_error"] > _UNCALIBRATED:
+        key = "student.temperature" if results.get("teacher_is_external") else "teacher.calibrate: true"
+        lines.append(f"The teacher is not as right as it is sure: students take over its mistakes; try {key}.")
+    if (found["disagreement"] or 0.0) > _AT_ODDS:
+        lines.append(
+            "Neighbours mostly disagree with a node: what smooths over edges (encodings.label_propagation, "
+            "student.krd.neighbours: all) will hurt."
+        )
     return lines
 
 

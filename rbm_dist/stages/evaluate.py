@@ -28,6 +28,7 @@ from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
+from rbm_dist.serve import soft_label_figures
 from rbm_dist.serve.accuracy import EVALUATED, Classes, Hits, hits, student_classes
 from rbm_dist.serve.artifact import load_mixture, load_student, load_weights
 from rbm_dist.serve.frozen import freeze
@@ -46,7 +47,7 @@ _MIXTURE = "mixture/"  # before the names of an RbM's variants, among those of a
 Baselines = tuple[int, FeatureRegression]
 """The most frequent class, and the regression."""
 Counts = dict[str, Any]
-"""Of a part, ready for JSON: evaluated nodes (`rows`) and by model the `right` ones, by split and class; `experts`."""
+"""Of a part, for JSON: evaluated nodes (`rows`), by model the `right` ones, by split and class; `experts`; `soft`."""
 
 
 def run_evaluate(run: Run) -> Files:
@@ -95,6 +96,7 @@ def make_counter(
             "rows": found["teacher"].rows_SC.tolist(),
             "right": {name: each.right_SC.tolist() for name, each in found.items()},
             "experts": [rows_E.tolist() for rows_E in rows_ME],
+            "soft": soft_label_figures.count(store, part),
         }
 
     def counter(part: int) -> Counts:
@@ -117,6 +119,7 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         "baselines": {name: found[name].accuracy() for name in ("majority", "regression")},
         "teacher": found["teacher"].accuracy(),
         "teacher_is_external": config.teacher.external is not None,
+        "soft_labels": soft_label_figures.figures(part["soft"] for part in counts),
         "students": {kind: found[kind].accuracy() for kind in students},
     }
     if "rbm" in students:
