@@ -15,7 +15,7 @@ from rbm_dist.graph import quantised
 from rbm_dist.graph.sampler import Sample
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage, build_teacher
+from rbm_dist.models.gnn import Gnn, build_teacher
 from rbm_dist.serve.accuracy import hits
 from rbm_dist.train.sampled_rows import read_sample, sample_logits
 
@@ -48,7 +48,7 @@ def teachers(config: Config, store: GraphStore, url: str, budget_s: float) -> It
             "test": hits(store, lambda ids, call=call: _in_batches(call, ids).argmax(1), (TEST,)).accuracy()["test"],
             "bytes": size,
             "bytes_with_graph": size + graph,
-            "multiply_adds": float(np.mean([_sage_multiply_adds(model, each, used) for each in samples])),
+            "multiply_adds": float(np.mean([_gnn_multiply_adds(model, each, used) for each in samples])),
             "bytes_read": read + size,
             **microseconds(call, _node_batches(store), budget_s),
         }
@@ -56,7 +56,7 @@ def teachers(config: Config, store: GraphStore, url: str, budget_s: float) -> It
     yield {"model": "teacher, its samples alone"} | microseconds(sample_only, _node_batches(store), budget_s)
 
 
-def _teacher_logits(model: Sage, store: GraphStore, fanout: tuple[int, ...], ids: np.ndarray) -> np.ndarray:
+def _teacher_logits(model: Gnn, store: GraphStore, fanout: tuple[int, ...], ids: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return sample_logits(model, store, ids, fanout, KEY, training=False).numpy()
 
@@ -116,8 +116,8 @@ def _stored(name: str, weights: Weights, matrices: list[str]) -> tuple[int, dict
     return len(save_tensors(weights)), used
 
 
-def _sage_multiply_adds(model: Sage, sample: Sample, used: dict[str, float]) -> float:
-    """Of one sampled neighbourhood: products as `Sage` orders them, and an addition per edge and value."""
+def _gnn_multiply_adds(model: Gnn, sample: Sample, used: dict[str, float]) -> float:
+    """Of one sampled neighbourhood: products as `Gnn` orders them, and an addition per edge and value."""
     total = 0.0
     for layer, conv in enumerate(model.convs):
         hops = model.num_layers - layer

@@ -23,7 +23,7 @@ from benchmarks.report import Row, main, seconds
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import build_teacher
+from rbm_dist.models.gnn import build_teacher
 from rbm_dist.serve.artifact import load_weights, save_weights
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.partition import write_graph

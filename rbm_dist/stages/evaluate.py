@@ -21,7 +21,7 @@ from rbm_dist.graph.sampler_backends import make_sampler
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import build_teacher
+from rbm_dist.models.gnn import build_teacher
 from rbm_dist.models.student import Student
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word

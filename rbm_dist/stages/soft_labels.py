@@ -23,7 +23,7 @@ from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.soft_rows import encode, layout
 from rbm_dist.graph.store import SOFT, GraphStore
-from rbm_dist.models.sage import Sage, build_teacher
+from rbm_dist.models.gnn import Gnn, build_teacher
 from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word
@@ -213,7 +213,7 @@ def _entropy_change(
         return lambda model: (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
     sampled, noise_key = _read_sampled(config, store, ids, device), key(config.seed, Word.SOFT_LABEL_NOISE)
 
-    def compute(model: Sage) -> torch.Tensor:
+    def compute(model: Gnn) -> torch.Tensor:
         noisy_nC = states(model, sampled, noise_key=noise_key)[0].softmax(1).cpu()
         return (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
 
@@ -236,7 +236,7 @@ def _exact_layer(
         torch.from_numpy(rows) for rows in (mean_of_neighbours(store, before, ids), store.gather(before, ids))
     )
 
-    def compute(model: Sage) -> torch.Tensor:
+    def compute(model: Gnn) -> torch.Tensor:
         return _states_or_soft(model, layer, model.layer_of_means(layer, own_nD.to(device), mean_nD.to(device)))
 
     return compute
@@ -248,7 +248,7 @@ def _exact_gathered(
     """The first layer, of all in-neighbours' features as they are."""
     sampled = read_sample(store, ids, (-1,), key(0), device)
 
-    def compute(model: Sage) -> torch.Tensor:
+    def compute(model: Gnn) -> torch.Tensor:
         rows_nD, neighbourhood = sampled.to(device)
         if noise:
             rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, Word.SOFT_LABEL_NOISE))
@@ -257,7 +257,7 @@ def _exact_gathered(
     return compute
 
 
-def _states_or_soft(model: Sage, layer: int, out_nO: torch.Tensor) -> torch.Tensor:
+def _states_or_soft(model: Gnn, layer: int, out_nO: torch.Tensor) -> torch.Tensor:
     return out_nO.softmax(1) if layer == model.num_layers - 1 else out_nO
 
 

@@ -12,7 +12,7 @@ import torch
 from rbm_dist.config.run import Config
 from rbm_dist.graph.presampling import fill_hot
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Neighbourhood, Sage
+from rbm_dist.models.gnn import Gnn, Neighbourhood
 from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
 from rbm_dist.randomness.bits import key
 from rbm_dist.randomness.rows import derive_keys, keyed_normal
@@ -65,7 +65,7 @@ def read_sample(
 
 
 def states(
-    model: Sage, sampled: SampledRows, training: bool = False, noise_key: int | None = None
+    model: Gnn, sampled: SampledRows, training: bool = False, noise_key: int | None = None
 ) -> tuple[torch.Tensor, Rows]:
     """Logits of the seeds, `[seeds, classes]`, and their states before the last layer, `[seeds, H]`.
 
@@ -78,7 +78,7 @@ def states(
 
 
 def sample_logits(
-    model: Sage, store: GraphStore, seeds: np.ndarray, fanout: tuple[int, ...], sample_key: int, training: bool
+    model: Gnn, store: GraphStore, seeds: np.ndarray, fanout: tuple[int, ...], sample_key: int, training: bool
 ) -> torch.Tensor:
     """Logits of some nodes from their sampled neighbourhood, `[len(seeds), classes]`; nothing is done ahead."""
     device = next(model.parameters()).device

@@ -16,7 +16,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage, build_teacher
+from rbm_dist.models.gnn import Gnn, build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
@@ -35,7 +35,7 @@ Labelled = tuple[SampledRows, Tensor]
 
 def trained_teacher(
     mesh: Mesh, listener: Listener, config: Config, store: GraphStore, url: str, token: int = 0
-) -> Sage:  # fmt: skip
+) -> Gnn:  # fmt: skip
     """The teacher with the weights of its best epoch. Goes on from the last checkpoint below `url`.
 
     Every rank calls it, with its own store. `token`: of the run's owner. Raises `Left` when ordered to leave.
@@ -71,7 +71,7 @@ class _TeacherTask:
     name = "teacher"
 
     def __init__(
-        self, mesh: Mesh, config: Config, store: GraphStore, model: Sage, training: PartBatches, validation: PartBatches
+        self, mesh: Mesh, config: Config, store: GraphStore, model: Gnn, training: PartBatches, validation: PartBatches
     ):
         self._mesh, self._config, self._store, self._model = mesh, config, store, model
         self._training, self._validation = training, validation

@@ -19,7 +19,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.soft_rows import decode, encode
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import Sage, build_teacher
+from rbm_dist.models.gnn import Gnn, build_teacher
 from rbm_dist.randomness.bits import key
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph
@@ -48,7 +48,7 @@ def prepare(
     features: str = "float32",
     norm: str = "none",
     **soft_labels: Any,
-) -> tuple[Run, Sage]:
+) -> tuple[Run, Gnn]:
     """A graph and a teacher whose weights are no longer small; node ids are the input's, however it is cut."""
     part_N = np.arange(graph.csc.num_nodes) * num_parts // graph.csc.num_nodes
     store = write_graph(str(url), graph, part_N.astype(np.int32), features)
@@ -74,7 +74,7 @@ def written(run: Run) -> dict[str, np.ndarray]:
     return {name: store.gather(name, np.arange(store.num_nodes)) for name in NAMES}
 
 
-def dense_states(graph: SourceGraph, teacher: Sage, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def dense_states(graph: SourceGraph, teacher: Gnn, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class probabilities and last hidden states of all nodes."""
     csc = graph.csc
     mean = sp.csr_array((np.ones(csc.num_edges), csc.indices, csc.indptr), shape=(csc.num_nodes, csc.num_nodes))

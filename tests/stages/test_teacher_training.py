@@ -16,7 +16,7 @@ from rbm_dist.errors import InputError
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sage import build_teacher
+from rbm_dist.models.gnn import build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.serve.artifact import load_weights

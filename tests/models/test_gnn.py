@@ -6,7 +6,7 @@ import scipy.sparse as sp
 import torch
 
 from rbm_dist.graph.sampler import NumbaSampler
-from rbm_dist.models.sage import Neighbourhood, Sage, init_sage
+from rbm_dist.models.gnn import Gnn, Neighbourhood, init_gnn
 from tests.small_graph import small_graph
 
 
@@ -25,16 +25,16 @@ def graph() -> tuple[NumbaSampler, torch.Tensor, sp.csr_array]:
     return NumbaSampler({0: csc}, np.array([0, csc.num_nodes])), torch.from_numpy(feat), mean
 
 
-def make_model(norm: str) -> Sage:
+def make_model(norm: str) -> Gnn:
     """A teacher whose norm is not at its start."""
-    model = init_sage(12, 16, 5, num_layers=2, dropout=0.5, seed=0, norm=norm).eval()
+    model = init_gnn(12, 16, 5, num_layers=2, dropout=0.5, seed=0, norm=norm).eval()
     rng = torch.Generator().manual_seed(1)
     for tensor in model.norms.parameters():
         tensor.data = torch.rand(tensor.shape, generator=rng) + 0.5
     return model
 
 
-def normalised(model: Sage, norm: str, x: np.ndarray) -> np.ndarray:
+def normalised(model: Gnn, norm: str, x: np.ndarray) -> np.ndarray:
     if norm == "none":
         return x
     state = {name: tensor.detach().numpy() for name, tensor in model.norms[0].state_dict().items()}
@@ -42,7 +42,7 @@ def normalised(model: Sage, norm: str, x: np.ndarray) -> np.ndarray:
     return x * state["weight"] + state["bias"]
 
 
-def dense_layer(model: Sage, layer: int, x: np.ndarray, mean: sp.csr_array, norm: str) -> np.ndarray:
+def dense_layer(model: Gnn, layer: int, x: np.ndarray, mean: sp.csr_array, norm: str) -> np.ndarray:
     conv = model.convs[layer]
     out = (mean @ x) @ conv.lin_l.weight.detach().numpy().T + conv.lin_l.bias.detach().numpy()
     out = out + x @ conv.lin_r.weight.detach().numpy().T

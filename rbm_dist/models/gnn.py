@@ -24,7 +24,7 @@ class Neighbourhood:
     edges_per_hop: list[int]
 
 
-class Sage(nn.Module):
+class Gnn(nn.Module):
     """One `SAGEConv` per hop; norm, ReLU and dropout between layers."""
 
     def __init__(
@@ -92,18 +92,18 @@ def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:
     return mean_nO + conv.lin_l.bias + matmul(x_sD[:num_dst], conv.lin_r.weight.T.contiguous())
 
 
-def init_sage(
+def init_gnn(
     num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int, norm: str = "none"
-) -> Sage:
+) -> Gnn:
     """A teacher with seeded weights, the same on every rank, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Sage(num_features, hidden, num_classes, num_layers, dropout, norm)
+        return Gnn(num_features, hidden, num_classes, num_layers, dropout, norm)
 
 
-def build_teacher(config: Config, num_features: int, num_classes: int) -> Sage:
+def build_teacher(config: Config, num_features: int, num_classes: int) -> Gnn:
     """The untrained teacher of a configuration; equal on every rank."""
     teacher = config.teacher
-    return init_sage(
+    return init_gnn(
         num_features, teacher.hidden, num_classes, len(teacher.fanout), teacher.dropout, config.seed, teacher.norm
     )
