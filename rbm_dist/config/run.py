@@ -6,7 +6,7 @@ identity.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rbm_dist.config.fields import NUMBER, Count, Fanout, Fraction, Positive, Rate, Section, Share, Weight
 from rbm_dist.config.source import DigitsConfig, SourceConfig
@@ -84,12 +84,33 @@ class ExternalTeacherConfig(Section):
         return self
 
 
+MEAN = "sage"
+"""The convolution that averages in-neighbours, which the store does in exact inference."""
+CONVS = {MEAN: "GraphSAGE", "sage_max": "GraphSAGE, max", "gat": "GAT", "gatv2": "GATv2"}
+"""Convolutions by name, and what people call them."""
+
+
+class Arguments(BaseModel):
+    """What a class of the user's is made with: any names, plain values."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, bool | int | float | str]
+
+
 class TeacherConfig(TrainingConfig):
-    """GraphSAGE, one layer per entry of `fanout`; or `external`."""
+    """A GNN, one layer per entry of `fanout`; or `external`."""
 
     external: ExternalTeacherConfig | None = Field(
         None, description="predictions of a model elsewhere; nothing is trained, and all other keys mean nothing"
     )
+    conv: str = Field(
+        MEAN,
+        description="sage | sage_max | gat | gatv2, or module:Class of any layer that is made and called as PyG's are: "
+        "Class(inputs, outputs, **arguments)((x_sources, x_destinations), edge_index)",
+    )
+    heads: Positive = Field(4, description="of gat and gatv2; divides hidden")
+    arguments: Arguments = Field(Arguments(), description="further ones of module:Class, by name")
+    residual: bool = Field(False, description="inner layers add their input, mapped where widths differ")
     hidden: Positive = 128
     sampler: Literal["numba", "pyg_lib", "torch_sparse"] = Field(
         "numba", description="the sampling kernel of all stages"
@@ -104,6 +125,16 @@ class TeacherConfig(TrainingConfig):
     select: Literal["loss", "accuracy"] = Field("loss", description="what the kept epoch is best at, on validation")
     patience: Positive | None = Field(None, description="stop after so many epochs without a better one")
     calibrate: bool = Field(False, description="scale the logits by the temperature that fits validation best")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.conv not in CONVS and not all(self.conv.partition(":")):
+            raise ValueError(f"teacher.conv: '{self.conv}' is none of {', '.join(CONVS)}, nor of the form module:Class")
+        if self.conv in ("gat", "gatv2") and self.hidden % self.heads:
+            raise ValueError(f"teacher.heads: {self.heads} does not divide teacher.hidden: {self.hidden}")
+        if self.conv in CONVS and self.arguments.model_dump():
+            raise ValueError(f"teacher.arguments: are for a module:Class as teacher.conv, not for {self.conv}")
+        return self
 
 
 class SoftLabelsConfig(Section):

@@ -1,16 +1,19 @@
-"""The teacher: GraphSAGE (Hamilton et al., 2017) with mean aggregation, on sampled neighbourhoods or layer by layer."""
+"""The teacher: convolutions of PyG, first of all GraphSAGE's (Hamilton et al., 2017), on samples or layer by layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rbm_dist.config.run import Config
+from rbm_dist.config.run import MEAN, Config
+from rbm_dist.errors import InputError
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.keyed_dropout import keyed_dropout
-from rbm_dist.moe.sparse_rows import Rows, matmul
+from rbm_dist.moe.sparse_rows import Rows, dense, matmul
 from rbm_dist.randomness.rows import derive_keys
 
 
@@ -25,19 +28,25 @@ class Neighbourhood:
 
 
 class Gnn(nn.Module):
-    """One `SAGEConv` per hop; norm, ReLU and dropout between layers."""
+    """A convolution per hop; norm, ReLU and dropout between layers.
+
+    With `residual`, inner layers add their input, mapped where widths differ. See `make_conv` for `conv`.
+    """
 
     def __init__(
-        self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, norm: str = "none"
-    ):
-        # Imported here: it takes seconds, and only who builds a teacher needs it.
-        from torch_geometric.nn import SAGEConv
-
+        self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, norm: str = "none",
+        conv: str = MEAN, arguments: Mapping[str, Any] | None = None, residual: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        widths = [num_features, *[hidden] * (num_layers - 1), num_classes]
-        self.convs = nn.ModuleList(SAGEConv(d, o, aggr="mean") for d, o in pairwise(widths))
-        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(num_layers - 1))
-        self.dropout = dropout
+        widths = list(pairwise([num_features, *[hidden] * (num_layers - 1), num_classes]))
+        last = num_layers - 1
+        self.convs = nn.ModuleList(
+            make_conv(conv, d, o, at == last, arguments or {}) for at, (d, o) in enumerate(widths)
+        )
+        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(last))
+        inner = widths[:last] if residual else []
+        self.residuals = nn.ModuleList(nn.Identity() if d == o else nn.Linear(d, o, bias=False) for d, o in inner)
+        self.dropout, self._averages = dropout, conv == MEAN
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))  # of the logits; set by calibration
 
@@ -69,16 +78,26 @@ class Gnn(nn.Module):
         """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them."""
         if layer > 0:
             x_sD = keyed_dropout(x_sD, key_s, self.dropout)
-        return self._after(layer, _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m))
+        if self._averages:
+            out_nO = _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m)
+        else:
+            x_sD = dense(x_sD)
+            out_nO = self.convs[layer]((x_sD, x_sD[:num_dst]), edge_2m)
+        return self._after(layer, out_nO, x_sD[:num_dst])
 
     def layer_of_means(self, layer: int, x_nD: Tensor, mean_nD: Tensor) -> Tensor:
-        """As `layer`, in evaluation, of nodes whose in-neighbours' mean state is known."""
+        """As `layer`, in evaluation, of nodes whose in-neighbours' mean state is known; of the convolution `MEAN`."""
         conv: Any = self.convs[layer]
-        return self._after(layer, conv.lin_l(mean_nD) + conv.lin_r(x_nD))
+        return self._after(layer, conv.lin_l(mean_nD) + conv.lin_r(x_nD), x_nD)
 
-    def _after(self, layer: int, out_nO: Tensor) -> Tensor:
+    def _after(self, layer: int, out_nO: Tensor, x_nD: Rows) -> Tensor:
         if layer == self.num_layers - 1:
             return out_nO / self.temperature
+        if self.residuals:
+            mapped = self.residuals[layer]
+            out_nO = out_nO + (
+                matmul(x_nD, mapped.weight.T.contiguous()) if isinstance(mapped, nn.Linear) else dense(x_nD)
+            )
         return self.norms[layer](out_nO).relu()
 
 
@@ -92,18 +111,48 @@ def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:
     return mean_nO + conv.lin_l.bias + matmul(x_sD[:num_dst], conv.lin_r.weight.T.contiguous())
 
 
-def init_gnn(
-    num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, seed: int, norm: str = "none"
-) -> Gnn:
-    """A teacher with seeded weights, the same on every rank, without touching the global generator."""
+def make_conv(name: str, inputs: int, outputs: int, last: bool, arguments: Mapping[str, Any]) -> nn.Module:
+    """A layer that is called as PyG's are on bipartite graphs: `conv((x_sources, x_destinations), edge_index)`.
+
+    name: one of `CONVS`, or `module:Class` for `Class(inputs, outputs, **arguments)`. Heads of `gat` and `gatv2` are
+    joined, those of the last layer averaged. Raises `InputError` for a class that is not there or is another thing.
+    """
+    # Imported here: it takes seconds, and only who builds a teacher needs it.
+    from torch_geometric.nn import GATConv, GATv2Conv, SAGEConv
+
+    if name in ("sage", "sage_max"):
+        return SAGEConv(inputs, outputs, aggr="max" if name == "sage_max" else "mean")
+    if name in ("gat", "gatv2"):
+        heads = arguments["heads"]
+        kind = GATConv if name == "gat" else GATv2Conv
+        return kind(inputs, outputs if last else outputs // heads, heads=heads, concat=not last)
+    module, _, attribute = name.partition(":")
+    try:
+        conv = getattr(import_module(module), attribute)(inputs, outputs, **arguments)
+        of_two = conv((torch.zeros(2, inputs), torch.zeros(1, inputs)), torch.tensor([[0, 1], [0, 0]]))
+        shape = [*of_two.shape]
+    except Exception as error:  # whatever a class of the user's raises
+        raise InputError(
+            f"teacher.conv: {name} with {inputs} inputs, {outputs} outputs and teacher.arguments, called on two "
+            f"sources and one destination: {type(error).__name__}: {error}. Its module must be importable on every host"
+        ) from None
+    if shape != [1, outputs]:
+        raise InputError(f"teacher.conv: {name}: gave {shape} for one destination, expected [1, {outputs}]")
+    return conv
+
+
+def init_gnn(*arguments: Any, seed: int, **more: Any) -> Gnn:
+    """A `Gnn` with seeded weights, the same on every rank, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Gnn(num_features, hidden, num_classes, num_layers, dropout, norm)
+        return Gnn(*arguments, **more)
 
 
 def build_teacher(config: Config, num_features: int, num_classes: int) -> Gnn:
-    """The untrained teacher of a configuration; equal on every rank."""
+    """The untrained teacher of a configuration; equal on every rank. Raises `InputError`, see `make_conv`."""
     teacher = config.teacher
+    attention = teacher.conv in ("gat", "gatv2")
     return init_gnn(
-        num_features, teacher.hidden, num_classes, len(teacher.fanout), teacher.dropout, config.seed, teacher.norm
-    )
+        num_features, teacher.hidden, num_classes, len(teacher.fanout), teacher.dropout, teacher.norm, teacher.conv,
+        {"heads": teacher.heads} if attention else teacher.arguments.model_dump(), teacher.residual, seed=config.seed,
+    )  # fmt: skip

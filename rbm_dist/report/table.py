@@ -6,10 +6,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rbm_dist.config.run import CONVS, MEAN
+
 NAMES = {
     "majority": "majority class",
     "regression": "logistic regression",
-    "teacher": "teacher (GraphSAGE)",
     "mlp": "MLP (GLNN)",
     "mlp_x2": "MLP × 2",
     "mlp_x4": "MLP × 4",
@@ -23,7 +24,7 @@ _NO_BETTER = "On validation the teacher is no better than the baseline '{}': stu
 _WHY = (
     " Its features may have a scale that it cannot learn from (source.normalize, teacher.norm, teacher.weight_decay), "
     "its training may be too short (teacher.epochs, teacher.lr), or edges mostly join nodes of different classes, "
-    "which GraphSAGE averages away: then the baseline is the better choice."
+    "which a GNN averages away: then the baseline is the better choice."
 )
 
 _EXPERTS = 16  # whose shares are shown
@@ -52,8 +53,9 @@ def models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def shown_name(model: str, results: dict[str, Any]) -> str:
     """A model's name for people."""
-    if model == "teacher" and results.get("teacher_is_external"):
-        return "teacher (external)"
+    if model == "teacher":
+        conv = results.get("teacher_model", MEAN)  # a run of an earlier version has none
+        return f"teacher ({CONVS.get(conv, conv.rpartition(':')[2])})"
     merged = models(results)[model].get("mixture", {}).get("merged")
     return NAMES.get(model, model) + (", as an MLP" if merged else "")
 
@@ -87,7 +89,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     baselines = results.get("baselines", {})
     best = max(baselines, key=lambda name: baselines[name]["val"], default=None)
     if best and results["teacher"]["val"] <= baselines[best]["val"]:
-        lines.append(_NO_BETTER.format(NAMES[best]) + _WHY * (not results.get("teacher_is_external")))
+        lines.append(_NO_BETTER.format(NAMES[best]) + _WHY * (results.get("teacher_model") != "external"))
     lines += _soft_labels(results)
     lines += _worst_classes(results)
     mixture = results["students"].get("rbm", {}).get("mixture")  # a run of an earlier version has none
@@ -115,7 +117,7 @@ def _soft_labels(results: dict[str, Any]) -> list[str]:
         line += f"; of {percent(found['disagreement'])} of nodes another class than of their neighbours' mean"
     lines = [line]
     if found["calibration_error"] > _UNCALIBRATED:
-        key = "student.temperature" if results.get("teacher_is_external") else "teacher.calibrate: true"
+        key = "student.temperature" if results.get("teacher_model") == "external" else "teacher.calibrate: true"
         lines.append(f"The teacher is not as right as it is sure: students take over its mistakes; try {key}.")
     if (found["disagreement"] or 0.0) > _AT_ODDS:
         lines.append(

@@ -118,7 +118,7 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         "classes": _classes(store.class_names, models),
         "baselines": {name: found[name].accuracy() for name in ("majority", "regression")},
         "teacher": found["teacher"].accuracy(),
-        "teacher_is_external": config.teacher.external is not None,
+        "teacher_model": "external" if config.teacher.external is not None else config.teacher.conv,
         "soft_labels": soft_label_figures.figures(part["soft"] for part in counts),
         "students": {kind: found[kind].accuracy() for kind in students},
     }

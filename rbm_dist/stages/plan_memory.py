@@ -7,7 +7,7 @@ line of the code that it names. Tests compare them with measurements.
 import itertools
 import math
 
-from rbm_dist.config.run import Config
+from rbm_dist.config.run import MEAN, Config
 from rbm_dist.config.source import OgbConfig, SyntheticConfig, TablesConfig
 from rbm_dist.graph import partition
 from rbm_dist.graph.propagate import _BYTES as PROPAGATED_BYTES
@@ -137,7 +137,7 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     teacher = config.teacher
     seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
     nodes, edges, inner = sampled(facts, seeds, teacher.fanout)
-    narrow, mapped = min(facts.num_features, teacher.hidden), facts.num_features > teacher.hidden
+    narrow, mapped = _messages(config, facts)
     messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
     states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)
     ids = 8 * 2 * (facts.num_train + facts.num_val) / config.cluster.most_workers
@@ -161,9 +161,9 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
     seeds = min(settings.batch_size, part)
     if settings.inference == "exact":
         averaged = _averaged(config, facts, min(AVERAGED_ROWS, part))
-        if facts.nonzeros is None and not settings.entropy_change:
+        if config.teacher.conv == MEAN and facts.nonzeros is None and not settings.entropy_change:
             return averaged
-        # The first layer is gathered.
+        # A layer is gathered.
         seeds = min(seeds, max(1, math.floor(GATHERED_EDGES * facts.num_nodes / facts.num_edges)))
         nodes, edges, inner = sampled(facts, seeds, (-1,))
     else:
@@ -186,6 +186,14 @@ def _averaged(config: Config, facts: SourceFacts, rows: int) -> float:
     return _ALIVE * 2 * 4 * rows * width + states + edges * (4 * width + 40)  # rows of distinct sources, sorted ids
 
 
+def _messages(config: Config, facts: SourceFacts) -> tuple[int, bool]:
+    """Numbers of a message of the first layer, and whether inputs are mapped before they are sent."""
+    hidden = config.teacher.hidden
+    if config.teacher.conv == MEAN:
+        return min(facts.num_features, hidden), facts.num_features > hidden
+    return hidden + 4 * config.teacher.heads, True  # attention: scores, their softmax, and gradients
+
+
 def external_rows(config: Config, facts: SourceFacts) -> float:
     """`ExternalTeacher`: batches in float64, files that cannot be mapped, and where rows are of those not in order."""
     external = config.teacher.external
@@ -199,7 +207,7 @@ def external_rows(config: Config, facts: SourceFacts) -> float:
 def _inferred(config: Config, facts: SourceFacts, nodes: float, edges: float, inner: float) -> float:
     """What the teacher makes of a sample: the messages of a layer and the states."""
     hidden = config.teacher.hidden
-    narrow, mapped = min(facts.num_features, hidden), facts.num_features > hidden
+    narrow, mapped = _messages(config, facts)
     messages = 4 * narrow * (edges + mapped * nodes)
     return messages + 4 * inner * (facts.num_features + (2 + (config.teacher.norm != "none")) * hidden)
 
@@ -291,7 +299,8 @@ def teacher_parameters(config: Config, facts: SourceFacts) -> int:
     """Numbers in the teacher."""
     hidden = config.teacher.hidden
     widths = [facts.num_features, *[hidden] * (len(config.teacher.fanout) - 1), facts.num_classes]
-    return sum(2 * d * o + o for d, o in itertools.pairwise(widths))
+    maps = 1 if config.teacher.conv == "gat" else 2  # of sources and destinations
+    return sum((maps + config.teacher.residual) * d * o + 3 * o for d, o in itertools.pairwise(widths))
 
 
 def student_parameters(config: Config, facts: SourceFacts, kind: str) -> int:

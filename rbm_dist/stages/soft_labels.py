@@ -2,8 +2,8 @@
 
 `sampled`: mini-batches with sampled neighbours. `exact`: layer by layer over all in-neighbours; each layer's states are
 an array of the store, so memory is bounded by a few batches whatever the depth. The store averages the in-neighbours,
-a bounded number of them at a time, whatever a node's degree; sparse features, and ones with noise, which it cannot,
-are gathered for batches of few edges. Either way the store is read in a thread that works ahead of the model.
+a bounded number of them at a time, whatever a node's degree; sparse features, ones with noise, and rows for layers
+that do not average, are gathered for batches of few edges. Either way the store is read in a thread that works ahead.
 Of a teacher from elsewhere its predictions are brought into the order of the parts.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config.run import Config
+from rbm_dist.config.run import MEAN, Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.shards import part_name
@@ -68,8 +68,9 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
 
     def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
         for layer, (before, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
-            if layer == 0 and (noise or store.sparse_features):
-                fill(name, functools.partial(_exact_gathered, noise=noise), edges=GATHERED_EDGES)
+            if run.config.teacher.conv != MEAN or (layer == 0 and (noise or store.sparse_features)):
+                gathered = functools.partial(_exact_gathered, layer=layer, before=before, noise=noise and layer == 0)
+                fill(name, gathered, edges=GATHERED_EDGES)
             else:
                 fill(name, functools.partial(_exact_layer, layer=layer, before=before), AVERAGED_ROWS)
 
@@ -243,16 +244,16 @@ def _exact_layer(
 
 
 def _exact_gathered(
-    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, noise: bool
-) -> Compute:  # fmt: skip
-    """The first layer, of all in-neighbours' features as they are."""
-    sampled = read_sample(store, ids, (-1,), key(0), device)
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, layer: int, before: str, noise: bool
+) -> Compute:
+    """A layer of all in-neighbours' rows, each for itself."""
+    sampled = read_sample(store, ids, (-1,), key(0), device, (before,))
 
     def compute(model: Gnn) -> torch.Tensor:
         rows_nD, neighbourhood = sampled.to(device)
         if noise:
             rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, Word.SOFT_LABEL_NOISE))
-        return _states_or_soft(model, 0, model.layer(0, rows_nD, len(ids), neighbourhood.edge_2m))
+        return _states_or_soft(model, layer, model.layer(layer, rows_nD, len(ids), neighbourhood.edge_2m))
 
     return compute
 

@@ -124,17 +124,18 @@ def on_ranks(rank: int, world: int, graph_url: str, url: str, norms: list[str]) 
     curves = {}
     for norm in norms:
         recorder = MetricsRecorder()
-        settings = config(norm=norm, fanout=[4, 3], epochs=3)
+        conv = {"conv": "gat", "norm": "layer"} if norm == "gat" else {"norm": norm}
+        settings = config(**conv, fanout=[4, 3], epochs=3)
         train_teacher(mesh, recorder, settings, graph_url, f"{url}/{norm}")
         curves[norm] = recorder.loops.get("teacher", [])
     return curves
 
 
 def test_the_curve_and_the_weights_do_not_depend_on_the_number_of_ranks(store: GraphStore, tmp_path: Path) -> None:
-    norms = ["none", "layer"]
+    norms = ["none", "layer", "gat"]
     reference = on_ranks(0, 1, store.url, f"{tmp_path}/1", norms)
     losses = {norm: [row["loss"] for row in rows] for norm, rows in reference.items()}
-    assert all(len({losses[norm][epoch] for norm in norms}) == 2 for epoch in range(3)), "norms differ"
+    assert all(len({losses[norm][epoch] for norm in norms}) == 3 for epoch in range(3)), "they differ"
     for world in (3, 5):  # there are four parts: of five ranks one has no rows
         found = run_ranks(on_ranks, world, world, store.url, f"{tmp_path}/{world}", norms)[0]
         for norm in norms:
