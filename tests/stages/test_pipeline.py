@@ -35,8 +35,14 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_results(finished_run: Path) -> None:
     results = json.loads((finished_run / "results.json").read_text())
     assert set(results) == {
-        "class_names", "classes", "baselines", "teacher", "students", "latency_us", "seconds",
+        "class_names", "classes", "baselines", "teacher", "teacher_model", "soft_labels", "students", "latency_us",
+        "seconds",
     }  # fmt: skip
+    assert results["teacher_model"] == "sage"
+    soft = results["soft_labels"]
+    assert 0.3 < soft["confidence"] <= 1
+    assert abs(soft["confidence"] - results["teacher"]["val"]) <= soft["calibration_error"] + 1e-9
+    assert 0 < soft["disagreement"] < 0.5, "images beside each other mostly are of one digit"
     classes = results["classes"]
     assert [each["name"] for each in classes] == [str(digit) for digit in range(10)]
     nodes = [each["nodes"] for each in classes]
