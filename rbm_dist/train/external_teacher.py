@@ -50,28 +50,29 @@ class ExternalTeacher:
 
     def taught(self, ids: np.ndarray) -> np.ndarray:
         """Which nodes are taught, `[n]` bool: those with a row and, if so configured, labelled training nodes."""
-        has_row = self._rows(0, ids) >= 0
+        has_row = self._has_row(ids)
         if self._settings.missing == "labels":
             return has_row | (self._store.gather("split", ids) == TRAIN)
         return has_row
 
     def probabilities(self, ids: np.ndarray) -> np.ndarray:
-        """What the files say, or else a training node's label, `[n, C]` float32; zeros for nodes that are not taught.
+        """What the files that have a node say on average, or a training node's label; zeros for who is not taught.
 
-        Raises `InputError` for numbers that are none, or not what `kind` says.
+        `[n, C]` float32. Raises `InputError` for numbers that are none, or not what `kind` says.
         """
-        total_nC = np.zeros((len(ids), self._store.num_classes), np.float64)
+        total_nC, count_n = np.zeros((len(ids), self._store.num_classes)), np.zeros(len(ids), np.int64)
         for file, (path, rows) in enumerate(self._files):
             row_n = self._rows(file, ids)
             at = np.flatnonzero(row_n >= 0)
             order = np.argsort(row_n[at])  # in the order of the file, which may be mapped from a disk
             at = at[order]
             total_nC[at] += self._as_probabilities(path, row_n[at], np.asarray(rows[row_n[at]], np.float64))
-        without = np.flatnonzero(self._rows(0, ids) < 0)
+            count_n[at] += 1
+        without = np.flatnonzero(count_n == 0)
         if len(without):
             train = without[self._store.gather("split", ids[without]) == TRAIN]
-            total_nC[train, self._store.gather("label", ids[train])] = len(self._files)
-        return (total_nC / len(self._files)).astype(np.float32)
+            total_nC[train, self._store.gather("label", ids[train])] = 1
+        return (total_nC / np.maximum(count_n, 1)[:, None]).astype(np.float32)
 
     def check(self) -> dict[str, Any]:
         """How many nodes have rows, and how often each file names a labelled node's class, of training and validation.
@@ -82,14 +83,14 @@ class ExternalTeacher:
         confusion_FCC = np.zeros((len(self._files), classes, classes), np.int64)
         covered, first_without = 0, None
         for ids in _batches(store):
-            row_n = self._rows(0, ids)
-            covered += int((row_n >= 0).sum())
-            if first_without is None and (row_n < 0).any():
-                first_without = ids[np.argmax(row_n < 0)]
-            known = ids[np.isin(store.gather("split", ids), (TRAIN, VAL)) & (row_n >= 0)]
-            label = store.gather("label", known)
+            has_row = self._has_row(ids)
+            covered += int(has_row.sum())
+            if first_without is None and not has_row.all():
+                first_without = ids[np.argmin(has_row)]
+            labelled = ids[np.isin(store.gather("split", ids), (TRAIN, VAL))]
             for file, (path, rows) in enumerate(self._files):
-                row_n = self._rows(file, known)
+                row_n = self._rows(file, labelled)
+                label, row_n = store.gather("label", labelled[row_n >= 0]), row_n[row_n >= 0]
                 found = self._as_probabilities(path, row_n, np.asarray(rows[row_n], np.float64)).argmax(1)
                 np.add.at(confusion_FCC[file], (label, found), 1)
         if covered < store.num_nodes and self._settings.missing == "refuse":
@@ -102,6 +103,10 @@ class ExternalTeacher:
         for (path, _), confusion_CC in zip(self._files, confusion_FCC, strict=True):
             accuracies.append(_accuracy(path, confusion_CC))
         return {"nodes": store.num_nodes, "with_rows": covered, "accuracy": accuracies}
+
+    def _has_row(self, ids: np.ndarray) -> np.ndarray:
+        """Which nodes are in any file, bool `[n]`."""
+        return np.any([self._rows(file, ids) >= 0 for file in range(len(self._files))], axis=0)
 
     def _rows(self, file: int, ids: np.ndarray) -> np.ndarray:
         """The row of each node in a file, -1 where it has none, `[n]` int64."""

@@ -151,6 +151,21 @@ def test_several_are_averaged(store: GraphStore, tmp_path: Path) -> None:
     np.testing.assert_allclose(found.probabilities(ids), ((first + second) / 2)[place], atol=1e-6)
 
 
+def test_of_several_those_count_that_have_the_node(store: GraphStore, tmp_path: Path) -> None:
+    rows, shares = predictions(), {"a": np.arange(0, 160), "b": np.arange(80, 240)}
+    for name, nodes in shares.items():
+        given = rows[nodes] if name == "a" else 0.5 * rows[nodes] + 0.1
+        columns = {f"c{c}": given[:, c] for c in range(CLASSES)}
+        pq.write_table(pa.table({"id": nodes, **columns}), tmp_path / f"{name}.parquet")
+    found = teacher(store, tmp_path / "a.parquet", tmp_path / "b.parquet", rows="ids")
+    assert found.check()["with_rows"] == NODES
+    softer = 0.5 * rows + 0.1
+    expected = np.where(np.arange(NODES)[:, None] < 80, rows, softer)
+    expected[80:160] = (rows[80:160] + softer[80:160]) / 2
+    ids, place = everyone(store)
+    np.testing.assert_allclose(found.probabilities(ids), expected[place], atol=1e-6)
+
+
 def nan_in(row: int) -> np.ndarray:
     rows = predictions()
     rows[row, 2] = np.nan
