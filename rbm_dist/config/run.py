@@ -142,6 +142,7 @@ class SoftLabelsConfig(Section):
         "sampled", description="sampled: mini-batches of sampled neighbours; exact: layer by layer, all neighbours"
     )
     fanout: Fanout | None = Field(None, description="default: the teacher's; only for sampled inference")
+    passes: Positive = Field(1, description="samples of each node's neighbours that are averaged; of sampled inference")
     batch_size: Positive = 1024
     entropy_change: bool = Field(
         False, description="also store how the teacher's entropy changes under feature noise; `student.objective: krd`"
@@ -308,6 +309,10 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.precision == "bf16" and not self.use_gpu:
+            raise ValueError(
+                "cluster.precision: bf16 is for GPUs (cluster.use_gpu: true); on CPUs set float32, or auto"
+            )
         if self.fewest_workers > self.most_workers:
             raise ValueError(f"cluster.train_workers: {self.fewest_workers} at least is more than {self.most_workers}")
         for workers in {self.fewest_workers, self.most_workers}:

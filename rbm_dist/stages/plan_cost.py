@@ -123,7 +123,7 @@ class Costs:
 
     def _inferred(self) -> tuple[float, float]:
         settings, facts, config = self.config.soft_labels, self.facts, self.config
-        passes = 1 + settings.hidden + settings.entropy_change
+        passes = settings.passes + settings.hidden + settings.entropy_change
         if settings.inference == "exact":
             layers = len(config.teacher.fanout) * (1 + settings.entropy_change)
             return layers * facts.num_edges, layers * facts.num_edges

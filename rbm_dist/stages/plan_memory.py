@@ -173,7 +173,8 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
     if settings.entropy_change:  # `keyed_normal`: two uniform draws and their hashes
         noise = 6 * 4 * nodes * facts.num_features
     computed = max(_inferred(config, facts, nodes, edges, inner), noise)
-    return max(averaged, 4 * facts.num_nodes + _ALIVE * _batch(facts, nodes, edges) + computed)
+    passes = settings.passes if settings.inference == "sampled" else 1
+    return max(averaged, 4 * facts.num_nodes + _ALIVE * passes * _batch(facts, nodes, edges) + computed)
 
 
 def _averaged(config: Config, facts: SourceFacts, rows: int) -> float:

@@ -190,8 +190,8 @@ def _batches(store: GraphStore, part: int, batch: int, edges: int | None) -> Ite
 
 
 def _sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
-    sampled = _read_sampled(config, store, ids, device)
-    return lambda model: states(model, sampled)[0].softmax(1)
+    passes = [_read_sampled(config, store, ids, device, number) for number in range(config.soft_labels.passes)]
+    return lambda model: torch.stack([states(model, sampled)[0].softmax(1) for sampled in passes]).mean(0)
 
 
 def _sampled_hidden(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
@@ -199,9 +199,11 @@ def _sampled_hidden(config: Config, store: GraphStore, ids: np.ndarray, device: 
     return lambda model: dense(states(model, sampled)[1])
 
 
-def _read_sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> SampledRows:
+def _read_sampled(
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, number: int = 0
+) -> SampledRows:  # fmt: skip
     fanout = config.soft_labels.fanout or config.teacher.fanout
-    return read_sample(store, ids, fanout, key(config.seed, Word.SOFT_LABELS), device)
+    return read_sample(store, ids, fanout, key(config.seed, Word.SOFT_LABELS, *[number] * (number > 0)), device)
 
 
 def _entropy_change(

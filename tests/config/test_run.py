@@ -289,6 +289,10 @@ def test_a_wrong_value_is_refused_by_its_key(path: Path, text: str, key: str, re
         ("student: {epochs: 30}", "student.pretrain_epochs: 30 >= epochs: 30"),
         ("student: {models: [mlp, rbm, mlp]}", "student.models: mlp, rbm, mlp names a model twice"),
         (
+            "cluster: {precision: bf16}",
+            "cluster.precision: bf16 is for GPUs (cluster.use_gpu: true); on CPUs set float32, or auto",
+        ),
+        (
             "soft_labels: {entropy_change: true, store: top_m}",
             "soft_labels.entropy_change: needs soft_labels.store: float32 or float16, not top_m",
         ),

@@ -84,7 +84,7 @@ def test_a_student(name: str) -> None:
 
 
 def teacher_step(device: torch.device) -> None:
-    model = on(init_gnn(F_IN, 16, C, 2, 0.3, 0, "layer"), device)
+    model = on(init_gnn(F_IN, 16, C, 2, 0.3, "layer", seed=0), device)
     edges = torch.empty(2, 90, dtype=torch.int64, device=device)
     near = Neighbourhood(torch.empty(70, dtype=torch.int64, device=device), edges, [8, 22, 40], [30, 60])
     model.train()

@@ -221,3 +221,16 @@ def test_fewer_bytes_say_nearly_the_same(tmp_path: Path, inference: str, store: 
     assert stored.dtype.itemsize * stored.shape[1] == size
     np.testing.assert_array_equal(found[store], decode(encode(found["float32"], store, 3), 5))
     np.testing.assert_array_equal(found[store].argmax(1), found["float32"].argmax(1))
+
+
+def test_several_samples_are_averaged_and_come_nearer_to_all_neighbours(tmp_path: Path) -> None:
+    found = {}
+    for passes in (0, 1, 2, 16):  # 0: exactly
+        inference = {"inference": "exact"} if not passes else {"fanout": [2, 2], "passes": passes}
+        run, _ = prepare(tmp_path / str(passes), GRAPHS["dense"], 3, 2, entropy_change=False, **inference)
+        write_soft_labels(run, over_parts)
+        found[passes] = GraphStore.open(run.graph_url).gather("soft", np.arange(240))
+    errors = {passes: np.abs(found[passes] - found[0]).mean() for passes in (1, 2, 16)}
+    assert errors[16] < 0.5 * errors[1]
+    assert errors[16] < errors[2] < errors[1]
+    np.testing.assert_allclose(found[16].sum(1), 1, rtol=1e-5)
