@@ -15,7 +15,8 @@ from rbm_dist.graph import quantised
 from rbm_dist.graph.sampler import Sample
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import Gnn, build_teacher
+from rbm_dist.models.gnn import Gnn
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.serve.accuracy import hits
 from rbm_dist.train.sampled_rows import read_sample, sample_logits
 

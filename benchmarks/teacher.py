@@ -9,10 +9,10 @@ nodes. Peak memory is of processes of their own, with the pages of mapped files 
 """
 
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from benchmarks.report import Row, main, seconds
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import build_teacher
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.serve.artifact import load_weights, save_weights
 from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.partition import write_graph
@@ -163,13 +163,19 @@ def _work(connection: Any, work: Callable[..., Any], arguments: tuple) -> None:
     import torch_geometric.nn  # noqa: F401 - not part of what is measured
 
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports, is forgotten
+    before = _kilobytes("VmRSS")
     start = time.process_time()
     with torch.inference_mode():
         result = work(*arguments)
     spent = result if isinstance(result, float) else time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    connection.send((spent, 1024.0 * (peak - before), None if isinstance(result, float) else result))
+    held = 1024.0 * (_kilobytes("VmHWM") - before)
+    connection.send((spent, held, None if isinstance(result, float) else result))
+
+
+def _kilobytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0])
 
 
 if __name__ == "__main__":

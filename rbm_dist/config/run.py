@@ -86,6 +86,8 @@ class ExternalTeacherConfig(Section):
 
 MEAN = "sage"
 """The convolution that averages in-neighbours, which the store does in exact inference."""
+TEACHERS = {"external": "external", "sign": "SIGN"}
+"""Teachers that have no convolutions, and what people call them."""
 CONVS = {MEAN: "GraphSAGE", "sage_max": "GraphSAGE, max", "gat": "GAT", "gatv2": "GATv2"}
 """Convolutions by name, and what people call them."""
 
@@ -103,6 +105,12 @@ class TeacherConfig(TrainingConfig):
     external: ExternalTeacherConfig | None = Field(
         None, description="predictions of a model elsewhere; nothing is trained, and all other keys mean nothing"
     )
+    model: Literal["gnn", "sign"] = Field(
+        "gnn",
+        description="gnn: layers over sampled neighbourhoods; sign: features averaged over 0, 1, … `hops` hops, once, "
+        "and a network on these rows, which samples nothing (Frasca et al., 2020)",
+    )
+    hops: Positive = Field(3, description="of sign")
     conv: str = Field(
         MEAN,
         description="sage | sage_max | gat | gatv2, or module:Class of any layer that is made and called as PyG's are: "
@@ -380,6 +388,8 @@ class Config(Section):
                     raise ValueError(f"soft_labels.{name}: needs a teacher that is trained here, not teacher.external")
             if self.teacher.calibrate:
                 raise ValueError("teacher.calibrate: needs a teacher that is trained here, not teacher.external")
+        if self.teacher.model == "sign" and self.soft_labels.entropy_change:
+            raise ValueError("soft_labels.entropy_change: needs teacher.model: gnn, whose features can be made noisy")
         fanout = self.soft_labels.fanout
         if fanout is not None and len(fanout) != len(self.teacher.fanout):
             raise ValueError(

@@ -114,7 +114,7 @@ def _steps(config: EncodingsConfig, seed: int, num_classes: int) -> list[Step]:
         steps += _label_steps(config, num_classes, seed)
     widths = {POS: config.positional_dim, PROP: num_classes}
     for name in arrays(config):
-        steps.append(_step(name, widths[name], (f"{name}_observed",), partial(_with_unseen, scale=SCALES[name])))
+        steps.append(batch_step(name, widths[name], (f"{name}_observed",), partial(_with_unseen, scale=SCALES[name])))
     return steps
 
 
@@ -122,7 +122,8 @@ Batch = Callable[..., np.ndarray]
 """`(store, ids, *needs) -> [n, D]`: the rows of a batch of nodes, from the arrays of this name."""
 
 
-def _step(name: str, width: int, needs: tuple[str, ...], batch: Batch) -> Step:
+def batch_step(name: str, width: int, needs: tuple[str, ...], batch: Batch) -> Step:
+    """A step that goes through a part's nodes in batches."""
     return Step(name, width, needs, partial(_by_batches, width=width, needs=needs, batch=batch))
 
 
@@ -149,9 +150,9 @@ def _fastrp_steps(dim: int, hops: int, seed: int) -> list[Step]:
     names = tuple(f"{POS}_hop{hop}" for hop in range(hops + 1))
     summed = names[1 + min(_SKIPPED_HOPS, hops - 1) :]
     return [
-        _step(names[0], dim, (), partial(_random_projection, dim=dim, seed=seed)),
-        *(_step(name, dim, (before,), _hop) for before, name in pairwise(names)),
-        _step(f"{POS}_observed", dim, summed, _sum_of_hops),
+        batch_step(names[0], dim, (), partial(_random_projection, dim=dim, seed=seed)),
+        *(batch_step(name, dim, (before,), _hop) for before, name in pairwise(names)),
+        batch_step(f"{POS}_observed", dim, summed, _sum_of_hops),
     ]
 
 
@@ -181,9 +182,9 @@ def _label_steps(config: EncodingsConfig, num_classes: int, seed: int) -> list[S
     start = partial(_labels_by_fold, folds=config.folds, seed=seed)
     damped = partial(_damped_step, damping=config.damping, start=start)
     return [
-        _step(names[0], width, (), start),
-        *(_step(name, width, (before,), damped) for before, name in pairwise(names)),
-        _step(f"{PROP}_observed", num_classes, names[-1:], partial(_other_folds, folds=config.folds, seed=seed)),
+        batch_step(names[0], width, (), start),
+        *(batch_step(name, width, (before,), damped) for before, name in pairwise(names)),
+        batch_step(f"{PROP}_observed", num_classes, names[-1:], partial(_other_folds, folds=config.folds, seed=seed)),
     ]
 
 

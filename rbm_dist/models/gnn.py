@@ -1,20 +1,22 @@
 """The teacher: convolutions of PyG, first of all GraphSAGE's (Hamilton et al., 2017), on samples or layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rbm_dist.config.run import MEAN, Config
+from rbm_dist.config.run import MEAN
 from rbm_dist.errors import InputError
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.keyed_dropout import keyed_dropout
 from rbm_dist.moe.sparse_rows import Rows, dense, matmul
 from rbm_dist.randomness.rows import derive_keys
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -141,18 +143,8 @@ def make_conv(name: str, inputs: int, outputs: int, last: bool, arguments: Mappi
     return conv
 
 
-def init_gnn(*arguments: Any, seed: int, **more: Any) -> Gnn:
-    """A `Gnn` with seeded weights, the same on every rank, without touching the global generator."""
+def seeded(seed: int, make: Callable[[], Model]) -> Model:
+    """A model with weights that the seed decides, the same on every rank, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Gnn(*arguments, **more)
-
-
-def build_teacher(config: Config, num_features: int, num_classes: int) -> Gnn:
-    """The untrained teacher of a configuration; equal on every rank. Raises `InputError`, see `make_conv`."""
-    teacher = config.teacher
-    attention = teacher.conv in ("gat", "gatv2")
-    return init_gnn(
-        num_features, teacher.hidden, num_classes, len(teacher.fanout), teacher.dropout, teacher.norm, teacher.conv,
-        {"heads": teacher.heads} if attention else teacher.arguments.model_dump(), teacher.residual, seed=config.seed,
-    )  # fmt: skip
+        return make()

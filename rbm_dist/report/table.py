@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rbm_dist.config.run import CONVS, MEAN
+from rbm_dist.config.run import CONVS, MEAN, TEACHERS
 
 NAMES = {
     "majority": "majority class",
@@ -55,7 +55,7 @@ def shown_name(model: str, results: dict[str, Any]) -> str:
     """A model's name for people."""
     if model == "teacher":
         conv = results.get("teacher_model", MEAN)  # a run of an earlier version has none
-        return f"teacher ({CONVS.get(conv, conv.rpartition(':')[2])})"
+        return f"teacher ({(CONVS | TEACHERS).get(conv, conv.rpartition(':')[2])})"
     merged = models(results)[model].get("mixture", {}).get("merged")
     return NAMES.get(model, model) + (", as an MLP" if merged else "")
 

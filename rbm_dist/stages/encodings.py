@@ -24,7 +24,8 @@ def run_encodings(run: Run) -> Files:
     """Write the configured arrays, `pos` (`[N, positional_dim]`) and `prop` (`[N, C]`), both float32, of every part."""
     config, store = run.config, GraphStore.open(run.graph_url)
     with shard_servers(config.cluster, run.graph_url) as servers:
-        encodings.encode(store, config.encodings, config.seed, partial(_over_tasks, run, store.num_parts, servers))
+        over = partial(over_tasks, run, "encodings", store.num_parts, servers)
+        encodings.encode(store, config.encodings, config.seed, over)
     files: Files = {}
     for name in encodings.arrays(config.encodings):
         files |= storage.read_json(run.path("graph", f"{name}.json"))["files"]
@@ -43,19 +44,22 @@ def reset_encodings(url: str) -> None:
                 encodings.remove(store, stem)
 
 
-def _over_tasks(run: Run, num_parts: int, servers: ShardServers | None, step: Step) -> list[storage.FileInfo]:
+def over_tasks(
+    run: Run, stage: str, num_parts: int, servers: ShardServers | None, step: Step
+) -> list[storage.FileInfo]:  # fmt: skip
+    """Fill a step's array in all parts, in Ray tasks of a stage."""
     parts = list(range(num_parts))
     groups = [parts] if step.together else [[part] for part in parts]
-    arguments = [(run.graph_url, step, group, run.reporter, servers) for group in groups]
-    return [info for files in run_tasks("encodings", _fill, arguments, run.config.cluster) for info in files]
+    arguments = [(run.graph_url, step, group, run.reporter, servers, stage) for group in groups]
+    return [info for files in run_tasks(stage, _fill, arguments, run.config.cluster) for info in files]
 
 
 def _fill(
-    graph_url: str, step: Step, parts: list[int], reporter: Reporter, servers: ShardServers | None
+    graph_url: str, step: Step, parts: list[int], reporter: Reporter, servers: ShardServers | None, stage: str
 ) -> list[storage.FileInfo]:  # fmt: skip
     store = open_graph(graph_url, servers=servers)
     store.hold(parts)
     files = encodings.fill(step, store, parts)
     done = sum(len(store.ids(part)) for part in parts)
-    reporter.add(f"encodings: {step.name}", done, store.num_nodes, "nodes")
+    reporter.add(f"{stage}: {step.name}", done, store.num_nodes, "nodes")
     return files

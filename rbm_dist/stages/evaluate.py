@@ -21,8 +21,9 @@ from rbm_dist.graph.sampler_backends import make_sampler
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import build_teacher
+from rbm_dist.models.gnn import Gnn
 from rbm_dist.models.student import Student
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word
 from rbm_dist.runtime.mailbox import Reporter
@@ -118,7 +119,7 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         "classes": _classes(store.class_names, models),
         "baselines": {name: found[name].accuracy() for name in ("majority", "regression")},
         "teacher": found["teacher"].accuracy(),
-        "teacher_model": "external" if config.teacher.external is not None else config.teacher.conv,
+        "teacher_model": _teacher_model(config),
         "soft_labels": soft_label_figures.figures(part["soft"] for part in counts),
         "students": {kind: found[kind].accuracy() for kind in students},
     }
@@ -129,10 +130,16 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         rows_ME = [np.sum(rows_PE, axis=0) for rows_PE in zip(*(part["experts"] for part in counts), strict=True)]
         figures["students"]["rbm"]["mixture"] = {"merged": merged, **summary(mixture, counted, rows_ME)}
     figures["latency_us"] = {}
-    if config.teacher.external is None:  # of another nobody knows here how long it takes
+    if config.teacher.external is None and config.teacher.model == "gnn":  # the others' inputs are not there any more
         figures["latency_us"]["teacher"] = _latency(_teacher_call(config, store, url), store.size, distinct=True)
     figures["latency_us"] |= {kind: _latency(_student_call(each, store), store.size) for kind, each in students.items()}
     return figures
+
+
+def _teacher_model(config: Config) -> str:
+    if config.teacher.external is not None:
+        return "external"
+    return config.teacher.conv if config.teacher.model == "gnn" else config.teacher.model
 
 
 def _summed(counts: list[Counts]) -> dict[str, Hits]:
@@ -203,6 +210,7 @@ Call = Callable[[np.ndarray], Callable[[], object]]
 
 def _teacher_call(config: Config, store: GraphStore, url: str) -> Call:
     model = build_teacher(config, store.num_features, store.num_classes)
+    assert isinstance(model, Gnn)
     load_weights(storage.join(url, "teacher", "model.safetensors"), model)
     model.eval()
     fanout, draw = config.soft_labels.fanout or config.teacher.fanout, key(config.seed, Word.LATENCY)

@@ -19,6 +19,7 @@ from rbm_dist import storage
 from rbm_dist.config.run import ClusterConfig, Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.encodings import encode_in_process
+from rbm_dist.graph.feature_hops import add_hops, reads_hops
 from rbm_dist.graph.splits import VAL
 from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.models.student import Student
@@ -111,6 +112,8 @@ def prepare(config: Config, url: str) -> dict[str, Any]:
     if config.teacher.external is not None:
         look_at_external(config, run.graph_url, run.path("teacher"))
     else:
+        if reads_hops(config):
+            add_hops(GraphStore.open(run.graph_url), config.teacher.hops)
         train_teacher(Mesh.single(), run.reporter, config, run.graph_url, run.path("teacher"))
     write_soft_labels(run, _over_parts)
     store = GraphStore.open(run.graph_url)

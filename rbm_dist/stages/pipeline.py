@@ -11,7 +11,7 @@ from rich.status import Status
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import disk_full
-from rbm_dist.graph import encodings
+from rbm_dist.graph import encodings, feature_hops
 from rbm_dist.graph.shards import ORIG_NAME, PER_ROW, SPARSE_FEAT
 from rbm_dist.graph.shuffle import SPILL
 from rbm_dist.report.metrics import MetricsWriter
@@ -25,6 +25,7 @@ from rbm_dist.runtime.training import TrainingGroups
 from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import evaluate, lease, soft_labels
 from rbm_dist.stages import run as run_
+from rbm_dist.stages.feature_hops import reset_feature_hops
 from rbm_dist.stages.inputs import check_input
 from rbm_dist.stages.partition import run_partition
 from rbm_dist.stages.run import Run, Stage
@@ -37,7 +38,7 @@ _PER_ROW = "|".join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))
 _PARTITION = Stage(
     "partition", "graph", ("partition",), run_partition,
     makes=rf"graph\.json|feat_(scale|scaling|indicators)\.npy|part-\d+|{SPILL}|"
-    rf"({soft_labels.ARRAYS}|{encodings_.ARRAYS})\.json",
+    rf"({soft_labels.ARRAYS}|{encodings_.ARRAYS}|{feature_hops.ARRAYS})\.json",
 )  # fmt: skip
 
 STAGES = [
@@ -47,7 +48,7 @@ STAGES = [
     ),
     _PARTITION,
     Stage(
-        "teacher", "teacher", ("teacher",), run_teacher,
+        "teacher", "teacher", ("teacher",), run_teacher, reset_feature_hops,
         makes=r"model\.safetensors|external\.json|checkpoints|ray_train",
     ),
     Stage("soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels),

@@ -84,6 +84,9 @@ class Costs:
             return 0, 0, self._predictions(), 0
         model = 4 * memory.teacher_parameters(self.config, self.facts)
         checkpoints = self._checkpoints(self.config.teacher.epochs)
+        if self.config.teacher.model == "sign":
+            hops = self._hops() + model
+            return hops + 4 * model * checkpoints, model + 4 * model * self._kept(checkpoints), self._graph(0) + hops, 0
         rows, edges, steps = self._teacher_samples()
         sent = self._rows_sent(rows, edges) + 2 * (self.hosts - 1) * model * steps  # and gradients, around a ring
         return model + 4 * model * checkpoints, model + 4 * model * self._kept(checkpoints), self._graph(4), sent
@@ -95,6 +98,8 @@ class Costs:
         kept = written = facts.num_nodes * row
         if config.teacher.external is not None:
             return written, kept, kept + self._predictions(), 0
+        if config.teacher.model == "sign":
+            return written + self._hops(), kept, self._hops(), 0
         if settings.inference == "exact":  # the layers between, once more with noise
             layers = (len(config.teacher.fanout) - 1) * config.teacher.hidden
             written += (
@@ -104,6 +109,10 @@ class Costs:
             )
         rows, edges = self._inferred()
         return written, kept, self._graph(4), self._rows_sent(rows, edges)
+
+    def _hops(self) -> float:
+        """Bytes of features over hops, there until soft labels are."""
+        return 4.0 * self.config.teacher.hops * self.facts.num_nodes * self.facts.num_features
 
     def _predictions(self) -> float:
         """Bytes of the files of a teacher from elsewhere, if they are float32."""
@@ -143,8 +152,14 @@ class Costs:
         return edges * (1 / _SAMPLED_EDGES + _INPUT_S * memory.feature_bytes(self.facts))
 
     def _teacher_s(self) -> float:
-        if self.config.teacher.external is not None:
+        config, facts = self.config, self.facts
+        if config.teacher.external is not None:
             return self._predictions() / _PROPAGATED_BYTES
+        if config.teacher.model == "sign":
+            gathered = 4.0 * config.teacher.hops * facts.num_edges * facts.num_features
+            rows = config.teacher.epochs * (3 * facts.num_train + facts.num_val)
+            products = 2 * rows * memory.teacher_parameters(config, facts)
+            return (gathered / _PROPAGATED_BYTES + products / _FLOPS) / self._workers(config.cluster.most_workers)
         _, edges, steps = self._teacher_samples()
         samples = steps * self.config.partition.num_parts * (1 + self.facts.num_val / max(self.facts.num_train, 1))
         spent = _BACKWARD * self._edges_s(edges) + _SAMPLE_S * samples
@@ -153,6 +168,9 @@ class Costs:
     def _soft_labels_s(self) -> float:
         if self.config.teacher.external is not None:
             return self._predictions() / _PROPAGATED_BYTES
+        if self.config.teacher.model == "sign":
+            products = 2 * self.facts.num_nodes * memory.teacher_parameters(self.config, self.facts)
+            return products / _FLOPS / self._workers(self.config.cluster.inference_workers)
         return self._edges_s(self._inferred()[1]) / self._workers(self.config.cluster.inference_workers)
 
     def _workers(self, count: int) -> int:

@@ -135,6 +135,9 @@ def seeds_of_sample(config: Config, count: int) -> int:
 def teacher_worker(config: Config, facts: SourceFacts) -> float:
     """`train_teacher`: positions of the sampler, training and validation nodes, batches ahead, and the messages."""
     teacher = config.teacher
+    if teacher.model == "sign":
+        rows = min(teacher.batch_size, max(facts.num_train, facts.num_val))
+        return hop_rows(config, facts, rows / config.cluster.most_workers)
     seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
     nodes, edges, inner = sampled(facts, seeds, teacher.fanout)
     narrow, mapped = _messages(config, facts)
@@ -156,6 +159,8 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
     """`soft_labels._make_worker`: positions of the sampler, batches ahead, and the messages of a layer."""
     if config.teacher.external is not None:
         return external_rows(config, facts)
+    if config.teacher.model == "sign":
+        return hop_rows(config, facts, min(AVERAGED_ROWS, facts.num_nodes / config.partition.num_parts))
     settings, fanout = config.soft_labels, config.soft_labels.fanout
     part = math.ceil(facts.num_nodes / config.partition.num_parts)
     seeds = min(settings.batch_size, part)
@@ -193,6 +198,13 @@ def _messages(config: Config, facts: SourceFacts) -> tuple[int, bool]:
     if config.teacher.conv == MEAN:
         return min(facts.num_features, hidden), facts.num_features > hidden
     return hidden + 4 * config.teacher.heads, True  # attention: scores, their softmax, and gradients
+
+
+def hop_rows(config: Config, facts: SourceFacts, rows: float) -> float:
+    """`HopRows` of some batches, one of them with what the network makes of it."""
+    hops, hidden = config.teacher.hops + 1, config.teacher.hidden
+    model = 4 * copies_of_parameters(average=False) * teacher_parameters(config, facts)
+    return 4 * rows * (_ALIVE * hops * facts.num_features + 4 * hops * hidden + 4 * hidden) + model
 
 
 def external_rows(config: Config, facts: SourceFacts) -> float:
@@ -300,6 +312,9 @@ def teacher_parameters(config: Config, facts: SourceFacts) -> int:
     """Numbers in the teacher."""
     hidden = config.teacher.hidden
     widths = [facts.num_features, *[hidden] * (len(config.teacher.fanout) - 1), facts.num_classes]
+    if config.teacher.model == "sign":
+        branches = (config.teacher.hops + 1) * config.teacher.hidden
+        return branches * (facts.num_features + 1 + config.teacher.hidden) + config.teacher.hidden * facts.num_classes
     maps = 1 if config.teacher.conv == "gat" else 2  # of sources and destinations
     return sum((maps + config.teacher.residual) * d * o + 3 * o for d, o in itertools.pairwise(widths))
 

@@ -18,12 +18,15 @@ import torch
 
 from rbm_dist import storage
 from rbm_dist.config.run import MEAN, Config
+from rbm_dist.graph.feature_hops import reads_hops, remove_hops
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.soft_rows import encode, layout
 from rbm_dist.graph.store import SOFT, GraphStore
-from rbm_dist.models.gnn import Gnn, build_teacher
+from rbm_dist.models.gnn import Gnn
+from rbm_dist.models.sign import Sign
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.randomness.bits import generator, key
 from rbm_dist.randomness.words import Word
@@ -32,8 +35,10 @@ from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_serve
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
 from rbm_dist.stages.external_teacher import open_external
+from rbm_dist.stages.feature_hops import add_feature_hops
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.train.external_teacher import TAUGHT, leaves_out
+from rbm_dist.train.hop_rows import hop_states, read_hops
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
 
 HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "hidden", "entropy_change", "noisy_soft"
@@ -50,6 +55,8 @@ OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
 
 def run_soft_labels(run: Run) -> Files:
     """Write the array `soft` (`[N, C]`, see `soft_rows`); if configured, `entropy_change` `[N]`, `hidden` `[N, H]`."""
+    if reads_hops(run.config):  # another start may have removed them
+        add_feature_hops(run, "soft_labels")
     with shard_servers(run.config.cluster, run.graph_url) as servers:
         return write_soft_labels(run, _by_actors, servers)
 
@@ -58,7 +65,7 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
     """The stage's work, wherever `over_parts` carries it out."""
     settings, layers = run.config.soft_labels, len(run.config.teacher.fanout)
     store = GraphStore.open(run.graph_url)
-    external = run.config.teacher.external
+    external, hops = run.config.teacher.external, reads_hops(run.config)
     wanted = [SOFT, *[HIDDEN] * settings.hidden, *[ENTROPY_CHANGE] * settings.entropy_change]
     wanted += [TAUGHT] * leaves_out(external)
     clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
@@ -80,11 +87,15 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
             fill(SOFT, _external, AVERAGED_ROWS)
             if leaves_out(external):
                 fill(TAUGHT, _taught, AVERAGED_ROWS)
+        elif hops:
+            fill(SOFT, functools.partial(_of_hops, state=0), AVERAGED_ROWS)
         elif exact:
             layer_by_layer(clean, SOFT, noise=False)
         else:
             fill(SOFT, _sampled)
-        if settings.hidden:
+        if settings.hidden and hops:
+            fill(HIDDEN, functools.partial(_of_hops, state=1), AVERAGED_ROWS)
+        elif settings.hidden:
             fill(HIDDEN, functools.partial(_copy, name=clean[-1]) if exact else _sampled_hidden)
         if settings.entropy_change:
             if exact:
@@ -92,6 +103,8 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
             fill(ENTROPY_CHANGE, functools.partial(_entropy_change, noisy=NOISY_SOFT if exact else None))
     for name in [*clean, *noisy, NOISY_SOFT]:
         _remove(run.url, store, name)
+    if hops:
+        remove_hops(store)
     indexes = [storage.read_json(run.path("graph", f"{name}.json")) for name in wanted]
     return {f"graph/{name}": info for index in indexes for name, info in index["files"].items()}
 
@@ -266,6 +279,17 @@ def _states_or_soft(model: Gnn, layer: int, out_nO: torch.Tensor) -> torch.Tenso
 
 def _external(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
     return lambda teacher: torch.from_numpy(teacher.probabilities(ids))
+
+
+def _of_hops(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, state: int) -> Compute:
+    """The class distributions (state 0) or the hidden states (1) of a hop-precomputed teacher."""
+    batch = read_hops(store, ids, config.teacher.hops, 0, device)
+
+    def compute(model: Sign) -> torch.Tensor:
+        found = hop_states(model, batch)[state]
+        return found if state else found.softmax(1)
+
+    return compute
 
 
 def _taught(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:

@@ -1,4 +1,4 @@
-"""Stage `teacher`: GraphSAGE on neighbour-sampled mini-batches, data parallel, chosen by validation loss.
+"""Stage `teacher`: a GNN on neighbour-sampled mini-batches, or SIGN on rows, data parallel, chosen by validation loss.
 
 Or, with `teacher.external`, a look at the predictions that a model elsewhere made.
 """
@@ -10,6 +10,7 @@ from rbm_dist.runtime.shard_servers import ShardServers, open_graph
 from rbm_dist.runtime.tasks import run_tasks
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.stages.external_teacher import EXTERNAL, look_at_external
+from rbm_dist.stages.feature_hops import add_feature_hops
 from rbm_dist.stages.run import Files, Run
 from rbm_dist.stages.training import train_on_graph
 from rbm_dist.train.loop import Listener
@@ -22,6 +23,8 @@ def run_teacher(run: Run) -> Files:
         arguments = (run.config, run.graph_url, run.path("teacher"))
         (info,) = run_tasks("teacher", look_at_external, [arguments], run.config.cluster)
         return {f"teacher/{EXTERNAL}": info}
+    if run.config.teacher.model == "sign":
+        add_feature_hops(run, "teacher")
     train_on_graph(run, "teacher", train_teacher)
     return {"teacher/model.safetensors": storage.file_info(run.path("teacher", "model.safetensors"))}
 

@@ -31,6 +31,10 @@ class SampledRows:
     asked: int  # rows of other hosts' nodes, where some of them are kept here
     hits: int  # and how many of these were here
 
+    @property
+    def num_edges(self) -> int:
+        return self.neighbourhood.edge_2m.shape[1]
+
     def to(self, device: torch.device) -> tuple[Rows, Neighbourhood]:
         """Rows and neighbourhood where the model is."""
         if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The teacher's training: neighbour-sampled mini-batches, data parallel, chosen by validation."""
+"""The teacher's training: mini-batches, sampled or of rows over hops, data parallel, chosen by validation."""
 
 import itertools
 import math
@@ -16,12 +16,15 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import Gnn, build_teacher
+from rbm_dist.models.gnn import Gnn
+from rbm_dist.models.sign import Sign
+from rbm_dist.models.teacher import Teacher, build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
 from rbm_dist.parallel.training_checkpoints import TrainingCheckpoints
 from rbm_dist.randomness.bits import key
 from rbm_dist.randomness.words import Word
+from rbm_dist.train.hop_rows import HopRows, hop_states, read_hops
 from rbm_dist.train.loop import Evaluation, Listener, Step, train
 from rbm_dist.train.part_batches import PartBatches
 from rbm_dist.train.sampled_rows import SampledRows, keep_hot, read_sample, states
@@ -29,13 +32,13 @@ from rbm_dist.train.sampled_rows import SampledRows, keep_hot, read_sample, stat
 _PENALTY = 0.3  # of the summed loss: times half the weights' square
 _COUNTS = ("edges", "asked", "hits")  # of what is read; the latter two as in `SampledRows`
 _LOG_TEMPERATURES = (math.log(0.05), math.log(20))
-Labelled = tuple[SampledRows, Tensor]
+Labelled = tuple[SampledRows | HopRows, Tensor]
 """Some seeds and their labels `[seeds]`."""
 
 
 def trained_teacher(
     mesh: Mesh, listener: Listener, config: Config, store: GraphStore, url: str, token: int = 0
-) -> Gnn:  # fmt: skip
+) -> Teacher:  # fmt: skip
     """The teacher with the weights of its best epoch. Goes on from the last checkpoint below `url`.
 
     Every rank calls it, with its own store. `token`: of the run's owner. Raises `Left` when ordered to leave.
@@ -55,8 +58,9 @@ def trained_teacher(
         "teacher", "teacher", f"{url}/checkpoints", config.cluster, listener, batches[TRAIN].num_steps, model,
         optimizer, num_experts=0, mesh=mesh, patience=settings.patience, token=token,
     )  # fmt: skip
-    steps = [*batches[TRAIN].epoch(config.seed, 0), *batches[VAL].epoch(config.seed, None)]
-    keep_hot(store, config, steps, settings.fanout)
+    if settings.model == "gnn":
+        steps = [*batches[TRAIN].epoch(config.seed, 0), *batches[VAL].epoch(config.seed, None)]
+        keep_hot(store, config, steps, settings.fanout)
     checkpoints.resume()
     train(task, model, optimizer, checkpoints, settings.epochs, settings, mesh, listener)
     checkpoints.restore_best()
@@ -71,7 +75,13 @@ class _TeacherTask:
     name = "teacher"
 
     def __init__(
-        self, mesh: Mesh, config: Config, store: GraphStore, model: Gnn, training: PartBatches, validation: PartBatches
+        self,
+        mesh: Mesh,
+        config: Config,
+        store: GraphStore,
+        model: Teacher,
+        training: PartBatches,
+        validation: PartBatches,
     ):
         self._mesh, self._config, self._store, self._model = mesh, config, store, model
         self._training, self._validation = training, validation
@@ -89,7 +99,7 @@ class _TeacherTask:
                 terms: dict[str, Any] = dict.fromkeys(("loss", *_COUNTS), 0.0)
                 for _ in filter(len, shares):
                     sampled, label = next(batches)
-                    logits, _ = states(self._model, sampled, training=True)
+                    logits = logits_of(self._model, sampled, training=True)
                     loss = F.cross_entropy(logits, label.to(self._mesh.device), reduction="sum") / rows
                     loss.backward()
                     terms["loss"] += loss.detach().double()
@@ -102,7 +112,7 @@ class _TeacherTask:
         loss, correct, loader = torch.zeros(()), torch.zeros(()), self._val_ahead()
         with loader as batches:
             for sampled, label in batches:
-                logits, label = states(self._model, sampled)[0], label.to(self._mesh.device)
+                logits, label = logits_of(self._model, sampled), label.to(self._mesh.device)
                 loss = loss + F.cross_entropy(logits, label, reduction="sum").double()
                 correct = correct + (logits.argmax(1) == label).sum()
                 _count(sampled, counts)
@@ -126,7 +136,7 @@ class _TeacherTask:
         """Set the temperature of the logits that minimises the validation loss (Guo et al., 2017)."""
         self._model.eval()
         with self._val_ahead() as batches:
-            pairs = [(states(self._model, sampled)[0], label.to(self._mesh.device)) for sampled, label in batches]
+            pairs = [(logits_of(self._model, sampled), label.to(self._mesh.device)) for sampled, label in batches]
 
         def loss(log_temperature: float) -> float:
             temperature = math.exp(log_temperature)
@@ -143,7 +153,12 @@ class _TeacherTask:
         return Prefetch(f"teacher: {what} batches", jobs, self._config.cluster.collective_timeout_s)
 
     def _read(self, seeds: np.ndarray, draw: int) -> Labelled:
-        sampled = read_sample(self._store, seeds, self._config.teacher.fanout, draw, self._mesh.device)
+        settings = self._config.teacher
+        sampled: SampledRows | HopRows
+        if settings.model == "sign":
+            sampled = read_hops(self._store, seeds, settings.hops, draw, self._mesh.device)
+        else:
+            sampled = read_sample(self._store, seeds, settings.fanout, draw, self._mesh.device)
         return sampled, torch.from_numpy(self._store.gather("label", seeds))
 
     def _val_ahead(self) -> Prefetch[Labelled]:
@@ -152,7 +167,16 @@ class _TeacherTask:
         return self._ahead("validation", self._validation.epoch(self._config.seed, None), draws)
 
 
-def _count(sampled: SampledRows, terms: dict[str, Any]) -> None:
-    terms["edges"] += sampled.neighbourhood.edge_2m.shape[1]
+def logits_of(model: Teacher, batch: SampledRows | HopRows, training: bool = False) -> Tensor:
+    """Logits of a batch's nodes `[n, classes]`."""
+    if isinstance(batch, HopRows):
+        assert isinstance(model, Sign)
+        return hop_states(model, batch, training)[0]
+    assert isinstance(model, Gnn)
+    return states(model, batch, training)[0]
+
+
+def _count(sampled: SampledRows | HopRows, terms: dict[str, Any]) -> None:
+    terms["edges"] += sampled.num_edges
     terms["asked"] += sampled.asked
     terms["hits"] += sampled.hits

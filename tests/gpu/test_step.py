@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from rbm_dist.config.run import Config
 from rbm_dist.distill.krd import Pairs, Reliability
 from rbm_dist.distill.losses import Batch, Losses
-from rbm_dist.models.gnn import Neighbourhood, init_gnn
+from rbm_dist.models.gnn import Gnn, Neighbourhood, seeded
 from rbm_dist.models.student import Student, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.memory import InProcessMemoryStore
 from rbm_dist.moe.routing import memory_statistics
@@ -84,7 +84,7 @@ def test_a_student(name: str) -> None:
 
 
 def teacher_step(device: torch.device) -> None:
-    model = on(init_gnn(F_IN, 16, C, 2, 0.3, "layer", seed=0), device)
+    model = on(seeded(0, lambda: Gnn(F_IN, 16, C, 2, 0.3, "layer")), device)
     edges = torch.empty(2, 90, dtype=torch.int64, device=device)
     near = Neighbourhood(torch.empty(70, dtype=torch.int64, device=device), edges, [8, 22, 40], [30, 60])
     model.train()

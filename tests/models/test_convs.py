@@ -12,7 +12,8 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import Gnn, build_teacher
+from rbm_dist.models.gnn import Gnn
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph
 from rbm_dist.stages.local import MetricsRecorder

@@ -6,7 +6,7 @@ import scipy.sparse as sp
 import torch
 
 from rbm_dist.graph.sampler import NumbaSampler
-from rbm_dist.models.gnn import Gnn, Neighbourhood, init_gnn
+from rbm_dist.models.gnn import Gnn, Neighbourhood, seeded
 from tests.small_graph import small_graph
 
 
@@ -27,7 +27,7 @@ def graph() -> tuple[NumbaSampler, torch.Tensor, sp.csr_array]:
 
 def make_model(norm: str) -> Gnn:
     """A teacher whose norm is not at its start."""
-    model = init_gnn(12, 16, 5, num_layers=2, dropout=0.5, seed=0, norm=norm).eval()
+    model = seeded(0, lambda: Gnn(12, 16, 5, num_layers=2, dropout=0.5, norm=norm)).eval()
     rng = torch.Generator().manual_seed(1)
     for tensor in model.norms.parameters():
         tensor.data = torch.rand(tensor.shape, generator=rng) + 0.5

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rbm_dist.models.gnn import Neighbourhood, init_gnn
+from rbm_dist.models.gnn import Gnn, Neighbourhood, seeded
 from rbm_dist.models.student import DenseLayer, RoutedLayer, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.moe.keyed_dropout import keyed_dropout
@@ -164,7 +164,7 @@ def test_layer_inputs(memories: int) -> None:
 
 @pytest.mark.parametrize("hidden", [6, 32], ids=["narrows", "widens"])
 def test_teacher(hidden: int) -> None:
-    model = init_gnn(20, hidden, 4, num_layers=2, dropout=0.3, seed=0).double()
+    model = seeded(0, lambda: Gnn(20, hidden, 4, num_layers=2, dropout=0.3)).double()
     sparse, x = pair(9, 20)
     edges = torch.tensor([[2, 3, 4, 0, 5, 6, 7, 8], [0, 0, 1, 1, 2, 2, 3, 4]])
     hood = Neighbourhood(torch.arange(9) * 7, edges, [2, 3, 4], [4, 4])

@@ -14,7 +14,7 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.partition import memory_needed
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import build_teacher
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import empty_student, save_student, save_weights
 from rbm_dist.sources.facts import source_facts

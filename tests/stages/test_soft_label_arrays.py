@@ -19,7 +19,8 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.soft_rows import decode, encode
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import Gnn, build_teacher
+from rbm_dist.models.gnn import Gnn
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.randomness.bits import key
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph

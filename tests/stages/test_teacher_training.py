@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from rbm_dist.config.run import Config, StudentConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph.feature_hops import add_hops
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.gnn import build_teacher
+from rbm_dist.models.teacher import build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.serve.artifact import load_weights
@@ -124,18 +125,19 @@ def on_ranks(rank: int, world: int, graph_url: str, url: str, norms: list[str]) 
     curves = {}
     for norm in norms:
         recorder = MetricsRecorder()
-        conv = {"conv": "gat", "norm": "layer"} if norm == "gat" else {"norm": norm}
-        settings = config(**conv, fanout=[4, 3], epochs=3)
+        others = {"gat": {"conv": "gat", "norm": "layer"}, "sign": {"model": "sign", "hops": 2}}
+        settings = config(**others.get(norm, {"norm": norm}), fanout=[4, 3], epochs=3)
         train_teacher(mesh, recorder, settings, graph_url, f"{url}/{norm}")
         curves[norm] = recorder.loops.get("teacher", [])
     return curves
 
 
 def test_the_curve_and_the_weights_do_not_depend_on_the_number_of_ranks(store: GraphStore, tmp_path: Path) -> None:
-    norms = ["none", "layer", "gat"]
+    add_hops(store, 2)
+    norms = ["none", "layer", "gat", "sign"]
     reference = on_ranks(0, 1, store.url, f"{tmp_path}/1", norms)
     losses = {norm: [row["loss"] for row in rows] for norm, rows in reference.items()}
-    assert all(len({losses[norm][epoch] for norm in norms}) == 3 for epoch in range(3)), "they differ"
+    assert all(len({losses[norm][epoch] for norm in norms}) == 4 for epoch in range(3)), "they differ"
     for world in (3, 5):  # there are four parts: of five ranks one has no rows
         found = run_ranks(on_ranks, world, world, store.url, f"{tmp_path}/{world}", norms)[0]
         for norm in norms:
