@@ -21,7 +21,7 @@ from rbm_dist.parallel.training_checkpoints import copies_of_parameters
 
 _SHARE = 0.5  # of what is free, that experts may take
 _CLEARLY = 0.5  # of the time on the wire of the fewest ranks per set
-_MESSAGES = 8  # of a layer: counts, experts, weights, keys, rows, sums forward; and gradients of the last two, backward
+_MESSAGES = 9  # of a layer: counts, experts, weights, keys, rows and sums, and the gradients of three of them
 _TIMED_BYTES, _TIMES = 4 << 20, 5
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from rbm_dist.cpus import usable_cpus
 from rbm_dist.errors import InputError
 
 # Only handles and small arrays enter the object store; features and embeddings never do.
-_IDLE_S = 120  # a process of a task that ended waits for the next; importing is what takes time
 _OBJECT_STORE_BYTES = 128 * 2**20
+_IDLE_S = 120  # a process of a task that ended waits for the next; importing is what takes time
 
 
 # "HOST:PORT" or "ray://HOST:PORT"; anything else ("auto", "local") is for Ray to resolve.
