@@ -17,6 +17,7 @@ from rbm_dist.runtime.doctor import examine
 from rbm_dist.runtime.placement import hosts
 from rbm_dist.stages import lease
 from rbm_dist.stages import run as run_
+from rbm_dist.stages.external_teacher import require_files
 from rbm_dist.stages.inputs import check_input
 from rbm_dist.stages.pipeline import STAGES, stages_of
 
@@ -35,6 +36,8 @@ def dry_run(config: Config, console: Console, address: str | None) -> bool:
         console.print(f"  {mark} {name}: {_WORDS[state]}", highlight=False)
     if set(states.values()) == {"done"}:
         return True
+    if states["teacher"] != "done":
+        require_files(config)
     address = address or os.environ.get("RAY_ADDRESS")
     is_new = not storage.exists(url)
     lines = judged(examine(address, url))

@@ -10,6 +10,12 @@ EXTERNAL = "external.json"
 """What it is, in the folder of the stage `teacher`."""
 
 
+def require_files(config: Config) -> None:
+    """Raise `InputError` if a file of a teacher from elsewhere is not there: before the other stages, not hours after."""
+    if config.teacher.external is not None:
+        _stamps(config.teacher.external)
+
+
 def look_at_external(config: Config, graph_url: str, url: str) -> storage.FileInfo:
     """Check the predictions of a teacher from elsewhere; writes what they are below `url`. Raises `InputError`."""
     settings = config.teacher.external

@@ -25,6 +25,7 @@ from rbm_dist.runtime.training import TrainingGroups
 from rbm_dist.stages import encodings as encodings_
 from rbm_dist.stages import evaluate, lease, soft_labels
 from rbm_dist.stages import run as run_
+from rbm_dist.stages.external_teacher import require_files
 from rbm_dist.stages.feature_hops import reset_feature_hops
 from rbm_dist.stages.inputs import check_input
 from rbm_dist.stages.partition import run_partition
@@ -87,6 +88,8 @@ def run_stages(
         try:
             _write_config(config, url)
             todo = _skip_done(wanted, url, console, verify)
+            if any(stage.name == "teacher" for stage in todo):
+                require_files(config)
             done = run_.seconds([stage for stage in wanted if stage not in todo], url)
             with RunStatus(url, {stage.name: done.get(stage.name) for stage in wanted}, asdict(owner)) as status:
                 if todo:

@@ -1,11 +1,13 @@
 """A run with a teacher from elsewhere, from its file to a student, in this process."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rbm_dist import storage
 from rbm_dist.config.load import load
@@ -17,9 +19,11 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.memory_store import make_memory_store
 from rbm_dist.serve.accuracy import hits, student_accuracy
 from rbm_dist.serve.artifact import load_student
+from rbm_dist.stages.dry_run import dry_run
 from rbm_dist.stages.evaluate import teacher_classes
 from rbm_dist.stages.external_teacher import look_at_external
 from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.pipeline import run_stages
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
 from rbm_dist.stages.student import train_students
@@ -129,3 +133,14 @@ def test_its_paths_start_at_the_current_folder(tmp_path: Path, monkeypatch: pyte
     assert external is not None
     assert external.paths == (f"{tmp_path}/a.npy", "s3://b/c.npy")
     assert external.ids == f"{tmp_path}/ids.npy"
+
+
+def test_files_that_are_not_there_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("a refusal must come before any work"))
+    external = {"paths": [str(tmp_path / "none.npy")], "kind": "logits"}
+    config = Config.model_validate({"run_dir": str(tmp_path / "run"), "teacher": {"external": external}})
+    console = Console(file=io.StringIO())
+    with pytest.raises(InputError, match=r"none.npy: no such file \(teacher.external\)"):
+        run_stages(config, console)
+    with pytest.raises(InputError, match=r"none.npy: no such file \(teacher.external\)"):
+        dry_run(config, console, None)
