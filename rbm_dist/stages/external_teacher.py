@@ -11,7 +11,7 @@ EXTERNAL = "external.json"
 
 
 def require_files(config: Config) -> None:
-    """Raise `InputError` if a file of a teacher from elsewhere is not there: before the other stages, not hours after."""
+    """Raise `InputError` if a file of a teacher from elsewhere is not there: before other stages, not hours after."""
     if config.teacher.external is not None:
         _stamps(config.teacher.external)
 
