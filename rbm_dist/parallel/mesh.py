@@ -52,6 +52,7 @@ class Mesh:
         timeout_s: longest wait for an object of another rank.
         """
         world = dist.get_world_size()
+        _require_division(world, expert_parallel)  # before the ranks are joined, which one that leaves would break
         if world == 1:
             return cls.single(device)
         hosts = [""] * world
@@ -63,10 +64,7 @@ class Mesh:
 
     def sharing(self, expert_parallel: int) -> "Mesh":
         """The same ranks, so many of which share a set of experts. Every rank must call it. Raises `ValueError`."""
-        if self.world_size % expert_parallel:
-            raise ValueError(
-                f"{self.world_size} ranks cannot be laid out with {expert_parallel} ranks per set of experts"
-            )
+        _require_division(self.world_size, expert_parallel)
         if expert_parallel == self.expert_parallel:
             return self
         replicas = self.world_size // expert_parallel
@@ -119,3 +117,8 @@ class Mesh:
         if self.cpu_group is not None:
             dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
+
+
+def _require_division(ranks: int, expert_parallel: int) -> None:
+    if ranks % expert_parallel:
+        raise ValueError(f"{ranks} ranks cannot be laid out with {expert_parallel} ranks per set of experts")

@@ -77,14 +77,9 @@ def newest(folder: Path) -> int:
     return max(epochs)
 
 
-EVERY_STAGE = ("partition", "teacher", "soft_labels", "student")
-
-
+@pytest.mark.slow
 @pytest.mark.timeout(patient(600))
-@pytest.mark.parametrize("stages", [("student",), pytest.param(EVERY_STAGE, marks=pytest.mark.slow)])
-def test_killed_in_some_stages_the_result_is_the_same(
-    finished_run: Path, tmp_path: Path, stages: tuple[str, ...]
-) -> None:
+def test_killed_in_every_stage_the_result_is_the_same(finished_run: Path, tmp_path: Path) -> None:
     """Then, in the last attempt, a training worker is killed too: it is replaced within the run."""
     run = tmp_path / "run"
     routed = run / "student" / "rbm" / "checkpoints"
@@ -94,8 +89,8 @@ def test_killed_in_some_stages_the_result_is_the_same(
         "soft_labels": (run / "graph" / "part-00000" / "soft.npy").exists,
         "student": lambda: newest(routed) >= 2,
     }
-    for stage in stages:
-        kill_when(moments[stage], run)
+    for moment in moments.values():
+        kill_when(moment, run)
     process, before = start(run), newest(routed)
     assert before < ROUTED - 4
     wait_for(lambda: newest(routed) > before + 1, process)
