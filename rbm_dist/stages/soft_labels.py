@@ -203,8 +203,17 @@ def _batches(store: GraphStore, part: int, batch: int, edges: int | None) -> Ite
 
 
 def _sampled(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
-    passes = [_read_sampled(config, store, ids, device, number) for number in range(config.soft_labels.passes)]
-    return lambda model: torch.stack([states(model, sampled)[0].softmax(1) for sampled in passes]).mean(0)
+    passes = _read_passes(config, store, ids, device)
+    return lambda model: _mean_of(model, passes)
+
+
+def _read_passes(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> list[SampledRows]:
+    return [_read_sampled(config, store, ids, device, number) for number in range(config.soft_labels.passes)]
+
+
+def _mean_of(model: Gnn, passes: list[SampledRows], noise_key: int | None = None) -> torch.Tensor:
+    """The class distributions of all samples, averaged."""
+    return torch.stack([states(model, each, noise_key=noise_key)[0].softmax(1) for each in passes]).mean(0)
 
 
 def _sampled_hidden(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
@@ -227,10 +236,10 @@ def _entropy_change(
     if noisy is not None:
         noisy_nC = torch.from_numpy(store.gather(noisy, ids))
         return lambda model: (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
-    sampled, noise_key = _read_sampled(config, store, ids, device), key(config.seed, Word.SOFT_LABEL_NOISE)
+    passes, noise_key = _read_passes(config, store, ids, device), key(config.seed, Word.SOFT_LABEL_NOISE)
 
     def compute(model: Gnn) -> torch.Tensor:
-        noisy_nC = states(model, sampled, noise_key=noise_key)[0].softmax(1).cpu()
+        noisy_nC = _mean_of(model, passes, noise_key).cpu()
         return (_entropy(noisy_nC) - _entropy(soft_nC)).abs()
 
     return compute
