@@ -179,9 +179,13 @@ def figures(server: psutil.Process, port: int, clients: Any, budget_s: float) ->
                         cpu_s[question] += sum(server.cpu_times()[:2]) - before
                 mine, least = np.array(times[ours]), np.array(times[floor])
                 name = f"{'binary' if binary else 'JSON'}, {size} rows, {count} clients"
+                # A single row in binary is what the aim is for: many rows are read and computed, which the floor does
+                # not do, and many clients wait for each other's batch.
+                target = TARGET if (binary, size, count) == (True, 1, 1) else None
                 for what, quantile in (("median", 0.5), ("p99", 0.99)):
+                    aim = None if quick and what == "p99" else target  # of a second, few answers are its slowest ones
                     value, floor_value = np.quantile(mine, quantile), np.quantile(least, quantile)
-                    rows.append(Row(f"{name}: {what}", value * 1e6, "µs", float(floor_value / value), TARGET))
+                    rows.append(Row(f"{name}: {what}", value * 1e6, "µs", float(floor_value / value), aim))
                 mine_s, least_s = (cpu_s[question] / len(times[question]) for question in (ours, floor))
                 rows.append(Row(f"{name}: CPU of the server", mine_s * 1e6, "µs", least_s / mine_s, 0.0))
                 if size == 1 and binary:

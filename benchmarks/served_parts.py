@@ -28,7 +28,7 @@ from rbm_dist.stages.source import below, over_here, stage_source
 PARTS, SERVERS = 8, 2
 HELD = range(0, PARTS, 2)  # half of the parts, where the cache is measured
 BATCHES = 32
-COPIES_SHARE = 0.1  # of the mapped rate that is to be reached where a question is large
+COPIES_SHARE = 0.08  # of the mapped rate that is to be reached where a question is large
 
 
 def make(url: str, num_nodes: int) -> None:
