@@ -61,7 +61,7 @@ def share_experts(mesh: Mesh, config: Config, widths: Sequence[tuple[int, int]])
     )  # fmt: skip
     if mesh.rank == 0:
         _log.info(
-            "%s: %.0f of %.0f MB free, %.1f ms a step on the wire at %.0f MB/s; %s: %.0f MB, %.1f ms",
+            "experts %s: %.0f of %.0f MB free, %.1f ms a step on the wire, at %.0f MB/s; %s: %.0f MB, %.1f ms",
             _named(chosen.expert_parallel), chosen.held / 1e6, free / 1e6, 1e3 * chosen.exchange_s,
             wire.bytes_per_s / 1e6, _named(each.expert_parallel), each.held / 1e6, 1e3 * each.exchange_s,
         )  # fmt: skip
@@ -69,7 +69,7 @@ def share_experts(mesh: Mesh, config: Config, widths: Sequence[tuple[int, int]])
 
 
 def _named(group: int) -> str:
-    return "all experts on each rank" if group == 1 else f"{group} ranks per set of experts"
+    return "all on each rank" if group == 1 else f"shared by {group} ranks"
 
 
 def layouts(

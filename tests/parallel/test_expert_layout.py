@@ -90,7 +90,7 @@ def test_ranks_are_laid_out_once_and_rank_0_says_why(cluster: dict, given: int, 
     chosen = (given, expected) == (1, 4)
     assert [len(said) for _, _, said in found] == [int(chosen), 0, 0, 0]
     if chosen:
-        assert re.fullmatch(r"4 ranks per set of experts: \d+ of .* all experts on each rank: .* ms", found[0][2][0])
+        assert re.fullmatch(r"experts shared by 4 ranks: \d+ of .*; all on each rank: .* ms", found[0][2][0])
 
 
 def wire(rank: int) -> Wire:
