@@ -25,10 +25,10 @@ from rbm_dist.config.run import Config
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.teacher import build_teacher
 from rbm_dist.serve.artifact import load_weights, save_weights
-from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.run import Run
-from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.source import below, over_here, stage_source
 from rbm_dist.train.sampled_rows import sample_logits
 
@@ -95,12 +95,8 @@ def _graph(url: str, num_nodes: int, degree: int) -> Config:
 
 
 def _exact(config: Config) -> np.ndarray:
-    def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-        worker = make_worker()
-        return [worker(part) for part in parts]
-
     reset_soft_labels(config.run_dir)
-    write_soft_labels(Run(config, config.run_dir, MetricsRecorder()), over_parts)
+    write_soft_labels(Run(config, config.run_dir, MetricsRecorder()), over_parts_here)
     store = GraphStore.open(f"{config.run_dir}/graph")
     return store.gather("soft", np.arange(min(store.num_nodes, 10_000)))
 

@@ -67,10 +67,10 @@ def encode(
         step = todo.pop()
         store.publish(step.name, run_step(step))
         for name in set(step.needs).difference(*(later.needs for later in todo)):
-            remove(store, name)
+            store.remove(name)
     for step in steps:
         if step.name not in (POS, PROP):
-            remove(store, step.name)
+            store.remove(step.name)
 
 
 def encode_in_process(store: GraphStore, config: EncodingsConfig, seed: int) -> None:
@@ -88,14 +88,6 @@ def fill(step: Step, store: GraphStore, parts: Iterable[int]) -> list[storage.Fi
         else:
             files.append(store.write_part(step.name, part, np.dtype(np.float32), (step.width,), rows(part)))
     return files
-
-
-def remove(store: GraphStore, name: str) -> None:
-    """Remove an array from the store."""
-    storage.remove(_index(store, name))
-    for part in range(store.num_parts):
-        storage.remove(storage.join(store.url, part_name(part), f"{name}.npy"))
-    store.forget(name)
 
 
 def _index(store: GraphStore, name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
-from rbm_dist.graph.encodings import Step, batch_step, fill, remove
+from rbm_dist.graph.encodings import Step, batch_step, fill
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.store import GraphStore
 
@@ -35,16 +35,6 @@ def add_hops(store: GraphStore, hops: int, run_step: Callable[[Step], list[stora
             step = batch_step(name, store.num_features, (before,), _mean)
             store.publish(name, run_step(step) if run_step else fill(step, store, range(store.num_parts)))
         before = name
-
-
-def remove_hops(store: GraphStore) -> None:
-    """Remove all of them, unfinished ones too."""
-    found = {name.split(".")[0] for name in storage.listdir(store.url) if name.startswith("hop")}
-    parts = range(store.num_parts)
-    folders = [storage.join(store.url, f"part-{part:05d}") for part in parts]
-    found |= {name.split(".")[0] for folder in folders for name in storage.listdir(folder) if name.startswith("hop")}
-    for name in found:
-        remove(store, name)
 
 
 def _mean(store: GraphStore, ids: np.ndarray, before: str) -> np.ndarray:

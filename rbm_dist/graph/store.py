@@ -8,6 +8,7 @@ file `<name>.json` written when the array is complete in all parts.
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Protocol, Self, TypeAlias
@@ -215,6 +216,21 @@ class GraphStore:
         index = {f"{part_name(part)}/{name}.npy": info for part, info in enumerate(files)}
         storage.write_json(storage.join(self.url, f"{name}.json"), {"version": VERSION, "files": index})
         self.forget(name)
+
+    def remove(self, name: str) -> None:
+        """Delete an added array, of all parts, finished or not."""
+        storage.remove(storage.join(self.url, f"{name}.json"))
+        for part in range(self.num_parts):
+            storage.remove(storage.join(self.url, part_name(part), f"{name}.npy"))
+        self.forget(name)
+
+    def remove_matching(self, pattern: str) -> None:
+        """`remove` all arrays whose whole names match a regular expression; what else lies there stays."""
+        folders = [self.url, *(storage.join(self.url, part_name(part)) for part in range(self.num_parts))]
+        stems = {name.rsplit(".", 1)[0] for folder in folders for name in storage.listdir(folder)}
+        for stem in stems:
+            if re.fullmatch(pattern, stem):
+                self.remove(stem)
 
     def forget(self, name: str) -> None:
         """Unmap an array whose files changed."""

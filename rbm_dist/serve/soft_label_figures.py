@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rbm_dist.graph.propagate import mean_of_sources
 from rbm_dist.graph.splits import VAL
 from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.serve.accuracy import chunks
@@ -42,17 +43,14 @@ def _disagreement(store: GraphStore, part: int) -> tuple[int, int]:
     if not len(ids):
         return 0, 0
     indptr, indices = store.array("indptr", part), store.array("indices", part)
-    compared = differ = 0
-    for row in np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _SAMPLED)).astype(np.int64)):
-        sources = indices[indptr[row] : indptr[row + 1]].astype(np.int64)
-        sources = sources[(sources >= ids[0]) & (sources <= ids[-1])]
-        if not len(sources):
-            continue
-        soft_nC = store.gather(SOFT, np.concatenate([ids[row : row + 1], sources]))
-        if soft_nC[0].any() and soft_nC[1:].any():
-            compared += 1
-            differ += int(soft_nC[0].argmax() != soft_nC[1:].mean(0).argmax())
-    return compared, differ
+    rows = np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _SAMPLED)).astype(np.int64))
+    sources = [indices[indptr[row] : indptr[row + 1]] for row in rows]
+    sources = [each[(each >= ids[0]) & (each <= ids[-1])] for each in sources]
+    ends = np.concatenate([[0], np.cumsum([len(each) for each in sources])])
+    own_nC = store.gather(SOFT, ids[rows])
+    mean_nC = mean_of_sources(store, SOFT, ends, np.concatenate(sources), np.arange(len(rows)), observed_only=False)
+    compared_n = own_nC.any(1) & mean_nC.any(1)
+    return int(compared_n.sum()), int((own_nC.argmax(1) != mean_nC.argmax(1))[compared_n].sum())
 
 
 def figures(counts: Iterable[Counts]) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 Ray tasks, not actors: there are many short steps, and tasks share processes that are already warm.
 """
 
-import re
 from functools import partial
 
 from rbm_dist import storage
 from rbm_dist.graph import encodings
 from rbm_dist.graph.encodings import POS, PROP, Step
-from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
@@ -36,12 +34,7 @@ def reset_encodings(url: str) -> None:
     """Remove the arrays that this stage added to the graph, unfinished ones too."""
     graph = storage.join(url, "graph")
     if storage.exists(storage.join(graph, "graph.json")):
-        store = GraphStore.open(graph)
-        folders = [graph, *(storage.join(graph, part_name(part)) for part in range(store.num_parts))]
-        stems = {name.rsplit(".", 1)[0] for folder in folders for name in storage.listdir(folder)}
-        for stem in stems:
-            if re.fullmatch(ARRAYS, stem):
-                encodings.remove(store, stem)
+        GraphStore.open(graph).remove_matching(ARRAYS)
 
 
 def over_tasks(

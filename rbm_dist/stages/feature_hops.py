@@ -3,7 +3,7 @@
 from functools import partial
 
 from rbm_dist import storage
-from rbm_dist.graph.feature_hops import add_hops, remove_hops
+from rbm_dist.graph.feature_hops import ARRAYS, add_hops
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.runtime.shard_servers import shard_servers
 from rbm_dist.stages.encodings import over_tasks
@@ -21,4 +21,4 @@ def reset_feature_hops(url: str) -> None:
     """Remove them, unfinished ones too."""
     graph = storage.join(url, "graph")
     if storage.exists(storage.join(graph, "graph.json")):
-        remove_hops(GraphStore.open(graph))
+        GraphStore.open(graph).remove_matching(ARRAYS)

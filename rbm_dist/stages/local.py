@@ -115,7 +115,7 @@ def prepare(config: Config, url: str) -> dict[str, Any]:
         if reads_hops(config):
             add_hops(GraphStore.open(run.graph_url), config.teacher.hops)
         train_teacher(Mesh.single(), run.reporter, config, run.graph_url, run.path("teacher"))
-    write_soft_labels(run, _over_parts)
+    write_soft_labels(run, over_parts_here)
     store = GraphStore.open(run.graph_url)
     encode_in_process(store, config.encodings, config.seed)
     highest = np.concatenate([store.gather(SOFT, store.ids(part)).max(axis=1) for part in range(store.num_parts)])
@@ -211,6 +211,7 @@ def _write_graph(run: Run) -> None:
     storage.remove(source_url)
 
 
-def _over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+def over_parts_here(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
+    """Call a worker on each part in this process; for `write_soft_labels`."""
     worker = make_worker()
     return [worker(part) for part in parts]

@@ -17,7 +17,7 @@ from rbm_dist.parallel.training_checkpoints import copies_of_parameters
 from rbm_dist.sources.edges import MERGED_EDGES, RUN_EDGES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages.baselines import SAMPLED_ROWS, SAMPLED_VALUES
-from rbm_dist.stages.soft_labels import AVERAGED_ROWS, GATHERED_EDGES
+from rbm_dist.stages.soft_labels import GATHERED_EDGES, rows_at_a_time
 from rbm_dist.train.kmeans import sample_rows
 
 _ALIVE = 4  # sampled batches: the consumer's last, its next, one that is ready and one in the making (`Prefetch`)
@@ -160,12 +160,13 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
     if config.teacher.external is not None:
         return external_rows(config, facts)
     if config.teacher.model == "sign":
-        return hop_rows(config, facts, min(AVERAGED_ROWS, facts.num_nodes / config.partition.num_parts))
+        rows = rows_at_a_time((config.teacher.hops + 1) * facts.num_features)
+        return hop_rows(config, facts, min(rows, facts.num_nodes / config.partition.num_parts))
     settings, fanout = config.soft_labels, config.soft_labels.fanout
     part = math.ceil(facts.num_nodes / config.partition.num_parts)
     seeds = min(settings.batch_size, part)
     if settings.inference == "exact":
-        averaged = _averaged(config, facts, min(AVERAGED_ROWS, part))
+        averaged = _averaged(config, facts, part)
         if config.teacher.conv == MEAN and facts.nonzeros is None and not settings.entropy_change:
             return averaged
         # A layer is gathered.
@@ -182,11 +183,11 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
     return max(averaged, 4 * facts.num_nodes + _ALIVE * passes * _batch(facts, nodes, edges) + computed)
 
 
-def _averaged(config: Config, facts: SourceFacts, rows: int) -> float:
+def _averaged(config: Config, facts: SourceFacts, part: int) -> float:
     """`soft_labels._exact_layer`: batches of means and own states; of one the states, and what is being averaged."""
     hidden = config.teacher.hidden
     width = max(hidden, facts.num_features if facts.nonzeros is None else 0)
-    degree = facts.num_edges / facts.num_nodes
+    rows, degree = min(rows_at_a_time(width), part), facts.num_edges / facts.num_nodes
     edges = min(PROPAGATED_BYTES / (4 * width), rows * degree)
     states = 4 * rows * (2 + (config.teacher.norm != "none")) * hidden
     return _ALIVE * 2 * 4 * rows * width + states + edges * (4 * width + 40)  # rows of distinct sources, sorted ids
@@ -214,7 +215,7 @@ def external_rows(config: Config, facts: SourceFacts) -> float:
     row = 8 * facts.num_classes
     whole = sum(not path.endswith((".npy", ".pt", ".pth")) and external.dtype is None for path in external.paths)
     order = {"nodes": 0, "splits": 8 + 9 + 16, "ids": 8 + 12 + 38}[external.rows]  # kept, and while it is made
-    return 4 * row * AVERAGED_ROWS + facts.num_nodes * (whole * row + order)
+    return 4 * row * rows_at_a_time(facts.num_classes) + facts.num_nodes * (whole * row + order)
 
 
 def _inferred(config: Config, facts: SourceFacts, nodes: float, edges: float, inner: float) -> float:

@@ -8,7 +8,6 @@ Of a teacher from elsewhere its predictions are brought into the order of the pa
 """
 
 import functools
-import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 
 from rbm_dist import storage
 from rbm_dist.config.run import MEAN, Config
-from rbm_dist.graph.feature_hops import reads_hops, remove_hops
+from rbm_dist.graph.feature_hops import ARRAYS as HOPS
+from rbm_dist.graph.feature_hops import reads_hops
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.shards import part_name
@@ -44,8 +44,13 @@ from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_s
 HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "hidden", "entropy_change", "noisy_soft"
 ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
-AVERAGED_ROWS = 16_384  # nodes whose in-neighbours are averaged at a time
+_ROWS, _BYTES = 16_384, 1 << 25  # nodes that are read at a time where each is one row, and bytes of these, at most
 GATHERED_EDGES = 1 << 18  # in-edges whose sources' rows are gathered at a time
+
+
+def rows_at_a_time(width: int) -> int:
+    """Nodes that are read at a time, of so many float32 each, where no neighbourhood is gathered."""
+    return max(1, min(_ROWS, _BYTES // (4 * width)))
 
 
 MakeWorker = Callable[[], Callable[[int], storage.FileInfo]]
@@ -68,6 +73,8 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
     external, hops = run.config.teacher.external, reads_hops(run.config)
     wanted = [SOFT, *[HIDDEN] * settings.hidden, *[ENTROPY_CHANGE] * settings.entropy_change]
     wanted += [TAUGHT] * leaves_out(external)
+    teacher = run.config.teacher
+    widest, joined = max(store.num_features, teacher.hidden), (teacher.hops + 1) * store.num_features
     clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
 
     def fill(name: str, read: Read, batch: int = settings.batch_size, edges: int | None = None) -> None:
@@ -79,22 +86,22 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
                 gathered = functools.partial(_exact_gathered, layer=layer, before=before, noise=noise and layer == 0)
                 fill(name, gathered, edges=GATHERED_EDGES)
             else:
-                fill(name, functools.partial(_exact_layer, layer=layer, before=before), AVERAGED_ROWS)
+                fill(name, functools.partial(_exact_layer, layer=layer, before=before), rows_at_a_time(widest))
 
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
         exact = settings.inference == "exact"
         if external is not None:
-            fill(SOFT, _external, AVERAGED_ROWS)
+            fill(SOFT, _external, rows_at_a_time(store.num_classes))
             if leaves_out(external):
-                fill(TAUGHT, _taught, AVERAGED_ROWS)
+                fill(TAUGHT, _taught, _ROWS)
         elif hops:
-            fill(SOFT, functools.partial(_of_hops, state=0), AVERAGED_ROWS)
+            fill(SOFT, functools.partial(_of_hops, state=0), rows_at_a_time(joined))
         elif exact:
             layer_by_layer(clean, SOFT, noise=False)
         else:
             fill(SOFT, _sampled)
         if settings.hidden and hops:
-            fill(HIDDEN, functools.partial(_of_hops, state=1), AVERAGED_ROWS)
+            fill(HIDDEN, functools.partial(_of_hops, state=1), rows_at_a_time(joined))
         elif settings.hidden:
             fill(HIDDEN, functools.partial(_copy, name=clean[-1]) if exact else _sampled_hidden)
         if settings.entropy_change:
@@ -102,9 +109,9 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
                 layer_by_layer(noisy, NOISY_SOFT, noise=True)
             fill(ENTROPY_CHANGE, functools.partial(_entropy_change, noisy=NOISY_SOFT if exact else None))
     for name in [*clean, *noisy, NOISY_SOFT]:
-        _remove(run.url, store, name)
+        store.remove(name)
     if hops:
-        remove_hops(store)
+        store.remove_matching(HOPS)
     indexes = [storage.read_json(run.path("graph", f"{name}.json")) for name in wanted]
     return {f"graph/{name}": info for index in indexes for name, info in index["files"].items()}
 
@@ -113,11 +120,7 @@ def reset_soft_labels(url: str) -> None:
     """Remove the arrays that this stage added to the graph."""
     graph = storage.join(url, "graph")
     if storage.exists(storage.join(graph, "graph.json")):
-        store = GraphStore.open(graph)
-        parts = (storage.listdir(storage.join(graph, part_name(part))) for part in range(store.num_parts))
-        for stem in {name.removesuffix(".npy") for names in parts for name in names}:
-            if re.fullmatch(ARRAYS, stem):
-                _remove(url, store, stem)
+        GraphStore.open(graph).remove_matching(ARRAYS)
 
 
 Compute = Callable[[Any], torch.Tensor]
@@ -303,10 +306,3 @@ def _of_hops(config: Config, store: GraphStore, ids: np.ndarray, device: torch.d
 
 def _taught(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:
     return lambda teacher: torch.from_numpy(teacher.taught(ids).astype(np.float32))
-
-
-def _remove(url: str, store: GraphStore, name: str) -> None:
-    graph = storage.join(url, "graph")
-    storage.remove(storage.join(graph, f"{name}.json"))
-    for part in range(store.num_parts):
-        storage.remove(storage.join(graph, part_name(part), f"{name}.npy"))

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 from rbm_dist import storage
 from rbm_dist.graph import feature_hops
-from rbm_dist.graph.feature_hops import add_hops, hop_names, remove_hops
+from rbm_dist.graph.feature_hops import ARRAYS, add_hops, hop_names
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.sources.source import SourceGraph
 from tests.small_graph import small_graph, with_sparse_features, write_graph
@@ -59,5 +59,7 @@ def test_what_is_there_is_kept_and_all_is_removed(tmp_path: Path, monkeypatch: p
     add_hops(store, 3, counted)
     assert made == ["hop2", "hop3"]
     (tmp_path / "graph" / "hop3.json").unlink()  # as a kill leaves it
-    remove_hops(store)
+    (tmp_path / "graph" / "hopeful.npy").touch()  # of the user's
+    store.remove_matching(ARRAYS)
+    (tmp_path / "graph" / "hopeful.npy").unlink()
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before

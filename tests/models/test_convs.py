@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
 from rbm_dist.graph.store import GraphStore
@@ -16,9 +15,9 @@ from rbm_dist.models.gnn import Gnn
 from rbm_dist.models.teacher import build_teacher
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph
-from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.run import Run
-from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
+from rbm_dist.stages.soft_labels import write_soft_labels
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 HERE = "tests.models.test_convs"
@@ -79,11 +78,6 @@ def on_the_whole_graph(model: Gnn, graph: SourceGraph) -> np.ndarray:
     return x.softmax(1).numpy()
 
 
-def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-    worker = make_worker()
-    return [worker(part) for part in parts]
-
-
 @pytest.mark.parametrize("features", ["dense", "sparse"])
 @pytest.mark.parametrize("name", CONVS)
 def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, features: str) -> None:
@@ -102,7 +96,7 @@ def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, features: str)
         settings = settings.model_copy(
             update={"soft_labels": settings.soft_labels.model_copy(update={"inference": inference})}
         )
-        write_soft_labels(Run(settings, str(url), MetricsRecorder()), over_parts)
+        write_soft_labels(Run(settings, str(url), MetricsRecorder()), over_parts_here)
         written = GraphStore.open(store.url)
         ids = np.arange(240)
         found, place = written.gather("soft", ids), written.gather("orig_id", ids)

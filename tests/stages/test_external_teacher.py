@@ -22,20 +22,15 @@ from rbm_dist.serve.artifact import load_student
 from rbm_dist.stages.dry_run import dry_run
 from rbm_dist.stages.evaluate import teacher_classes
 from rbm_dist.stages.external_teacher import look_at_external
-from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.pipeline import run_stages
 from rbm_dist.stages.run import Run
-from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.student import train_students
 from rbm_dist.train.student import StudentTraining
 from tests.small_graph import small_graph, write_graph
 
 NODES, CLASSES = 240, 5
-
-
-def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-    worker = make_worker()
-    return [worker(part) for part in parts]
 
 
 def prepared(folder: Path, **external: Any) -> tuple[Config, GraphStore]:
@@ -55,7 +50,7 @@ def prepared(folder: Path, **external: Any) -> tuple[Config, GraphStore]:
 def softened(config: Config) -> set[str]:
     run = Run(config, config.run_dir, MetricsRecorder())
     look_at_external(config, run.graph_url, run.path("teacher"))
-    return set(write_soft_labels(run, over_parts))
+    return set(write_soft_labels(run, over_parts_here))
 
 
 def test_a_student_learns_from_it(tmp_path: Path) -> None:
@@ -102,7 +97,7 @@ def test_a_file_that_changes_in_between_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"all.npy: was changed after the stage teacher looked at it; delete .*/teacher"
     ):
-        write_soft_labels(run, over_parts)
+        write_soft_labels(run, over_parts_here)
 
 
 @pytest.mark.parametrize(

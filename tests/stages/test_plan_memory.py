@@ -19,11 +19,11 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import empty_student, save_student, save_weights
 from rbm_dist.sources.facts import source_facts
 from rbm_dist.stages import evaluate, plan_memory
-from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.plan_cost import Costs
 from rbm_dist.stages.run import Run
-from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.source import below, over_here, stage_source
 from rbm_dist.stages.student import train_students
 from rbm_dist.stages.teacher import train_teacher
@@ -92,12 +92,8 @@ class FewBatches(MetricsRecorder):
 
 
 def infer(config: Config) -> None:
-    def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-        worker = make_worker()
-        return [worker(part) for part in parts]
-
     with contextlib.suppress(EnoughError):
-        write_soft_labels(Run(config, config.run_dir, FewBatches()), over_parts)
+        write_soft_labels(Run(config, config.run_dir, FewBatches()), over_parts_here)
 
 
 def study(config: Config) -> None:

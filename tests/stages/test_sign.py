@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.graph.feature_hops import add_hops, hop_names
 from rbm_dist.graph.splits import TEST
@@ -16,9 +15,9 @@ from rbm_dist.models.sign import Sign
 from rbm_dist.models.teacher import build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import load_weights
-from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.run import Run
-from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
+from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.teacher import train_teacher
 from tests.small_graph import small_store
 
@@ -27,11 +26,6 @@ def config(url: str, **teacher: Any) -> Config:
     settings = {"model": "sign", "hops": 2, "hidden": 16, "epochs": 30, "batch_size": 40, "lr": 0.02} | teacher
     soft = {"hidden": True}
     return Config.model_validate({"run_dir": url, "teacher": settings, "soft_labels": soft, "seed": 1})
-
-
-def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-    worker = make_worker()
-    return [worker(part) for part in parts]
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm": "layer", "calibrate": True}])
@@ -49,7 +43,7 @@ def test_soft_labels_are_the_network_on_rows_over_hops(tmp_path: Path, settings:
     with torch.no_grad():
         logits, hidden = model.eval().forward_hidden(torch.from_numpy(rows))
 
-    names = write_soft_labels(Run(chosen, str(tmp_path), MetricsRecorder()), over_parts)
+    names = write_soft_labels(Run(chosen, str(tmp_path), MetricsRecorder()), over_parts_here)
     assert {Path(name).stem for name in names} == {"soft", "hidden"}
     written, ids = GraphStore.open(store.url), np.arange(240)
     np.testing.assert_allclose(written.gather("soft", ids), logits.softmax(1), rtol=1e-5, atol=1e-6)

@@ -25,7 +25,7 @@ from rbm_dist.randomness.bits import key
 from rbm_dist.serve.artifact import save_weights
 from rbm_dist.sources.source import SourceGraph
 from rbm_dist.stages import soft_labels
-from rbm_dist.stages.local import MetricsRecorder
+from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, reset_soft_labels, write_soft_labels
 from rbm_dist.train.sampled_rows import add_noise
@@ -34,11 +34,6 @@ from tests.small_graph import small_graph, with_sparse_features, write_graph
 NAMES = ("soft", "hidden", "entropy_change")
 GRAPHS = {"dense": small_graph(), "sparse": with_sparse_features(small_graph()), "int8": small_graph()}
 _NOISE = 8  # the word of the noise's key
-
-
-def over_parts(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[storage.FileInfo]:
-    worker = make_worker()
-    return [worker(part) for part in parts]
 
 
 def prepare(
@@ -70,7 +65,7 @@ def prepare(
 
 
 def written(run: Run) -> dict[str, np.ndarray]:
-    write_soft_labels(run, over_parts)
+    write_soft_labels(run, over_parts_here)
     store = GraphStore.open(run.graph_url)
     return {name: store.gather(name, np.arange(store.num_nodes)) for name in NAMES}
 
@@ -134,7 +129,7 @@ def test_parts_change_nothing_and_nothing_else_is_left(tmp_path: Path, inference
         assert added == {f"{name}.json" for name in NAMES} | {
             f"part-{part:05d}/{name}.npy" for name in NAMES for part in range(num_parts)
         }
-        listed = write_soft_labels(run, over_parts)  # again: nothing is computed, the same files are named
+        listed = write_soft_labels(run, over_parts_here)  # again: nothing is computed, the same files are named
         assert set(listed) == {f"graph/{name}" for name in added if name.endswith(".npy")}
         reset_soft_labels(run.url)
         assert files(tmp_path / str(num_parts)) == before
@@ -162,7 +157,7 @@ def test_a_full_disk_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.Monkey
     run, _ = prepare(tmp_path, GRAPHS["dense"], 2, 2, batch_size=5)
     monkeypatch.setattr(storage, "write_chunks", full)
     with pytest.raises(OSError, match="No space left"):
-        write_soft_labels(run, over_parts)
+        write_soft_labels(run, over_parts_here)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
@@ -203,7 +198,7 @@ def test_cut_off_at_any_call_it_goes_on_and_leaves_nothing_behind(tmp_path: Path
 
 def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
     run, _ = prepare(tmp_path, GRAPHS["dense"], 2, 2, hidden=False, entropy_change=False)
-    listed = write_soft_labels(run, over_parts)
+    listed = write_soft_labels(run, over_parts_here)
     assert set(listed) == {"graph/part-00000/soft.npy", "graph/part-00001/soft.npy"}
 
 
@@ -214,7 +209,7 @@ def test_fewer_bytes_say_nearly_the_same(tmp_path: Path, inference: str, store: 
     found = {}
     for each in ("float32", store):
         run, _ = prepare(tmp_path / each, GRAPHS["dense"], 3, 2, **settings, store=each)
-        write_soft_labels(run, over_parts)
+        write_soft_labels(run, over_parts_here)
         graph = GraphStore.open(run.graph_url)
         assert graph.width(("soft",)) == 5
         found[each] = graph.gather("soft", np.arange(240))
@@ -229,7 +224,7 @@ def test_several_samples_are_averaged_and_come_nearer_to_all_neighbours(tmp_path
     for passes in (0, 1, 2, 16):  # 0: exactly
         inference = {"inference": "exact"} if not passes else {"fanout": [2, 2], "passes": passes}
         run, _ = prepare(tmp_path / str(passes), GRAPHS["dense"], 3, 2, entropy_change=False, **inference)
-        write_soft_labels(run, over_parts)
+        write_soft_labels(run, over_parts_here)
         found[passes] = GraphStore.open(run.graph_url).gather("soft", np.arange(240))
     errors = {passes: np.abs(found[passes] - found[0]).mean() for passes in (1, 2, 16)}
     assert errors[16] < 0.5 * errors[1]
