@@ -6,10 +6,12 @@ identity.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rbm_dist.config.fields import NUMBER, Count, Fanout, Fraction, Positive, Rate, Section, Share, Weight
 from rbm_dist.config.source import DigitsConfig, SourceConfig
+from rbm_dist.config.teacher import TeacherConfig
+from rbm_dist.config.training import TrainingConfig
 
 
 class PartitionConfig(Section):
@@ -35,113 +37,6 @@ class PartitionConfig(Section):
     def _possible(self) -> Self:
         if self.method == "random" and self.balance != "nodes":
             raise ValueError(f"partition.balance: random parts balance nodes, not {self.balance}; use another method")
-        return self
-
-
-class TrainingConfig(Section):
-    """What all training loops have, each over its own steps."""
-
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: the learning rate falls to 0 along half a cosine by the last of all epochs"
-    )
-    warmup_steps: Count = Field(0, description="steps over which the learning rate rises from 0, before all else")
-    clip_norm: Rate | None = Field(None, description="largest norm of a step's gradient, over all parameters and ranks")
-
-
-class ExternalTeacherConfig(Section):
-    """Predictions that a model elsewhere made for the nodes, in place of a teacher that is trained here."""
-
-    paths: tuple[str, ...] = Field(
-        min_length=1,
-        description="files of predictions, [rows, classes] each: .npy, .npz, .pt, .parquet, plain numbers; "
-        "the probabilities of several are averaged",
-    )
-    kind: Literal["logits", "probabilities", "log_probabilities"] = Field(description="what the numbers are")
-    rows: Literal["nodes", "splits", "ids"] = Field(
-        "nodes",
-        description="whose the rows are; nodes: of the caller's nodes in their order; splits: of the training, then "
-        "the validation, then the test nodes, each in their order; ids: see `ids`",
-    )
-    ids: str | None = Field(None, description=".npy file of the node id of each row, integers or text")
-    id_column: str = Field("id", description="of Parquet files: the column of the node id of each row, for rows: ids")
-    array: str | None = Field(None, description="its name in .npz and .pt files that hold several")
-    dtype: Literal["float16", "float32", "float64"] | None = Field(
-        None, description="of files of numbers without a header, row after row"
-    )
-    missing: Literal["refuse", "labels"] = Field(
-        "refuse", description="nodes without a row; labels: training nodes learn from their labels, others not at all"
-    )
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        parquet = all(path.endswith((".parquet", ".pq")) for path in self.paths)
-        if self.ids is not None and self.rows != "ids":
-            raise ValueError(f"teacher.external.ids: means nothing with rows: {self.rows}; set rows: ids")
-        if self.rows == "ids" and self.ids is None and not parquet:
-            raise ValueError(
-                "teacher.external.rows: ids needs teacher.external.ids, or Parquet files with a column of them"
-            )
-        return self
-
-
-MEAN = "sage"
-"""The convolution that averages in-neighbours, which the store does in exact inference."""
-TEACHERS = {"external": "external", "sign": "SIGN"}
-"""Teachers that have no convolutions, and what people call them."""
-CONVS = {MEAN: "GraphSAGE", "sage_max": "GraphSAGE, max", "gat": "GAT", "gatv2": "GATv2"}
-"""Convolutions by name, and what people call them."""
-
-
-class Arguments(BaseModel):
-    """What a class of the user's is made with: any names, plain values."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, bool | int | float | str]
-
-
-class TeacherConfig(TrainingConfig):
-    """A GNN, one layer per entry of `fanout`; or `external`."""
-
-    external: ExternalTeacherConfig | None = Field(
-        None, description="predictions of a model elsewhere; nothing is trained, and all other keys mean nothing"
-    )
-    model: Literal["gnn", "sign"] = Field(
-        "gnn",
-        description="gnn: layers over sampled neighbourhoods; sign: features averaged over 0, 1, … `hops` hops, once, "
-        "and a network on these rows, which samples nothing (Frasca et al., 2020)",
-    )
-    hops: Positive = Field(3, description="of sign")
-    conv: str = Field(
-        MEAN,
-        description="sage | sage_max | gat | gatv2, or module:Class of any layer that is made and called as PyG's are: "
-        "Class(inputs, outputs, **arguments)((x_sources, x_destinations), edge_index)",
-    )
-    heads: Positive = Field(4, description="of gat and gatv2; divides hidden")
-    arguments: Arguments = Field(Arguments(), description="further ones of module:Class, by name")
-    residual: bool = Field(False, description="inner layers add their input, mapped where widths differ")
-    hidden: Positive = 128
-    sampler: Literal["numba", "pyg_lib", "torch_sparse"] = Field(
-        "numba", description="the sampling kernel of all stages"
-    )
-    fanout: Fanout = (10, 10)
-    norm: Literal["layer", "none"] = Field("none", description="between the layers, before ReLU")
-    dropout: Fraction = 0.5
-    lr: Rate = 0.01
-    weight_decay: Weight | None = Field(None, description="default: 0.3 / training nodes, less the more labels speak")
-    epochs: Positive = 100
-    batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
-    select: Literal["loss", "accuracy"] = Field("loss", description="what the kept epoch is best at, on validation")
-    patience: Positive | None = Field(None, description="stop after so many epochs without a better one")
-    calibrate: bool = Field(False, description="scale the logits by the temperature that fits validation best")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.conv not in CONVS and not all(self.conv.partition(":")):
-            raise ValueError(f"teacher.conv: '{self.conv}' is none of {', '.join(CONVS)}, nor of the form module:Class")
-        if self.conv in ("gat", "gatv2") and self.hidden % self.heads:
-            raise ValueError(f"teacher.heads: {self.heads} does not divide teacher.hidden: {self.hidden}")
-        if self.conv in CONVS and self.arguments.model_dump():
-            raise ValueError(f"teacher.arguments: are for a module:Class as teacher.conv, not for {self.conv}")
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rbm_dist.config.run import MEAN
+from rbm_dist.config.teacher import MEAN
 from rbm_dist.errors import InputError
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.keyed_dropout import keyed_dropout

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rbm_dist.config.run import CONVS, MEAN, TEACHERS
+from rbm_dist.config.teacher import CONVS, MEAN, TEACHERS
 
 NAMES = {
     "majority": "majority class",

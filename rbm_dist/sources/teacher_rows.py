@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rbm_dist import storage
-from rbm_dist.config.run import ExternalTeacherConfig
+from rbm_dist.config.teacher import ExternalTeacherConfig
 from rbm_dist.errors import InputError, RunError
 from rbm_dist.sources import table_files
 

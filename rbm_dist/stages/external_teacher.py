@@ -1,7 +1,8 @@
 """A teacher from elsewhere in a run: looked at by the stage `teacher`, asked by the stage `soft_labels`."""
 
 from rbm_dist import storage
-from rbm_dist.config.run import Config, ExternalTeacherConfig
+from rbm_dist.config.run import Config
+from rbm_dist.config.teacher import ExternalTeacherConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.train.external_teacher import ExternalTeacher

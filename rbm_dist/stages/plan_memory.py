@@ -7,8 +7,9 @@ line of the code that it names. Tests compare them with measurements.
 import itertools
 import math
 
-from rbm_dist.config.run import MEAN, Config
+from rbm_dist.config.run import Config
 from rbm_dist.config.source import OgbConfig, SyntheticConfig, TablesConfig
+from rbm_dist.config.teacher import MEAN
 from rbm_dist.graph import partition
 from rbm_dist.graph.propagate import _BYTES as PROPAGATED_BYTES
 from rbm_dist.graph.shuffle import _CHUNK_EDGES as CHUNK_EDGES

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from rbm_dist import storage
-from rbm_dist.config.run import MEAN, Config
+from rbm_dist.config.run import Config
+from rbm_dist.config.teacher import MEAN
 from rbm_dist.graph.feature_hops import ARRAYS as HOPS
 from rbm_dist.graph.feature_hops import reads_hops
 from rbm_dist.graph.loader import Prefetch

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import softmax
 
-from rbm_dist.config.run import ExternalTeacherConfig
+from rbm_dist.config.teacher import ExternalTeacherConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, UNSEEN, VAL

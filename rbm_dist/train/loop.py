@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rbm_dist.config.run import TrainingConfig
+from rbm_dist.config.training import TrainingConfig
 from rbm_dist.moe.collectives import traffic
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.pace import Reports

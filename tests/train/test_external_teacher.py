@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rbm_dist.config.run import ExternalTeacherConfig
+from rbm_dist.config.teacher import ExternalTeacherConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, VAL
 from rbm_dist.graph.store import GraphStore

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rbm_dist.config.run import TrainingConfig
+from rbm_dist.config.training import TrainingConfig
 from rbm_dist.train.loop import learning_rate
 
 
