@@ -188,10 +188,8 @@ class GraphStore:
         return sum(self._width(name) for name in names)
 
     def _width(self, name: str) -> int:
-        if name == "feat":
-            return self.num_features
-        array = self.array(name, self._some_part)
-        return self.num_classes if name == SOFT and array.dtype == np.uint16 else array.shape[1]
+        known = {"feat": self.num_features, SOFT: self.num_classes}  # whose files need not be opened
+        return known.get(name) or self.array(name, self._some_part).shape[1]
 
     def sample(self, seeds: np.ndarray, fanout: tuple[int, ...], key: int) -> Sample:
         """Sample the neighbourhood of some nodes over all parts; see `Sampler.sample`."""
