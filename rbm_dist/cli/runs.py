@@ -1,7 +1,7 @@
 """Runs: all stages, one of them, what they would take, what they are configured to."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -63,6 +63,63 @@ def _run_until(
         raise typer.Exit(130) from None
     if results is not None:
         console.print(results_table(results))
+
+
+@app.command()
+def update(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run; it stays as it is.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the section cluster.", show_default=False),
+    ] = None,
+    *,
+    out: Annotated[str, typer.Option(help="The run directory to write.", show_default=False)],
+    add_nodes: Annotated[str | None, typer.Option(help="New nodes: file, folder or pattern.")] = None,
+    add_edges: Annotated[str | None, typer.Option(help="New edges.")] = None,
+    drop_edges: Annotated[str | None, typer.Option(help="Edges that are gone.")] = None,
+    features: Annotated[str | None, typer.Option(help="Nodes of the graph whose features are others now.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="Column of node ids; default: as in training.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of new nodes' classes, where there is one.")] = None,
+    split: Annotated[str | None, typer.Option(help="Column of new nodes' split, where there is one.")] = None,
+    src: Annotated[str | None, typer.Option(help="Column of the edges' sources; default: as in training.")] = None,
+    dst: Annotated[str | None, typer.Option(help="Column of the edges' destinations.")] = None,
+    unknown_nodes: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="Edges to ids that are neither new nor the graph's.")
+    ] = "refuse",
+    epochs: Annotated[int, typer.Option(min=0, help="Students are trained so much further; 0: not at all.")] = 5,
+    anew_above: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of changed nodes above which all is trained anew.")
+    ] = 0.1,
+    address: Address = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Go on from a finished run when its graph has changed: only what can differ is computed. Again: it goes on."""
+    from rbm_dist.config.load import updated
+    from rbm_dist.config.update import UpdateConfig
+    from rbm_dist.report.table import results_table
+    from rbm_dist.report.update_table import update_table
+    from rbm_dist.stages.finished import open_results
+    from rbm_dist.stages.pipeline import run_stages
+    from rbm_dist.stages.update import update_facts
+
+    if not (add_nodes or add_edges or drop_edges or features):
+        raise InputError("nothing has changed: give --add-nodes, --add-edges, --drop-edges or --features")
+    changes = UpdateConfig(
+        run=run, add_nodes=add_nodes, add_edges=add_edges, drop_edges=drop_edges, features=features, id=id_,
+        label=label, split=split, src=src, dst=dst, unknown_nodes=unknown_nodes, epochs=epochs, anew_above=anew_above,
+    )  # fmt: skip
+    config = updated(run, out, changes, overrides)
+    before = open_results(run)
+    console = Console()
+    console.print(f"[bold]rbm-dist[/] update {run} → {config.run_dir}", highlight=False)
+    try:
+        results = run_stages(config, console, address=address, overwrite=overwrite)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+    assert results is not None
+    console.print(results_table(results))
+    console.print(update_table(update_facts(config.run_dir), before, results), highlight=False)
 
 
 def _stage_command(stage: str, name: str, text: str) -> None:

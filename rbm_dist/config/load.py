@@ -15,9 +15,14 @@ from pydantic import ValidationError
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.config.source import SourceConfig
+from rbm_dist.config.update import UpdateConfig
 from rbm_dist.errors import InputError
 
-LOCATIONS = ("run_dir", *(f"source.{name}" for name in ("path", "nodes", "edges", "root", "arguments.root")))
+LOCATIONS = (
+    "run_dir",
+    *(f"source.{name}" for name in ("path", "nodes", "edges", "root", "arguments.root")),
+    *(f"update.{name}" for name in ("run", "add_nodes", "add_edges", "drop_edges", "features")),
+)
 """The keys that say where files are: paths, patterns or URLs."""
 
 
@@ -50,6 +55,32 @@ def absolute(config: Config) -> Config:
         external["paths"] = [absolute_path(path) for path in external["paths"]]
         external["ids"] = external["ids"] and absolute_path(external["ids"])
     return Config.model_validate(tree)
+
+
+def updated(run: str, out: str, update: UpdateConfig, overrides: list[str] | None = None) -> Config:
+    """The configuration of a run that goes on from the run directory `run`; overrides: `cluster.key=value` alone.
+
+    Raises `InputError` if there is none, or if it cannot be gone on from.
+    """
+    url = storage.join(storage.absolute(run), "config.json")
+    if storage.absolute(out) == storage.absolute(run):
+        raise InputError(f"{out}: is the run itself, which stays as it is; name another folder (--out)")
+    if not storage.exists(url):
+        raise InputError(f"{run}: not a run directory (no config.json)")
+    tree = storage.read_json(url)
+    for item in overrides or []:
+        if not item.startswith("cluster."):
+            raise InputError(f"command line: {item}: an update has the configuration of its run, but for cluster.…")
+        _apply(tree, item)
+    tree |= {"run_dir": out, "update": update.model_dump(exclude_none=True)}
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(refusals(error, url, overrides or []))) from None
+    if config.soft_labels.inference == "exact" and config.teacher.is_gnn:  # for the next update
+        kept = config.soft_labels.model_copy(update={"keep_layers": True})
+        config = config.model_copy(update={"soft_labels": kept})
+    return absolute(config)
 
 
 def absolute_path(path: str) -> str:

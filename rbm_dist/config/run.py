@@ -12,6 +12,7 @@ from rbm_dist.config.fields import NUMBER, Count, Fanout, Fraction, Positive, Ra
 from rbm_dist.config.source import DigitsConfig, SourceConfig
 from rbm_dist.config.teacher import TeacherConfig
 from rbm_dist.config.training import TrainingConfig
+from rbm_dist.config.update import UpdateConfig
 
 
 class PartitionConfig(Section):
@@ -55,6 +56,11 @@ class SoftLabelsConfig(Section):
         "float32", description="how probabilities are stored; top_m: those of the likeliest classes, in 4 bytes each"
     )
     top_m: Positive = Field(8, description="classes that top_m keeps; the others share the rest evenly")
+    keep_layers: bool = Field(
+        False,
+        description="keep the states after each of the teacher's layers, so that `rbm-dist update` need not compute "
+        "them anew; of exact inference",
+    )
 
 
 class EncodingsConfig(Section):
@@ -260,6 +266,7 @@ class Config(Section):
     encodings: EncodingsConfig = EncodingsConfig()
     student: StudentConfig = StudentConfig()
     cluster: ClusterConfig = ClusterConfig()
+    update: UpdateConfig | None = Field(None, description="what has changed since another run; see `rbm-dist update`")
 
     @model_validator(mode="before")
     @classmethod
@@ -292,6 +299,21 @@ class Config(Section):
             )
         if self.soft_labels.inference == "exact" and fanout is not None:
             raise ValueError("soft_labels.fanout: exact inference takes every neighbour; remove it or use 'sampled'")
+        if self.soft_labels.keep_layers and (self.soft_labels.inference != "exact" or not self.teacher.is_gnn):
+            raise ValueError(
+                "soft_labels.keep_layers: only exact inference of a GNN that is trained here goes layer by layer "
+                "(soft_labels.inference: exact)"
+            )
+        if self.update is not None:
+            if self.teacher.external is not None:
+                raise ValueError(
+                    "teacher.external: has nothing to say of an updated graph; make a run of the new graph"
+                )
+            if self.encodings.positional == "deepwalk":
+                raise ValueError(
+                    "encodings.positional: deepwalk would place all nodes elsewhere, and students would know none of "
+                    "them; use fastrp, or make a run of the new graph"
+                )
         if self.cluster.shard_servers and self.teacher.sampler != "numba":
             raise ValueError(
                 f"teacher.sampler: {self.teacher.sampler} needs all parts on every host; use numba, "

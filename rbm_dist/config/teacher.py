@@ -103,3 +103,8 @@ class TeacherConfig(TrainingConfig):
         if self.conv in CONVS and self.arguments.model_dump():
             raise ValueError(f"teacher.arguments: are for a module:Class as teacher.conv, not for {self.conv}")
         return self
+
+    @property
+    def is_gnn(self) -> bool:
+        """Whether it is trained here and has layers that read neighbourhoods."""
+        return self.external is None and self.model == "gnn"

@@ -24,17 +24,38 @@ def partition_report(csc: Csc, part_N: np.ndarray, num_parts: int) -> dict[str, 
         readers_N = np.zeros(csc.num_nodes, np.uint64)
         cut += _mark(csc.indptr, csc.indices, part_N, first, readers_N, nodes_P, edges_P)
         _count_bits(readers_N, halo_P[first : first + _GROUP])
+    return figures(cut, nodes_P, edges_P, halo_P)
+
+
+def figures(cut: int, nodes_P: np.ndarray, edges_P: np.ndarray, halo_P: np.ndarray) -> dict[str, Any]:
+    """The figures of a partition from what was counted of each part."""
     return {
         "edge_cut": int(cut),
-        "cut_share": cut / max(csc.num_edges, 1),
+        "cut_share": float(cut / max(edges_P.sum(), 1)),
         "node_balance": _balance(nodes_P),
         "edge_balance": _balance(edges_P),
-        "replication": float(nodes_P.sum() + halo_P.sum()) / max(csc.num_nodes, 1),
+        "replication": float(nodes_P.sum() + halo_P.sum()) / max(nodes_P.sum(), 1),
         "parts": [
             {"nodes": int(nodes), "edges": int(edges), "halo": int(halo)}
             for nodes, edges, halo in zip(nodes_P, edges_P, halo_P, strict=True)
         ],
     }
+
+
+def count_halo(indices: np.ndarray, low: int, high: int, num_nodes: int) -> tuple[int, int]:
+    """How many of a part's edges come from other parts, and from how many nodes. The part's are `[low, high)`."""
+    read_N = np.zeros(num_nodes, np.bool_)
+    return _mark_read(indices, low, high, read_N), int(read_N.sum())
+
+
+@njit(cache=True, nogil=True)
+def _mark_read(indices, low, high, read_N):  # type: ignore[no-untyped-def]
+    cut = 0
+    for u in indices:
+        if u < low or u >= high:
+            cut += 1
+            read_N[u] = True
+    return cut
 
 
 def _balance(size_P: np.ndarray) -> float:

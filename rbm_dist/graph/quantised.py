@@ -40,3 +40,15 @@ def encode(feat_nF: np.ndarray, dtype: str, scale_F: np.ndarray | None) -> np.nd
 def decode(stored_nF: np.ndarray, scale_F: np.ndarray | None) -> np.ndarray:
     """The features that `encode` stored, `[n, F]` float32."""
     return stored_nF.astype(np.float32, copy=False) if scale_F is None else stored_nF * scale_F
+
+
+def in_reach(feat_nF: np.ndarray, dtype: str, scale_F: np.ndarray | None) -> np.ndarray:
+    """Features of nodes that came later, none beyond what the columns of the graph reach: int8 has no more steps.
+
+    Raises `InputError` for what is beyond float16.
+    """
+    if scale_F is not None:
+        return np.clip(feat_nF, -_STEPS * scale_F, _STEPS * scale_F)
+    if dtype == "float16" and len(feat_nF):
+        scales(dtype, np.abs(feat_nF).max(axis=0))
+    return feat_nF

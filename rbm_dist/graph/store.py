@@ -6,7 +6,9 @@ Everything a node has is a named array: the base ones of `graph.json`, and those
 file `<name>.json` written when the array is complete in all parts.
 """
 
+import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -72,6 +74,7 @@ class GraphStore:
         self.num_parts = len(self.offsets) - 1
         self.sparse_features: bool = index["sparse_features"]
         self.class_names: list[str] | None = index.get("class_names")  # None: classes are numbers
+        self.stored_feat_dtype: str = index["dtypes"].get("feat", "float32")  # of dense ones
         self.named = ORIG_NAME in index["dtypes"]  # whether the caller's ids are kept as bytes
         known = {"kind": "text" if self.named else "integer", "arrow": "string" if self.named else "int64"}
         self.id_type = IdType(**index.get("id_type", known))
@@ -109,6 +112,26 @@ class GraphStore:
         if new:
             self._held[new] = True
             self._sampler = None
+
+    @cached_property
+    def feat_scale(self) -> np.ndarray | None:
+        """The scale of each column, `[F]` float32, of features that are stored as int8."""
+        info = self._files.get(FEAT_SCALE)
+        return None if info is None else storage.open_array(storage.join(self.url, FEAT_SCALE), info)[:]
+
+    def file_info(self, file: str) -> storage.FileInfo:
+        """Size and checksum of a file of the graph, by its path below it. Raises `InputError` if there is none."""
+        if file not in self._files:
+            self._files |= self._added(file.rsplit("/", 1)[-1].removesuffix(".npy"))
+        return self._files[file]
+
+    def digest(self, part: int, names: Iterable[str]) -> str:
+        """A checksum of a part's rows of some arrays, `feat` in whatever form it is stored."""
+        stored = [SPARSE_FEAT if name == "feat" and self.sparse_features else (name,) for name in names]
+        files = [f"{part_name(part)}/{name}.npy" for name in itertools.chain(*stored)]
+        files += [FEAT_SCALE] * (self.feat_scale is not None)
+        found = [self.file_info(file)["sha256"] for file in files]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     @property
     def held_parts(self) -> list[int]:
@@ -158,7 +181,7 @@ class GraphStore:
             return rows.toarray()
         if name == SOFT:
             return soft_rows.decode(rows, self.num_classes)
-        return decode(rows, self._feat_scale) if name == "feat" else rows
+        return decode(rows, self.feat_scale) if name == "feat" else rows
 
     def stored_rows(self, name: str, ids: np.ndarray) -> StoredRows:
         """The rows that `gather` gives, as they are stored."""
@@ -234,11 +257,6 @@ class GraphStore:
         """Unmap an array whose files changed."""
         self._arrays = {key: value for key, value in self._arrays.items() if key[0] != name}
         self._files = {file: info for file, info in self._files.items() if not file.endswith(f"/{name}.npy")}
-
-    @cached_property
-    def _feat_scale(self) -> np.ndarray | None:
-        info = self._files.get(FEAT_SCALE)
-        return None if info is None else storage.open_array(storage.join(self.url, FEAT_SCALE), info)[:]
 
     def _opened_sampler(self) -> Sampler:
         if self._sampler is None:

@@ -21,6 +21,7 @@ class Word(IntEnum):
     KMEANS_SAMPLE = 13
     KMEANS_START = 14
     TEACHER_HOT_ROWS = 15
+    UPDATE_REPLAY = 16
     PROJECTION = 0xE0
     LABEL_FOLD = 0xE1
     WALK_ORDER = 0xE2

@@ -5,9 +5,9 @@ is imported. While one batch is computed, a thread reads the next.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat, takewhile
 from typing import Literal
@@ -78,21 +78,27 @@ Encode = Callable[[int, int], dict[str, np.ndarray]]
 
 
 def open_tables(
-    url: str, model: ModelFile, reader_types: Callable[..., Columns], options: ReadOptions
+    url: str,
+    model: ModelFile,
+    reader_types: Callable[..., Columns],
+    options: ReadOptions,
+    option: str = "--nodes",
+    more: Sequence[str] = (),
 ) -> list[NodeTable]:
     """The files of a table, in order, with what is read of each: headers and footers are read, no row.
 
-    url: file, folder or pattern. Raises `InputError` for what is not there, and for columns that are missing or of
-    another type.
+    url: file, folder or pattern; `option` is where it is from, for messages. more: columns that may be there. Raises
+    `InputError` for what is not there, and for columns that are missing or of another type.
     """
-    found = table_files.listing(url, "--nodes").files
+    found = table_files.listing(url, option).files
     files = [stamp[0] for stamp in found]
     config, wanted = options.tables(url), _id_column(model.id, options)
     names = [column.name for column in model.features.columns]
     with said_as_options():
         if table_files.format_of(files[0]) == "npy":
             wanted = wanted if options.id or any(file_name(file) == f"{wanted}.npy" for file in files) else None
-            tables = npy_files.scan_nodes(files, names[0], [name for name in (wanted, *names[1:]) if name])
+            there = [name for name in more if any(file_name(file) == f"{name}.npy" for file in files)]
+            tables = npy_files.scan_nodes(files, names[0], [name for name in (wanted, *names[1:], *there) if name])
         else:
             lists = {column.name for column in model.features.columns if column.how == "list"}
             tables = table_files.scan(files, config, [name for name in (wanted, *names) if name and name not in lists])
@@ -120,17 +126,30 @@ def predictions(
 
 def all_ids(table: NodeTable, of: IdType) -> np.ndarray:
     """The ids of all rows of a file, as a graph with ids of this type has them. Raises `InputError`."""
+    found = (ids for _, ids, _ in read_columns(replace(table, types={}), of))
+    return np.concatenate([np.empty(0, "S1" if of.is_named else np.int64), *found])
+
+
+def read_columns(
+    table: NodeTable, of: IdType, more: Sequence[str] = ()
+) -> Iterator[tuple[pa.RecordBatch, np.ndarray, At]]:
+    """Batches of a file's features and of further columns, the rows' ids as in `all_ids`, and what says where a row is.
+
+    Raises `InputError`.
+    """
     if table.id is None:
         raise InputError(
             f"{table.file.url}: edges need the ids of new nodes, and there is no column of ids; name it (--id)"
         )
-    name, found = table.id, [np.empty(0, "S1" if of.is_named else np.int64)]
+    types = dict(table.types)
+    for name in (table.id, *more):
+        types.setdefault(name, table_files.plain(table.file.columns[name]))
+    rows = min(_ROWS, max(1, _VALUES // max(1, len(types))))
     for piece in table.file.pieces:
-        for batch, start in table_files.placed_batches(
-            piece, {name: table_files.plain(table.file.columns[name])}, _ROWS
-        ):
-            found.append(_ids(batch.column(0), of, name, partial(piece.at, start)))
-    return np.concatenate(found)
+        for batch, start in table_files.placed_batches(piece, types, rows):
+            at = partial(piece.at, start)
+            with pieces.reading(piece.file):  # a conversion can fail too
+                yield batch, _ids(batch.column(table.id), of, table.id, at), at
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,12 @@ from rbm_dist import storage
 from rbm_dist.config.source import TablesConfig
 from rbm_dist.errors import InputError
 from rbm_dist.graph.propagate import SCALES, mean_of_sources
-from rbm_dist.graph.shards import ORIG_NAME
+from rbm_dist.graph.shards import ORIG_NAME, IdType
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.serve.format import ModelFile
 from rbm_dist.serve.tables import NodeTable, ReadOptions, all_ids, said_as_options
 from rbm_dist.sources import node_ids, table_files, table_schema
+from rbm_dist.sources.pieces import At
 
 _EDGES = 1 << 18  # edges in a batch
 
@@ -87,7 +88,7 @@ def open_known(run: str, model: ModelFile) -> GraphStore:
         if not storage.exists(index):
             raise InputError(f"{url}: its nodes have no '{name}', which the student learned from (--graph)")
         files |= storage.read_json(index)["files"]
-    read = {_id_array(store), "split", *encodings_of(model)}
+    read = {id_array(store), "split", *encodings_of(model)}
     storage.verify(url, {file: info for file, info in files.items() if file.rsplit("/", 1)[-1][:-4] in read})
     for name in encodings_of(model):
         if store.width((name,)) != model.inputs[name]:
@@ -106,7 +107,7 @@ def new_edges(
     unless they are to be dropped, for edges to ids that are neither new nor the graph's.
     """
     config = reading.tables(
-        options.run, edges=options.edges, src=options.src, dst=options.dst, id_type=_id_type(store),
+        options.run, edges=options.edges, src=options.src, dst=options.dst, id_type=id_type_of(store),
     )  # fmt: skip
     undirected = _is_undirected(options.run)
     new_N = [all_ids(table, store.id_type) for table in tables]
@@ -117,7 +118,7 @@ def new_edges(
         return f"{tables[file].file.url}: row {row - offsets[file]}"
 
     new = node_ids.index(np.concatenate(new_N), store.id_type, at) if offsets[-1] else None
-    known_N = np.concatenate([store.array(_id_array(store), part) for part in range(store.num_parts)])
+    known_N = known_ids(store)
     known = node_ids.index(known_N, store.id_type, lambda row: f"{store.url}: node {row}")
     words: list[np.ndarray] = []  # new row · N + known node
     for src, dst in _pairs(config, store, new, known, options):
@@ -139,47 +140,74 @@ End = tuple[np.ndarray, np.ndarray]
 def _pairs(
     config: TablesConfig, store: GraphStore, new: node_ids.NodeIds | None, known: node_ids.NodeIds, options: EdgeOptions
 ) -> Iterator[tuple[End, End]]:
+    for ends in read_ends(config, options.edges, "--edges", store.id_type):
+        found = []
+        for end in ends:
+            new_M, known_M = (rows_of(index, end) for index in (new, known))
+            neither_M = (new_M < 0) & (known_M < 0)
+            if options.unknown_nodes == "refuse" and neither_M.any():
+                raise unknown_node(end, neither_M)
+            # A node that is given as a new one is no neighbour of itself.
+            found.append((new_M, known_M))
+        same_M = (found[0][0] == found[1][0]) & (found[0][0] >= 0)
+        yield tuple((np.where(same_M, -1, new_M), known_M) for new_M, known_M in found)  # type: ignore[misc]
+
+
+class ReadEnd(NamedTuple):
+    """One end of some edges, as a file has it."""
+
+    name: str  # of the column
+    column: pa.Array
+    at: At  # says where a row is
+    id_M: np.ndarray
+    wrong_M: np.ndarray | None  # which can be no id at all; None: all can
+
+
+def read_ends(config: TablesConfig, url: str, option: str, of: IdType) -> Iterator[list[ReadEnd]]:
+    """Sources and destinations of the edges in some files, in batches. option: where `url` is from, for messages."""
     with said_as_options():
-        files = [stamp[0] for stamp in table_files.find(options.edges, "--edges")]
-        ends, types, pieces = table_schema.edges(config, files, store.id_type)
+        files = [stamp[0] for stamp in table_files.find(url, option)]
+        ends, types, pieces = table_schema.edges(config, files, of)
         types = {name: types[name] for name in ends}
         for piece in pieces:
             for batch, start in table_files.placed_batches(piece, types, _EDGES):
-                found = []
-                for name in ends:
-                    place = partial(piece.at, start)
-                    id_M, wrong_M = node_ids.from_arrow(batch.column(name), store.id_type, name, place)
-                    new_M, known_M = (_rows(index, id_M, wrong_M) for index in (new, known))
-                    neither_M = (new_M < 0) & (known_M < 0)
-                    if options.unknown_nodes == "refuse" and neither_M.any():
-                        raise InputError(_unknown(batch.column(name), neither_M, place(int(neither_M.argmax())), name))
-                    # A node that is given as a new one is no neighbour of itself.
-                    found.append((new_M, known_M))
-                same_M = (found[0][0] == found[1][0]) & (found[0][0] >= 0)
-                yield tuple((np.where(same_M, -1, new_M), known_M) for new_M, known_M in found)  # type: ignore[misc]
+                at = partial(piece.at, start)
+                columns = [(name, batch.column(name), at) for name in ends]
+                yield [ReadEnd(*each, *node_ids.from_arrow(each[1], of, each[0], at)) for each in columns]
 
 
-def _rows(index: node_ids.NodeIds | None, id_M: np.ndarray, wrong_M: np.ndarray | None) -> np.ndarray:
+def rows_of(index: node_ids.NodeIds | None, end: ReadEnd) -> np.ndarray:
+    """The row of each node in an index of ids, −1 where it is not in it."""
     if index is None:
-        return np.full(len(id_M), -1)
-    row_M, unknown_M = index.rows(id_M)
-    return np.where(unknown_M if wrong_M is None else unknown_M | wrong_M, -1, row_M).astype(np.int64)
+        return np.full(len(end.id_M), -1)
+    row_M, unknown_M = index.rows(end.id_M)
+    return np.where(unknown_M if end.wrong_M is None else unknown_M | end.wrong_M, -1, row_M).astype(np.int64)
 
 
-def _unknown(column: pa.Array, neither_M: np.ndarray, where: str, name: str) -> str:
-    return (
-        f"{where}, column {name}: {column[int(neither_M.argmax())].as_py()!r} is neither a new node nor one of the "
-        f"graph's, and so are {int(neither_M.sum()):,} of these {len(neither_M):,} ids. --unknown-nodes drop leaves "
+def unknown_node(end: ReadEnd, unknown_M: np.ndarray) -> InputError:
+    """What to say of ids that are of no node."""
+    first = int(unknown_M.argmax())
+    return InputError(
+        f"{end.at(first)}, column {end.name}: {end.column[first].as_py()!r} is neither a new node nor one of the "
+        f"graph's, and so are {int(unknown_M.sum()):,} of these {len(unknown_M):,} ids. --unknown-nodes drop leaves "
         "such edges out"
     )
 
 
-def _id_array(store: GraphStore) -> str:
+def known_ids(store: GraphStore) -> np.ndarray:
+    """The caller's ids of all nodes of a graph, in the order of its ids."""
+    return np.concatenate([store.array(id_array(store), part) for part in range(store.num_parts)])
+
+
+def id_array(store: GraphStore) -> str:
+    """The array of the caller's ids."""
     return ORIG_NAME if store.named else "orig_id"
 
 
-def _id_type(store: GraphStore) -> str:
-    return {"text": "text", "bytes": "auto"}.get(store.id_type.kind, "integer")
+def id_type_of(store: GraphStore) -> Literal["auto", "integer", "text"]:
+    """How tables that name nodes of a graph are to read ids: `source.id_type`."""
+    kind = store.id_type.kind
+    return "text" if kind == "text" else "auto" if kind == "bytes" else "integer"
 
 
 def _is_undirected(run: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from rbm_dist import storage
 from rbm_dist.config.source import NpzConfig, OgbConfig, PygConfig, SourceSection, TablesConfig
+from rbm_dist.config.update import UpdateConfig
 from rbm_dist.errors import InputError
 from rbm_dist.sources import table_files
 from rbm_dist.sources.ogb import ogb_files, ogb_folder
@@ -15,8 +16,10 @@ Stamps = Sequence[Sequence]
 """`storage.stamp`s: URL, bytes, time of change or ETag. As tuples, or as lists where they were kept as JSON."""
 
 
-def input_files(config: SourceSection) -> dict[str, Stamps]:
-    """The stamps of all files that a source is read from, by the key that names them; none for one that is made.
+def input_files(config: SourceSection | UpdateConfig) -> dict[str, Stamps]:
+    """The stamps of all files that a source, or an update, is read from, by the key that names them.
+
+    None for one that is made.
 
     A dataset of OGB is fetched if it is not there. Raises `InputError` for what is not there.
     """
@@ -30,10 +33,13 @@ def input_files(config: SourceSection) -> dict[str, Stamps]:
         case TablesConfig():
             urls = {"source.nodes": config.nodes, "source.edges": config.edges}
             return {key: table_files.find(url, key) for key, url in urls.items()}
+        case UpdateConfig():
+            tables = {f"update.{key}": table_files.find(url, f"update.{key}") for key, url in _tables(config).items()}
+            return {"update.run": [storage.stamp(_graph(config))], **tables}
     return {}
 
 
-def are_there(config: SourceSection) -> bool:
+def are_there(config: SourceSection | UpdateConfig) -> bool:
     """Whether anything is left of what a source is read from."""
     match config:
         case NpzConfig(path=str(path)) | PygConfig(path=str(path)):
@@ -42,6 +48,8 @@ def are_there(config: SourceSection) -> bool:
             return storage.exists(ogb_folder(config))
         case TablesConfig():
             return any(map(_matches, (config.nodes, config.edges)))
+        case UpdateConfig():
+            return any(map(_matches, (_graph(config), *_tables(config).values())))
     return True
 
 
@@ -64,6 +72,16 @@ def change(then: dict[str, Stamps], now: dict[str, Stamps]) -> str | None:
             if time != old_time:
                 return f"{url} is of {_shown(time)}, was of {_shown(old_time)} ({key})"
     return None
+
+
+def _graph(config: UpdateConfig) -> str:
+    return storage.join(config.run, "graph", "graph.json")
+
+
+def _tables(config: UpdateConfig) -> dict[str, str]:
+    """The tables of an update that are given, by their keys."""
+    tables = {key: getattr(config, key) for key in ("add_nodes", "add_edges", "drop_edges", "features")}
+    return {key: url for key, url in tables.items() if url is not None}
 
 
 def _matches(url: str) -> bool:

@@ -19,7 +19,7 @@ from rbm_dist.stages import lease
 from rbm_dist.stages import run as run_
 from rbm_dist.stages.external_teacher import require_files
 from rbm_dist.stages.inputs import check_input
-from rbm_dist.stages.pipeline import STAGES, stages_of
+from rbm_dist.stages.pipeline import all_stages, stages_of
 
 _WORDS = {"done": "done before", "started": "goes on from where it was", "new": "to do"}
 
@@ -27,9 +27,10 @@ _WORDS = {"done": "done before", "started": "goes on from where it was", "new": 
 def dry_run(config: Config, console: Console, address: str | None) -> bool:
     """Say what a run would do; whether nothing stands in its way. Raises `InputError` for what the run would refuse."""
     url = storage.absolute(config.run_dir)
-    run_.refuse_other_files(STAGES, url)
-    run_.refuse_other_configuration(STAGES, config, url)
-    check_input(STAGES[0], config, url, overwrite=False, console=console)
+    stages = all_stages(config)
+    run_.refuse_other_files(stages, url)
+    run_.refuse_other_configuration(stages, config, url)
+    check_input(stages[0], config, url, overwrite=False, console=console)
     states = stage_states(config, url)
     for name, state in states.items():
         mark = "[green]✓[/]" if state == "done" else "·"

@@ -5,6 +5,7 @@ from rich.console import Console
 from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.config.source import SourceSection
+from rbm_dist.config.update import UpdateConfig
 from rbm_dist.errors import InputError
 from rbm_dist.sources import inputs
 from rbm_dist.stages import run as run_
@@ -13,7 +14,7 @@ from rbm_dist.stages.run import Stage
 NOTE = "inputs.json"
 
 
-def note_input(config: SourceSection, url: str) -> None:
+def note_input(config: SourceSection | UpdateConfig, url: str) -> None:
     """Write the stamps of a source's files below `url`, unless they are there from an attempt that was cut off."""
     storage.once(storage.join(url, NOTE), lambda: inputs.input_files(config))
 
@@ -27,12 +28,13 @@ def check_input(stage: Stage, config: Config, url: str, overwrite: bool, console
     moved = run_.moved(stage, config, url)
     if moved is None:  # nothing was read
         return
+    source = config.source if config.update is None else config.update
     note = storage.join(url, stage.folder, NOTE)
     noted = storage.exists(note)
     then = storage.read_json(note) if noted else {}
-    there = inputs.are_there(config.source)
+    there = inputs.are_there(source)
     if any(then.values()) and there:
-        changed = inputs.change(then, inputs.input_files(config.source))
+        changed = inputs.change(then, inputs.input_files(source))
         what = "the input was changed after it was read"
     else:
         # Versions that noted nothing compared paths as they were given: what was absolute must be the same.

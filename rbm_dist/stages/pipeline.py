@@ -33,6 +33,7 @@ from rbm_dist.stages.run import Run, Stage
 from rbm_dist.stages.source import run_source
 from rbm_dist.stages.student import run_student
 from rbm_dist.stages.teacher import run_teacher
+from rbm_dist.stages.update import update_stages
 
 _PER_ROW = "|".join((*PER_ROW, ORIG_NAME, *SPARSE_FEAT))
 
@@ -76,15 +77,16 @@ def run_stages(
     Raises `InputError` or `RunError`.
     """
     url = storage.absolute(config.run_dir)
-    last = [stage.name for stage in STAGES].index(until)
-    wanted = [stage for stage in stages_of(config) if STAGES.index(stage) <= last]
-    run_.refuse_other_files(STAGES, url)
+    stages = all_stages(config)
+    last = [stage.name for stage in stages].index(until)
+    wanted = [stage for stage in stages_of(config) if stages.index(stage) <= last]
+    run_.refuse_other_files(stages, url)
     with lease.held(url, console) as owner:
-        run_.remove_temporary(STAGES, url)
+        run_.remove_temporary(stages, url)
         if overwrite:
-            run_.discard_other_configuration(STAGES, config, url)
-        run_.refuse_other_configuration(STAGES, config, url)
-        check_input(STAGES[0], config, url, overwrite, console)
+            run_.discard_other_configuration(stages, config, url)
+        run_.refuse_other_configuration(stages, config, url)
+        check_input(stages[0], config, url, overwrite, console)
         try:
             _write_config(config, url)
             todo = _skip_done(wanted, url, console, verify)
@@ -95,15 +97,20 @@ def run_stages(
                 if todo:
                     _work(todo, config, url, console, address, owner.token, status)
             if todo:
-                run_.remove_temporary(STAGES, url)  # again: a killed driver's workers end a little later than it
+                run_.remove_temporary(stages, url)  # again: a killed driver's workers end a little later than it
             return _results(url) if until == STAGES[-1].name else None
         except OSError as error:
             raise disk_full(error, str(error.filename or url)) or error from None
 
 
+def all_stages(config: Config) -> list[Stage]:
+    """The stages of a run, of which some may have nothing to do."""
+    return STAGES if config.update is None else update_stages(STAGES)
+
+
 def stages_of(config: Config) -> list[Stage]:
     """The stages that have something to do in a run."""
-    return [stage for stage in STAGES if stage.name != "encodings" or encodings.arrays(config.encodings)]
+    return [stage for stage in all_stages(config) if stage.name != "encodings" or encodings.arrays(config.encodings)]
 
 
 def _skip_done(stages: list[Stage], url: str, console: Console, verify: bool) -> list[Stage]:
@@ -155,7 +162,7 @@ def _work(
                     metrics.flush()
                     resumed = " (went on from where it was)" if state == "started" else ""
                     console.print(f"  [green]✓[/] {stage.name}: {spent:.1f} s{resumed}", highlight=False)
-                    if stage.name == "source":
+                    if stage.name == "source" and config.update is None:
                         summary = storage.read_json(storage.join(url, "source", "source.json"))["summary"]
                         console.print(source_table(summary), highlight=False)
                 status.finish(stage.name, run_.seconds([stage], url)[stage.name])

@@ -102,11 +102,9 @@ class Costs:
             return written + self._hops(), kept, self._hops(), 0
         if settings.inference == "exact":  # the layers between, once more with noise
             layers = (len(config.teacher.fanout) - 1) * config.teacher.hidden
-            written += (
-                4
-                * facts.num_nodes
-                * (layers * (1 + settings.entropy_change) + settings.entropy_change * facts.num_classes)
-            )
+            noisy = settings.entropy_change * (layers + facts.num_classes)
+            written += 4 * facts.num_nodes * (layers + noisy)
+            kept = written if settings.keep_layers else kept
         rows, edges = self._inferred()
         return written, kept, self._graph(4), self._rows_sent(rows, edges)
 

@@ -119,10 +119,10 @@ def predict_graph(
     output = Output.of(out, format_, top_k, address)
     store = graph_of(run, kind, ID_ARRAYS)
     student = load(run, kind)
-    graph = _checksum(store.url, "graph.json")
+    read = (*ID_ARRAYS[: 1 + store.named], *student.inputs)
     names = {
         f"{part_name(part)}.{output.format}": PartJob(
-            run, kind, student.digest, part, len(store.ids(part)), [part_name(part), graph]
+            run, kind, student.digest, part, len(store.ids(part)), [part_name(part), store.digest(part, read)]
         )
         for part in range(store.num_parts)
     }

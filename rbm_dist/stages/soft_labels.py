@@ -4,12 +4,14 @@
 an array of the store, so memory is bounded by a few batches whatever the depth. The store averages the in-neighbours,
 a bounded number of them at a time, whatever a node's degree; sparse features, ones with noise, and rows for layers
 that do not average, are gathered for batches of few edges. Either way the store is read in a thread that works ahead.
-Of a teacher from elsewhere its predictions are brought into the order of the parts.
+Of a teacher from elsewhere its predictions are brought into the order of the parts. Where the graph is a new version of
+another, and the teacher the same, only rows that can differ are computed (`Before`).
 """
 
 import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,11 @@ from rbm_dist.graph.feature_hops import ARRAYS as HOPS
 from rbm_dist.graph.feature_hops import reads_hops
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
+from rbm_dist.graph.reach import LEARN, TOUCHED
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.soft_rows import encode, layout
 from rbm_dist.graph.store import SOFT, GraphStore
+from rbm_dist.graph.version import replaced
 from rbm_dist.models.gnn import Gnn
 from rbm_dist.models.sign import Sign
 from rbm_dist.models.teacher import build_teacher
@@ -43,7 +47,7 @@ from rbm_dist.train.hop_rows import hop_states, read_hops
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
 
 HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "hidden", "entropy_change", "noisy_soft"
-ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|h\d+|noisy\d+"
+ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|{TOUCHED}|{LEARN}|h\d+|noisy\d+"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
 _ROWS, _BYTES = 16_384, 1 << 25  # nodes that are read at a time where each is one row, and bytes of these, at most
 GATHERED_EDGES = 1 << 18  # in-edges whose sources' rows are gathered at a time
@@ -59,15 +63,25 @@ OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
 """Calls a worker on each of some parts; results in their order."""
 
 
-def run_soft_labels(run: Run) -> Files:
+@dataclass(frozen=True)
+class Before:
+    """The version of the graph of which all rows are kept that cannot differ; the array TOUCHED says which can."""
+
+    graph_url: str
+    layer: int = 0  # after which these rows are states
+
+
+def run_soft_labels(run: Run, before: Before | None = None) -> Files:
     """Write the array `soft` (`[N, C]`, see `soft_rows`); if configured, `entropy_change` `[N]`, `hidden` `[N, H]`."""
     if reads_hops(run.config):  # another start may have removed them
         add_feature_hops(run, "soft_labels")
     with shard_servers(run.config.cluster, run.graph_url) as servers:
-        return write_soft_labels(run, _by_actors, servers)
+        return write_soft_labels(run, _by_actors, servers, before)
 
 
-def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | None = None) -> Files:
+def write_soft_labels(
+    run: Run, over_parts: OverParts, servers: ShardServers | None = None, before: Before | None = None
+) -> Files:  # fmt: skip
     """The stage's work, wherever `over_parts` carries it out."""
     settings, layers = run.config.soft_labels, len(run.config.teacher.fanout)
     store = GraphStore.open(run.graph_url)
@@ -76,18 +90,25 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
     wanted += [TAUGHT] * leaves_out(external)
     teacher = run.config.teacher
     widest, joined = max(store.num_features, teacher.hidden), (teacher.hops + 1) * store.num_features
-    clean, noisy = ([f"{prefix}{layer + 1}" for layer in range(layers - 1)] for prefix in ("h", "noisy"))
+    clean, noisy = layer_names(run.config)
+    passing = [*clean, *noisy, NOISY_SOFT]
+    if settings.keep_layers:
+        wanted += kept_layers(run.config)
 
-    def fill(name: str, read: Read, batch: int = settings.batch_size, edges: int | None = None) -> None:
-        _fill(run, store, name, read, batch, edges, over_parts, servers)
+    def fill(
+        name: str, read: Read, batch: int = settings.batch_size, edges: int | None = None, layer: int = layers
+    ) -> None:  # fmt: skip
+        since = None if before is None else replace(before, layer=layer)
+        _fill(run, store, name, read, batch, edges, over_parts, servers, since)
 
     def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
-        for layer, (before, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
+        for layer, (under, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
             if run.config.teacher.conv != MEAN or (layer == 0 and (noise or store.sparse_features)):
-                gathered = functools.partial(_exact_gathered, layer=layer, before=before, noise=noise and layer == 0)
-                fill(name, gathered, edges=GATHERED_EDGES)
+                gathered = functools.partial(_exact_gathered, layer=layer, before=under, noise=noise and layer == 0)
+                fill(name, gathered, edges=GATHERED_EDGES, layer=layer + 1)
             else:
-                fill(name, functools.partial(_exact_layer, layer=layer, before=before), rows_at_a_time(widest))
+                averaged = functools.partial(_exact_layer, layer=layer, before=under)
+                fill(name, averaged, rows_at_a_time(widest), layer=layer + 1)
 
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
         exact = settings.inference == "exact"
@@ -109,12 +130,25 @@ def write_soft_labels(run: Run, over_parts: OverParts, servers: ShardServers | N
             if exact:
                 layer_by_layer(noisy, NOISY_SOFT, noise=True)
             fill(ENTROPY_CHANGE, functools.partial(_entropy_change, noisy=NOISY_SOFT if exact else None))
-    for name in [*clean, *noisy, NOISY_SOFT]:
+    for name in set(passing).difference(wanted):
         store.remove(name)
     if hops:
         store.remove_matching(HOPS)
     indexes = [storage.read_json(run.path("graph", f"{name}.json")) for name in wanted]
     return {f"graph/{name}": info for index in indexes for name, info in index["files"].items()}
+
+
+def layer_names(config: Config) -> tuple[list[str], list[str]]:
+    """The states after each of the teacher's layers but the last, as exact inference names them; of noisy features."""
+    exact = config.soft_labels.inference == "exact" and config.teacher.is_gnn
+    layers = range(1, len(config.teacher.fanout)) if exact else ()
+    return [f"h{layer}" for layer in layers], [f"noisy{layer}" for layer in layers]
+
+
+def kept_layers(config: Config) -> list[str]:
+    """The arrays that exact inference of a changed graph needs of the graph before."""
+    clean, noisy = layer_names(config)
+    return clean + [*noisy, NOISY_SOFT] * config.soft_labels.entropy_change
 
 
 def reset_soft_labels(url: str) -> None:
@@ -131,17 +165,19 @@ Read = Callable[[Config, GraphStore, np.ndarray, torch.device], Compute]
 
 def _fill(
     run: Run, store: GraphStore, name: str, read: Read, batch: int, edges: int | None, over_parts: OverParts,
-    servers: ShardServers | None,
+    servers: ShardServers | None, before: Before | None,
 ) -> None:  # fmt: skip
     """Fill a new array in all parts; parts that a cut-off run finished are kept.
 
-    batch: nodes at a time; their in-edges are at most `edges`, but for a node that has more alone.
+    batch: nodes at a time; their in-edges are at most `edges`, but for a node that has more alone. before: where rows
+    that cannot differ are; None: all are computed.
     """
     if storage.exists(run.path("graph", f"{name}.json")):
         return
     make_worker = functools.partial(
-        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, batch, edges, run.reporter, servers
-    )
+        _make_worker, run.config, run.graph_url, run.path("teacher"), name, read, batch, edges, run.reporter, servers,
+        before,
+    )  # fmt: skip
     store.publish(name, over_parts(run, make_worker, list(range(store.num_parts))))
 
 
@@ -151,7 +187,7 @@ def _by_actors(run: Run, make_worker: MakeWorker, parts: list[int]) -> list[stor
 
 def _make_worker(
     config: Config, graph_url: str, teacher_url: str, name: str, read: Read, batch: int, edges: int | None,
-    reporter: Reporter, servers: ShardServers | None,
+    reporter: Reporter, servers: ShardServers | None, before: Before | None,
 ) -> Callable[[int], storage.FileInfo]:  # fmt: skip
     """Runs in an actor: opens the graph and the teacher once, then fills one part per call."""
     torch.set_num_threads(1)
@@ -166,8 +202,9 @@ def _make_worker(
         load_weights(storage.join(teacher_url, "model.safetensors"), model)
         model.eval().to(device)
 
-    def chunks(part: int) -> Generator[np.ndarray, None, None]:
-        jobs = (functools.partial(read, config, store, ids, device) for ids in _batches(store, part, batch, edges))
+    def chunks(part: int, every: np.ndarray) -> Generator[np.ndarray, None, None]:
+        in_batches = _batches(store, part, every, batch, edges)
+        jobs = (functools.partial(read, config, store, ids, device) for ids in in_batches)
         with Prefetch(f"soft labels: '{name}' of part {part}", jobs, config.cluster.collective_timeout_s) as batches:
             for compute in batches:
                 with torch.no_grad():
@@ -187,21 +224,34 @@ def _make_worker(
             keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
         dtype, width = layout(settings.store, settings.top_m, store.num_classes)
         shapes = {SOFT: (width,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: (), TAUGHT: ()}
-        with closing(chunks(part)) as rows:  # a disk that is full, say, leaves no thread behind
-            dtype = dtype if name == SOFT else np.dtype(np.float32)
-            return store.write_part(name, part, dtype, shapes.get(name, (config.teacher.hidden,)), rows)
+        dtype, shape = dtype if name == SOFT else np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,))
+        ids, old = store.ids(part), np.empty((0, *shape), dtype)
+        if before is not None:
+            touched = store.array(TOUCHED, part)
+            ids = ids[(touched >= 0) & (touched <= before.layer)]
+            known = GraphStore.open(before.graph_url)
+            if part < known.num_parts:
+                old = known.array(name, part)
+                if not len(ids):
+                    storage.link(storage.join(before.graph_url, part_name(part), f"{name}.npy"), url)
+                    return storage.file_info(url)
+        with closing(chunks(part, ids)) as rows:  # a disk that is full, say, leaves no thread behind
+            made = rows if before is None else replaced(old, ids - store.offsets[part], rows, len(store.ids(part)))
+            return store.write_part(name, part, dtype, shape, made)
 
     return fill
 
 
-def _batches(store: GraphStore, part: int, batch: int, edges: int | None) -> Iterator[np.ndarray]:
-    """A part's nodes, so many at a time, with so many in-edges at most."""
-    ids, start = store.ids(part), 0
+def _batches(store: GraphStore, part: int, ids: np.ndarray, batch: int, edges: int | None) -> Iterator[np.ndarray]:
+    """Nodes of a part, so many at a time, with so many in-edges at most."""
+    at, start = ids - store.offsets[part], 0
+    indptr = store.array("indptr", part)
+    ends = None if edges is None else np.cumsum(indptr[at + 1] - indptr[at])
     while start < len(ids):
         stop = start + batch
-        if edges is not None:
-            ends = store.array("indptr", part)
-            stop = min(stop, max(start + 1, int(np.searchsorted(ends, ends[start] + edges, side="right")) - 1))
+        if ends is not None and edges is not None:
+            most = edges + (int(ends[start - 1]) if start else 0)
+            stop = min(stop, max(start + 1, int(np.searchsorted(ends, most, side="right"))))
         yield ids[start:stop]
         start = stop
 

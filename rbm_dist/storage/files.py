@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -152,9 +152,49 @@ def remove_work(url: str) -> None:
     remove(url)
 
 
+def link(source: str, url: str) -> None:
+    """Let another URL have a file that never changes: by a hard link, by the store's own copy, or by copying it.
+
+    Raises `InputError` if there is no such file.
+    """
+    fs, path = filesystem(source)
+    to_fs, to_path = filesystem(url)
+    try:
+        if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem):
+            _hard_link(path, to_path)
+        elif type(fs) is type(to_fs) and not is_local(source):
+            with explained(url):
+                fs.cp_file(path, to_path)  # in a bucket it is there at once and whole
+        else:
+            with fs.open(path, "rb") as stream:
+                _write_all(stream, url)
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file") from None
+
+
+def _hard_link(path: str, to: str) -> None:
+    temporary = f"{to}{TEMPORARY}{uuid.uuid4().hex[:8]}"
+    os.makedirs(os.path.dirname(to), exist_ok=True)
+    try:
+        os.link(path, temporary)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, or one without links
+        copy_in(path, to)
+        return
+    os.replace(temporary, to)
+    if os.path.lexists(temporary):  # of two links to one file, a rename leaves both
+        os.unlink(temporary)
+
+
 def copy_in(local: str | Path, url: str) -> FileInfo:
     """Copy a local file to a URL, atomically."""
-    with open(local, "rb") as source, atomic_writer(url) as stream:
+    with open(local, "rb") as source:
+        return _write_all(source, url)
+
+
+def _write_all(source: IO[bytes], url: str) -> FileInfo:
+    with atomic_writer(url) as stream:
         while chunk := source.read(CHUNK):
             stream.write(chunk)
     return stream.info

@@ -8,6 +8,7 @@ share the loop.
 
 import math
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -20,10 +21,12 @@ from rbm_dist import storage
 from rbm_dist.config.run import Config
 from rbm_dist.distill.krd import Reliability
 from rbm_dist.distill.losses import Losses
+from rbm_dist.graph.reach import LEARN
 from rbm_dist.graph.splits import TEST, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.student import DenseLayer, Student, make_mlp, make_moe, mlp_to_rbm
+from rbm_dist.models.student import DenseLayer, Ensemble, Student, make_mlp, make_moe, mlp_to_rbm
 from rbm_dist.moe.dispatch import Dispatcher
+from rbm_dist.moe.experts import StackedExperts
 from rbm_dist.moe.memory import MemoryStore
 from rbm_dist.moe.routing import memory_statistics, self_similarity_loss
 from rbm_dist.moe.sparse_rows import unit
@@ -40,6 +43,8 @@ from rbm_dist.train.part_batches import PartBatches
 from rbm_dist.train.reliable_pairs import ReliablePairs
 from rbm_dist.train.student_rows import Drawn, StudentRows
 
+_TUNED_LR = 10  # how much lower the learning rate is of a student that is trained further
+
 
 def bf16(device: torch.device, precision: str) -> torch.autocast:
     """In this block products on a GPU are in bfloat16, if `cluster.precision` says so, or leaves it to the GPU."""
@@ -51,13 +56,18 @@ class StudentTraining:
     """One student's training, on one rank. `make_memory` makes the store of the routing memory, on all ranks at once.
 
     `track_test` adds each epoch's accuracy on the reported nodes to the metrics; nothing is chosen by it. `token`: of
-    the run's owner.
+    the run's owner. `before`: a whole (unsharded) student that is trained further, as `update` says.
     """
 
     def __init__(
         self, mesh: Mesh, listener: Listener, config: Config, store: GraphStore, url: str, kind: str,
-        make_memory: Callable[[], MemoryStore], track_test: bool = False, token: int = 0,
+        make_memory: Callable[[], MemoryStore], track_test: bool = False, token: int = 0, before: Student | None = None,
     ):  # fmt: skip
+        self._before = before
+        if before is not None:
+            assert config.update is not None
+            tuned = {"lr": config.student.lr / _TUNED_LR, "epochs": config.update.epochs, "warmup_steps": 0}
+            config = config.model_copy(update={"student": config.student.model_copy(update=tuned)})
         self.mesh, self.listener, self.config, self.store, self.url = mesh, listener, config, store, url
         self.kind, self.settings, self.make_memory, self.token = kind, config.student, make_memory, token
         parts = mesh.parts(store.num_parts)
@@ -66,7 +76,7 @@ class StudentTraining:
             return PartBatches.of(store, parts, wanted, self.settings.batch_size, only)
 
         left_out = [UNSEEN, VAL] if self.settings.hold_out_validation else [UNSEEN]
-        taught = TAUGHT if leaves_out(config.teacher.external) else None
+        taught = TAUGHT if leaves_out(config.teacher.external) else LEARN if before is not None else None
         self.batches = batches_of(lambda split: ~np.isin(split, left_out), taught)
         self.eval_batches = {"val": batches_of(lambda split: split == VAL)}
         if track_test:
@@ -92,6 +102,8 @@ class StudentTraining:
         Every rank calls it. Raises `Left` when the driver ordered the group to leave.
         """
         settings = self.settings
+        if self._before is not None:
+            return self._tune(self._before)
         if self.kind == "ensemble":
             members = [
                 (f"ensemble/{member}", self._mlp(key(self.config.seed, member) % 2**31))
@@ -110,6 +122,22 @@ class StudentTraining:
         carry_over(mlp, plain, rbm, routed)
         left = settings.epochs - settings.pretrain_epochs
         return [self._phase("rbm", rbm, memory, left, routed, lambda: self._initial_memories(mlp))]
+
+    def _tune(self, before: Student) -> list[TrainingCheckpoints]:
+        """Train a student further."""
+        found = []
+        for number, whole in enumerate(before.members if isinstance(before, Ensemble) else [before]):
+            assert isinstance(whole, Student)
+            model, memory = self._mlp(self.config.seed), None
+            if self.kind == "rbm":
+                model, memory = self._to_rbm(model)
+            elif self.kind == "moe":
+                model = self._to_moe(model)
+            load_share(model, whole, self.mesh.local_experts(self.settings.num_experts))
+            name = f"ensemble/{number}" if self.kind == "ensemble" else self.kind
+            memories = partial(getattr, whole, "memories")
+            found.append(self._phase(name, model, memory, self.settings.epochs, initial_memories=memories))
+        return found
 
     def _mlp(self, seed: int) -> Student:
         settings, store = self.settings, self.store
@@ -277,6 +305,15 @@ class _StudentTask:
         sums.pop("agreement", None)
         terms = {term: each.item() for term, each in sums.items()}
         return {"loss": math.fsum(terms.values()), **terms, **fitted, "wait_s": round(wait_s, 3)}
+
+
+def load_share(model: Student, whole: Student, local: range) -> None:
+    """Fill a student, of whose experts those numbered `local` are here, with the weights of a whole one."""
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StackedExperts))
+    weights = whole.state_dict()
+    model.load_state_dict(
+        {name: each[local.start : local.stop] if name.startswith(prefixes) else each for name, each in weights.items()}
+    )
 
 
 def carry_over(mlp: Student, plain: torch.optim.Adam, rbm: Student, routed: torch.optim.Adam) -> None:

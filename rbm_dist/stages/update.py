@@ -1,0 +1,221 @@
+"""A run of a graph that has changed: the stages of any run, but for what can be taken over from the run before.
+
+The new run is a run directory of its own, whole without the one before, which stays as it is. Files that did not
+change are links to the old ones, where the storage has such. The stage `source` reads the changes; `partition` makes a
+new version of the graph; `teacher` takes over the old one; `soft_labels` computes the rows that can differ
+(`graph/reach.py`); `student` trains the old ones a little further on these, and on as many others. Where too much has
+changed (`update.anew_above`), teacher, soft labels and students are made as if there were no run before.
+"""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rbm_dist import storage
+from rbm_dist.config.run import Config
+from rbm_dist.config.update import UpdateConfig
+from rbm_dist.graph import reach, version
+from rbm_dist.graph.changes import ARRAYS, Changes
+from rbm_dist.graph.reach import LEARN, TOUCHED, UNTOUCHED
+from rbm_dist.graph.store import SOFT, GraphStore
+from rbm_dist.graph.version import NewPart
+from rbm_dist.randomness.bits import generator
+from rbm_dist.randomness.words import Word
+from rbm_dist.runtime.tasks import run_tasks
+from rbm_dist.serve.changed_tables import read_changes
+from rbm_dist.serve.from_run import read_run
+from rbm_dist.stages.inputs import note_input
+from rbm_dist.stages.run import Files, Run, Stage
+from rbm_dist.stages.soft_labels import Before, kept_layers, run_soft_labels
+from rbm_dist.stages.source import Over, below, over_tasks
+from rbm_dist.stages.student import run_student
+from rbm_dist.stages.teacher import run_teacher
+
+_COMPARED = 1 << 14  # nodes whose soft labels are compared at a time
+FACTS, LABELS = "changes.json", "changed_labels.json"
+_MAKES = rf"({ARRAYS})\.npy|{FACTS}|inputs\.json"
+
+
+def update_stages(stages: list[Stage]) -> list[Stage]:
+    """The stages of a run, as they are for one that goes on from another."""
+    work = {"source": run_changes, "partition": run_version, "teacher": _teacher, "student": _student}
+    work["soft_labels"] = _soft_labels
+    made = [replace(stage, work=work.get(stage.name, stage.work)) for stage in stages]
+    source, partition = made[:2]
+    made[0] = replace(source, sections=(*source.sections, "update"), makes=_MAKES, reader=partition)
+    return [replace(stage, makes=re.escape(LABELS)) if stage.name == "soft_labels" else stage for stage in made]
+
+
+def run_changes(run: Run, over: Over | None = None) -> Files:
+    """Read what has changed; writes it below `<run>/source/`, and `changes.json`: what there is of it."""
+    over = over or over_tasks(run, "source")
+    (files,) = over("changes", _read, [(run.config, run.path("source"))])
+    return {f"source/{name}": info for name, info in files.items()}
+
+
+def _read(config: Config, url: str) -> Files:
+    update = _update(config)
+    note_input(update, url)
+    store = _graph_before(config)
+    model, tensors = read_run(update.run, config.student.models[0])
+    changes, counts = read_changes(update, config.source, store, model, tensors)
+    edited = np.unique(np.concatenate([changes.added_m2[:, 0], changes.dropped_m2[:, 0]]))
+    others = np.union1d(edited[edited < store.num_nodes], changes.changed_c)
+    total = store.num_nodes + changes.num_new
+    facts = {
+        "run": update.run, "nodes_before": store.num_nodes, "edges_before": store.num_edges, **counts,
+        "edges_given": len(changes.added_m2), "drops_given": len(changes.dropped_m2),
+        "share": (changes.num_new + len(others)) / total,
+    }  # fmt: skip
+    return changes.write(url) | {FACTS: storage.write_json(storage.join(url, FACTS), facts)}
+
+
+def run_version(run: Run, over: Over | None = None) -> Files:
+    """Write the new version of the graph below `<run>/graph/`."""
+    config, files = run.config, below(run.files_of("source"), "source")
+    over = over or over_tasks(run, "partition")
+    store = _graph_before(config)
+    changes = Changes.open(run.path("source"), files)
+    index = storage.read_json(storage.join(store.url, "graph.json"))
+    offsets, added_parts = version.new_offsets(store, changes.num_new, index.get("added_parts", 0))
+    name_bytes = _name_bytes(store, changes)
+    parts = [
+        (config, run.graph_url, run.path("source"), files, part, offsets, name_bytes)
+        for part in range(len(offsets) - 1)
+    ]
+    written: list[NewPart] = over("parts", _write_part, parts)
+    made = version.write_index(run.graph_url, store, index, offsets, added_parts, written, name_bytes)
+    return {f"graph/{name}": info for name, info in made.items()}
+
+
+def _write_part(
+    config: Config, graph_url: str, changes_url: str, files: Files, part: int, offsets: np.ndarray, name_bytes: int
+) -> NewPart:  # fmt: skip
+    changes = Changes.open(changes_url, files)
+    return version.write_part(graph_url, _graph_before(config), part, offsets, changes, name_bytes)
+
+
+def _name_bytes(store: GraphStore, changes: Changes) -> int:
+    if not store.named:
+        return 0
+    names = [store.array("orig_name", part) for part in range(store.num_parts)] + [changes.new["orig_name"]]
+    return max(each.dtype.itemsize for each in names)
+
+
+def _teacher(run: Run) -> Files:
+    if is_anew(run):
+        return run_teacher(run)
+    return _take_over(run, ["teacher/model.safetensors"])
+
+
+def _soft_labels(run: Run) -> Files:
+    (touched,) = run_tasks("soft_labels", write_touched, [(run,)], run.config.cluster)
+    before = None if is_anew(run) else usable_before(run)
+    files = run_soft_labels(run, before)
+    (labels,) = run_tasks("soft_labels", _changed_labels, [(run, before is not None)], run.config.cluster)
+    return files | touched | labels
+
+
+def usable_before(run: Run) -> Before | None:
+    """Where the rows that cannot differ are; None if all have to be computed."""
+    config, url = run.config, _graph_before(run.config).url
+    if not config.teacher.is_gnn:
+        return None
+    kept = kept_layers(config) if config.soft_labels.inference == "exact" else []
+    return Before(url) if all(storage.exists(storage.join(url, f"{name}.json")) for name in kept) else None
+
+
+def write_touched(run: Run) -> Files:
+    """Write the arrays TOUCHED, `[N]` int8, see `reach`, and LEARN, `[N]` bool, the nodes that students are trained on.
+
+    Arrays that are there are kept.
+    """
+    store, config = GraphStore.open(run.graph_url), run.config
+    if not storage.exists(run.path("graph", f"{LEARN}.json")):
+        changes = Changes.open(run.path("source"), below(run.files_of("source"), "source"))
+        first_new = storage.read_json(run.path("source", FACTS))["nodes_before"]
+        rows = np.concatenate([changes.changed_c, np.arange(first_new, store.num_nodes)])
+        destinations = np.unique(np.concatenate([changes.added_m2[:, 0], changes.dropped_m2[:, 0]]))
+        first_N = reach.reach(store, rows, destinations, _hops(config))
+        touched = int((first_N >= 0).sum())
+        share = touched / max(1, len(first_N) - touched)
+        draws = [generator(config.seed, Word.UPDATE_REPLAY, part) for part in range(store.num_parts)]
+        parts = zip(np.split(first_N, store.offsets[1:-1]), draws, strict=True)
+        learn_N = np.concatenate([reach.to_learn(first_n, share, draw) for first_n, draw in parts])
+        for name, rows_N in ((TOUCHED, first_N), (LEARN, learn_N)):
+            of_parts = np.split(rows_N, store.offsets[1:-1])
+            files = [store.write_part(name, part, rows_N.dtype, (), [rows]) for part, rows in enumerate(of_parts)]
+            store.publish(name, files)
+    indexes = [storage.read_json(run.path("graph", f"{name}.json"))["files"] for name in (TOUCHED, LEARN)]
+    return {f"graph/{name}": info for index in indexes for name, info in index.items()}
+
+
+def _hops(config: Config) -> int:
+    return len(config.teacher.fanout) if config.teacher.is_gnn else config.teacher.hops
+
+
+def _changed_labels(run: Run, kept: bool) -> Files:
+    """Count what became of soft labels: how many nodes the change reaches by layer, and how many have another class."""
+    store, before = GraphStore.open(run.graph_url), _graph_before(run.config)
+    reached = np.zeros(_hops(run.config) + 1, np.int64)
+    others, largest, compared = 0, 0.0, 0
+    for part in range(store.num_parts):
+        touched = store.array(TOUCHED, part)
+        reached += np.bincount(touched[touched != UNTOUCHED], minlength=len(reached))
+        ids = store.ids(part)[touched != UNTOUCHED]
+        ids = ids[ids < before.num_nodes]
+        compared += len(ids)
+        for start in range(0, len(ids), _COMPARED):
+            some = ids[start : start + _COMPARED]
+            new_nC, old_nC = store.gather(SOFT, some), before.gather(SOFT, some)
+            others += int((new_nC.argmax(1) != old_nC.argmax(1)).sum())
+            largest = max(largest, float(np.abs(new_nC - old_nC).max(initial=0)))
+    facts = {
+        "reached": np.cumsum(reached).tolist(), "nodes": store.num_nodes, "compared": compared, "other_class": others,
+        "largest_change": largest, "kept": kept, "anew": is_anew(run),
+    }  # fmt: skip
+    return {f"soft_labels/{LABELS}": storage.write_json(run.path("soft_labels", LABELS), facts)}
+
+
+def _student(run: Run) -> Files:
+    update = _update(run.config)
+    if is_anew(run):
+        return run_student(run)
+    if not update.epochs:
+        before = storage.read_json(storage.join(update.run, "student", "manifest.json"))["files"]
+        return _take_over(run, sorted(before))
+    return run_student(run, storage.join(update.run, "student"))
+
+
+def is_anew(run: Run) -> bool:
+    """Whether so much has changed that all is made anew."""
+    facts = storage.read_json(run.path("source", FACTS))
+    return bool(facts["share"] > _update(run.config).anew_above)
+
+
+def update_facts(run_url: str) -> dict[str, Any]:
+    """What an update found and did, for people; of a run that is done."""
+    facts = storage.read_json(storage.join(run_url, "source", FACTS))
+    graph = storage.read_json(storage.join(run_url, "graph", "graph.json"))
+    labels = storage.read_json(storage.join(run_url, "soft_labels", LABELS))
+    return facts | graph["update"] | labels
+
+
+def _take_over(run: Run, files: list[str]) -> Files:
+    """Have the same files as the run before."""
+    taken = {}
+    for name in files:
+        storage.link(storage.join(_update(run.config).run, name), run.path(name))
+        taken[name] = storage.file_info(run.path(name))
+    return taken
+
+
+def _graph_before(config: Config) -> GraphStore:
+    return GraphStore.open(storage.join(_update(config).run, "graph"))
+
+
+def _update(config: Config) -> UpdateConfig:
+    assert config.update is not None
+    return config.update
