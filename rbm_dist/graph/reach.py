@@ -8,7 +8,7 @@ from rbm_dist.graph.store import GraphStore
 TOUCHED = "touched"
 """The array of what `reach` gives."""
 LEARN = "learn"
-"""The array of which nodes students are trained on after a change, `[N]` bool."""
+"""The array of which nodes students are trained on further after a change, `[N]` bool."""
 UNTOUCHED = -1
 
 
@@ -30,11 +30,6 @@ def reach(store: GraphStore, rows: np.ndarray, destinations: np.ndarray, hops: i
             edited = destinations[first_N[destinations] < 0]
             first_N[edited] = 1
     return first_N
-
-
-def to_learn(first_n: np.ndarray, share: float, draw: np.random.Generator) -> np.ndarray:
-    """Nodes that a change touched and, against forgetting, about such a `share` of all others. `[n]` bool."""
-    return (first_n >= 0) | (draw.random(len(first_n)) < share)
 
 
 @njit(cache=True, nogil=True)

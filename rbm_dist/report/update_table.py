@@ -49,7 +49,8 @@ def _soft_labels(facts: dict[str, Any]) -> str:
     made = "of these nodes made anew" if facts["kept"] else "all made anew"
     return (
         f"{made}; of {facts['compared']:,} that were there before, {facts['other_class']:,} name another class; "
-        f"no probability moved by more than {facts['largest_change']:.3f}"
+        f"no probability moved by more than {facts['largest_change']:.3f}; students are trained further on "
+        f"{facts['moved']:,} nodes and as many others"
     )
 
 

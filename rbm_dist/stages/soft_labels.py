@@ -28,7 +28,7 @@ from rbm_dist.graph.reach import LEARN, TOUCHED
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.soft_rows import encode, layout
 from rbm_dist.graph.store import SOFT, GraphStore
-from rbm_dist.graph.version import replaced
+from rbm_dist.graph.version import link, replaced
 from rbm_dist.models.gnn import Gnn
 from rbm_dist.models.sign import Sign
 from rbm_dist.models.teacher import build_teacher
@@ -233,8 +233,7 @@ def _make_worker(
             if part < known.num_parts:
                 old = known.array(name, part)
                 if not len(ids):
-                    storage.link(storage.join(before.graph_url, part_name(part), f"{name}.npy"), url)
-                    return storage.file_info(url)
+                    return link(known, f"{part_name(part)}/{name}.npy", graph_url)
         with closing(chunks(part, ids)) as rows:  # a disk that is full, say, leaves no thread behind
             made = rows if before is None else replaced(old, ids - store.offsets[part], rows, len(store.ids(part)))
             return store.write_part(name, part, dtype, shape, made)

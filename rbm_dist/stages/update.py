@@ -33,6 +33,7 @@ from rbm_dist.stages.source import Over, below, over_tasks
 from rbm_dist.stages.student import run_student
 from rbm_dist.stages.teacher import run_teacher
 
+_MOVED = 0.05  # in a probability: students are trained on what a node then is
 _COMPARED = 1 << 14  # nodes whose soft labels are compared at a time
 FACTS, LABELS = "changes.json", "changed_labels.json"
 _MAKES = rf"({ARRAYS})\.npy|{FACTS}|inputs\.json"
@@ -114,7 +115,7 @@ def _soft_labels(run: Run) -> Files:
     (touched,) = run_tasks("soft_labels", write_touched, [(run,)], run.config.cluster)
     before = None if is_anew(run) else usable_before(run)
     files = run_soft_labels(run, before)
-    (labels,) = run_tasks("soft_labels", _changed_labels, [(run, before is not None)], run.config.cluster)
+    (labels,) = run_tasks("soft_labels", write_learn, [(run, before is not None)], run.config.cluster)
     return files | touched | labels
 
 
@@ -128,65 +129,82 @@ def usable_before(run: Run) -> Before | None:
 
 
 def write_touched(run: Run) -> Files:
-    """Write the arrays TOUCHED, `[N]` int8, see `reach`, and LEARN, `[N]` bool, the nodes that students are trained on.
-
-    Arrays that are there are kept.
-    """
-    store, config = GraphStore.open(run.graph_url), run.config
-    if not storage.exists(run.path("graph", f"{LEARN}.json")):
+    """Write the array TOUCHED, see `reach`; one that is there is kept."""
+    store = GraphStore.open(run.graph_url)
+    if not storage.exists(run.path("graph", f"{TOUCHED}.json")):
         changes = Changes.open(run.path("source"), below(run.files_of("source"), "source"))
         first_new = storage.read_json(run.path("source", FACTS))["nodes_before"]
         rows = np.concatenate([changes.changed_c, np.arange(first_new, store.num_nodes)])
         destinations = np.unique(np.concatenate([changes.added_m2[:, 0], changes.dropped_m2[:, 0]]))
-        first_N = reach.reach(store, rows, destinations, _hops(config))
-        touched = int((first_N >= 0).sum())
-        share = touched / max(1, len(first_N) - touched)
-        draws = [generator(config.seed, Word.UPDATE_REPLAY, part) for part in range(store.num_parts)]
-        parts = zip(np.split(first_N, store.offsets[1:-1]), draws, strict=True)
-        learn_N = np.concatenate([reach.to_learn(first_n, share, draw) for first_n, draw in parts])
-        for name, rows_N in ((TOUCHED, first_N), (LEARN, learn_N)):
-            of_parts = np.split(rows_N, store.offsets[1:-1])
-            files = [store.write_part(name, part, rows_N.dtype, (), [rows]) for part, rows in enumerate(of_parts)]
-            store.publish(name, files)
-    indexes = [storage.read_json(run.path("graph", f"{name}.json"))["files"] for name in (TOUCHED, LEARN)]
-    return {f"graph/{name}": info for index in indexes for name, info in index.items()}
+        _publish(store, TOUCHED, reach.reach(store, rows, destinations, _hops(run.config)))
+    return _files(run, TOUCHED)
+
+
+def _publish(store: GraphStore, name: str, rows_N: np.ndarray) -> None:
+    of_parts = np.split(rows_N, store.offsets[1:-1])
+    store.publish(name, [store.write_part(name, part, rows.dtype, (), [rows]) for part, rows in enumerate(of_parts)])
+
+
+def _files(run: Run, name: str) -> Files:
+    files = storage.read_json(run.path("graph", f"{name}.json"))["files"]
+    return {f"graph/{file}": info for file, info in files.items()}
 
 
 def _hops(config: Config) -> int:
     return len(config.teacher.fanout) if config.teacher.is_gnn else config.teacher.hops
 
 
-def _changed_labels(run: Run, kept: bool) -> Files:
-    """Count what became of soft labels: how many nodes the change reaches by layer, and how many have another class."""
-    store, before = GraphStore.open(run.graph_url), _graph_before(run.config)
-    reached = np.zeros(_hops(run.config) + 1, np.int64)
-    others, largest, compared = 0, 0.0, 0
+def write_learn(run: Run, kept: bool) -> Files:
+    """Write the array LEARN, `[N]` bool: nodes that students are trained on further; and what became of soft labels.
+
+    Those are the nodes that are new, that have other features, or whose soft labels moved, and as many of all others,
+    against forgetting. kept: whether rows were taken over from the graph before.
+    """
+    config, store, before = run.config, GraphStore.open(run.graph_url), _graph_before(run.config)
+    reached, other, largest, compared = np.zeros(_hops(config) + 1, np.int64), 0, 0.0, 0
+    learn_N = np.zeros(store.num_nodes, bool)
     for part in range(store.num_parts):
         touched = store.array(TOUCHED, part)
         reached += np.bincount(touched[touched != UNTOUCHED], minlength=len(reached))
-        ids = store.ids(part)[touched != UNTOUCHED]
-        ids = ids[ids < before.num_nodes]
+        ids = store.ids(part)
+        learn_N[ids[touched == 0]] = True
+        ids = ids[(touched != UNTOUCHED) & (ids < before.num_nodes)]
         compared += len(ids)
         for start in range(0, len(ids), _COMPARED):
             some = ids[start : start + _COMPARED]
             new_nC, old_nC = store.gather(SOFT, some), before.gather(SOFT, some)
-            others += int((new_nC.argmax(1) != old_nC.argmax(1)).sum())
-            largest = max(largest, float(np.abs(new_nC - old_nC).max(initial=0)))
+            moved_n = np.abs(new_nC - old_nC).max(axis=1)
+            learn_N[some[moved_n > _MOVED]] = True
+            other += int((new_nC.argmax(1) != old_nC.argmax(1)).sum())
+            largest = max(largest, float(moved_n.max()))
+    own = int(learn_N.sum())
+    for part in range(store.num_parts):
+        low, high = store.offsets[part : part + 2]
+        draw = generator(config.seed, Word.UPDATE_REPLAY, part)
+        learn_N[low:high] |= draw.random(high - low) < own / max(1, store.num_nodes - own)
+    _publish(store, LEARN, learn_N)
     facts = {
-        "reached": np.cumsum(reached).tolist(), "nodes": store.num_nodes, "compared": compared, "other_class": others,
-        "largest_change": largest, "kept": kept, "anew": is_anew(run),
+        "reached": np.cumsum(reached).tolist(), "nodes": store.num_nodes, "compared": compared, "other_class": other,
+        "largest_change": largest, "moved": own, "kept": kept, "anew": is_anew(run),
     }  # fmt: skip
-    return {f"soft_labels/{LABELS}": storage.write_json(run.path("soft_labels", LABELS), facts)}
+    written = storage.write_json(run.path("soft_labels", LABELS), facts)
+    return _files(run, LEARN) | {f"soft_labels/{LABELS}": written}
 
 
 def _student(run: Run) -> Files:
     update = _update(run.config)
     if is_anew(run):
         return run_student(run)
-    if not update.epochs:
+    if not trains_further(run):
         before = storage.read_json(storage.join(update.run, "student", "manifest.json"))["files"]
         return _take_over(run, sorted(before))
     return run_student(run, storage.join(update.run, "student"))
+
+
+def trains_further(run: Run) -> bool:
+    """Whether students have anything new to learn."""
+    moved = storage.read_json(run.path("soft_labels", LABELS))["moved"]
+    return bool(_update(run.config).epochs and moved)
 
 
 def is_anew(run: Run) -> bool:

@@ -23,7 +23,7 @@ from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.source import over_here
-from rbm_dist.stages.update import run_changes, run_version, usable_before, write_touched
+from rbm_dist.stages.update import run_changes, run_version, usable_before, write_learn, write_touched
 from tests.graph.test_version import changes_of, write_version
 from tests.stages.conftest import kill_once, rbm_dist
 from tests.stages.test_soft_label_arrays import GRAPHS, prepare
@@ -39,7 +39,7 @@ def update_of(before: Run, url: Path) -> Run:
     changes = changes_of(store, 3, {(new, 5), (5, new), (new + 1, 100), (17, 9)}, gone, [30, 200])
     write_version(url, store, changes)
     files = changes.write(f"{url}/source")
-    files["changes.json"] = storage.write_json(f"{url}/source/changes.json", {"nodes_before": new})
+    files["changes.json"] = storage.write_json(f"{url}/source/changes.json", {"nodes_before": new, "share": 0.05})
     files = {f"source/{name}": info for name, info in files.items()}
     storage.write_json(f"{url}/source/manifest.json", {"files": files})
     storage.link(before.path("teacher", "model.safetensors"), f"{url}/teacher/model.safetensors")
@@ -107,16 +107,24 @@ def test_without_kept_layers_all_is_computed(tmp_path: Path) -> None:
     assert usable_before(run) is None
 
 
-def test_students_learn_from_what_changed_and_as_many_others(tmp_path: Path) -> None:
+def test_students_learn_from_what_moved_and_as_many_others(tmp_path: Path) -> None:
     before, _ = prepare(tmp_path / "before", GRAPHS["dense"], 3, 1, inference="exact", hidden=False)
+    write_soft_labels(before, over_parts_here)
     run = update_of(before, tmp_path / "after")
     write_touched(run)
-    found = rows(run, (TOUCHED, LEARN))
-    touched = found[TOUCHED] >= 0
-    assert found[LEARN][touched].all()
-    assert 0.5 < found[LEARN][~touched].sum() / touched.sum() < 1.5
-    again = write_touched(run)
-    assert {name.rsplit("/", 1)[-1] for name in again} == {"touched.npy", "learn.npy"}
+    write_soft_labels(run, over_parts_here, before=usable_before(run))
+    made = write_learn(run, kept=True)
+    found, old = rows(run, ("soft", TOUCHED, LEARN)), rows(before, ("soft",))["soft"]
+    moved = np.concatenate([np.abs(found["soft"][:240] - old).max(axis=1) > 0.05, [True] * 3])
+    moved[[30, 200]] = True  # have other features
+    assert 5 < moved.sum() < np.sum(found[TOUCHED] >= 0)
+    assert found[LEARN][moved].all()
+    assert 0.5 < found[LEARN][~moved].sum() / moved.sum() < 1.5
+    assert "graph/part-00003/learn.npy" in made
+    facts = storage.read_json(f"{run.url}/soft_labels/changed_labels.json")
+    assert facts["moved"] == moved.sum()
+    assert facts["reached"] == [5, np.sum(found[TOUCHED] >= 0)]
+    assert facts["other_class"] == np.sum(found["soft"][:240].argmax(1) != old.argmax(1))
 
 
 @pytest.fixture(scope="module")
