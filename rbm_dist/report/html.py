@@ -19,6 +19,7 @@ from rbm_dist.report import charts
 from rbm_dist.report.plan_table import duration
 from rbm_dist.report.source_table import source_rows
 from rbm_dist.report.table import accuracy_rows, models, notes, percent, served, short_name, shown_name
+from rbm_dist.report.update_table import update_rows
 
 _MARK = '<meta name="generator" content="rbm-dist report'
 _HEAD = 400  # bytes of a page within which the mark stands
@@ -255,6 +256,8 @@ def _graph(facts: Facts) -> dict[str, Any]:
              f"{graph['num_features']:,} {kind} features, {graph['num_classes']:,} classes"),
             ("parts", f"{len(graph['offsets']) - 1:,}" + (f", {cut:.1%} of the edges between parts" if cut else "")),
         ]  # fmt: skip
+    if facts.get("update"):
+        return {"facts": [*rows, *update_rows(facts["update"])], "warnings": [], "classes": None}
     if summary is None:
         return {"facts": [*rows, ("source", "its summary is not there any more")], "warnings": [], "classes": None}
     label = summary["label"]

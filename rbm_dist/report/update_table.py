@@ -7,20 +7,23 @@ from rich.table import Table
 
 
 def update_table(facts: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> Padding:
-    """A line each for nodes, edges, features, what the change reaches, soft labels and students.
-
-    facts: as `stages.update.update_facts` gives them. before, after: the results of both runs.
-    """
+    """The lines of `update_rows`, and validation accuracy of teacher and students. before, after: the runs' results."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in update_rows(facts, before, after):
+    pairs = {"teacher": (before["teacher"], after["teacher"])}
+    pairs |= {kind: (before["students"].get(kind), after["students"][kind]) for kind in after["students"]}
+    said = [f"{kind} {_percent(old)} → {_percent(new)}" for kind, (old, new) in pairs.items() if old]
+    for name, text in [*update_rows(facts), ("validation", ", ".join(said))]:
         table.add_row(name, text)
     return Padding(table, (0, 0, 0, 4))
 
 
-def update_rows(facts: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines of `update_table`."""
+def update_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is said of nodes, edges, features, of what the change reaches, and of soft labels.
+
+    facts: as `stages.update.update_facts` gives them.
+    """
     nodes = facts["nodes"]
     known = [facts["edges_given"] - facts["added"], facts["drops_given"] - facts["dropped"]]
     notes = [f"{known[0]:,} were there before"] * bool(known[0])
@@ -28,19 +31,15 @@ def update_rows(facts: dict[str, Any], before: dict[str, Any], after: dict[str, 
     notes += [f"{facts['unknown']:,} to unknown nodes left out"] * bool(facts["unknown"])
     edges = f"{facts['added']:,} in-edges new, {facts['dropped']:,} gone, of {facts['edges_before']:,}"
     reached = ", ".join(_share(count, nodes) for count in facts["reached"][1:])
-    rows = [
+    return [
+        ("goes on from", facts["run"]),
         ("nodes", f"{facts['nodes_before']:,} → {nodes:,}"),
+        *[("features", f"of {facts['features']:,} nodes replaced")] * bool(facts["features"]),
         ("edges", "; ".join([edges, *notes])),
         ("changed", f"{facts['share']:.2%} of the nodes are new, or have other features or in-edges"),
         ("reached", f"{reached} of the nodes by 1, 2, … hops"),
         ("soft labels", _soft_labels(facts)),
     ]
-    if facts["features"]:
-        rows.insert(2, ("features", f"of {facts['features']:,} nodes replaced"))
-    pairs = {"teacher": (before["teacher"], after["teacher"])}
-    pairs |= {kind: (before["students"].get(kind), after["students"][kind]) for kind in after["students"]}
-    said = [f"{kind} {_percent(old)} → {_percent(new)}" for kind, (old, new) in pairs.items() if old]
-    return [*rows, ("validation", ", ".join(said))]
 
 
 def _soft_labels(facts: dict[str, Any]) -> str:

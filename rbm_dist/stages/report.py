@@ -17,6 +17,7 @@ from rbm_dist.stages import run as run_
 from rbm_dist.stages.finished import open_mixture, open_results
 from rbm_dist.stages.pipeline import STAGES
 from rbm_dist.stages.plan import make_plan, these_hosts
+from rbm_dist.stages.update import update_facts
 
 _PACKAGES = ("rbm-dist", "torch", "torch-geometric", "ray", "numpy", "scipy", "scikit-learn", "numba", "kaminpar")
 
@@ -26,8 +27,9 @@ def run_facts(url: str) -> dict[str, Any]:
 
     `results` as in `results.json`; `experts` as in `inspect.json`; `loops`, the rows of `metrics.jsonl` by loop, and
     `chosen`, the epoch that each loop's weights are from; `planned`, seconds by stage, or `plan_note`, why there are
-    none; `config`, `graph` (of `graph.json`), `summary` (of the source), `versions` of packages, `finished` in seconds
-    since 1970. Raises `InputError` if that is no run, one that has not finished, or damaged.
+    none; `config`, `graph` (of `graph.json`), `summary` (of the source), `update` (what has changed since another run),
+    `versions` of packages, `finished` in seconds since 1970. Raises `InputError` if that is no run, one that has not
+    finished, or damaged.
     """
     url = storage.absolute(url)
     try:
@@ -43,6 +45,7 @@ def run_facts(url: str) -> dict[str, Any]:
             "config": config,
             "graph": _verified(url, "partition", "graph/graph.json"),
             "summary": (_verified(url, "source", "source/source.json") or {}).get("summary"),
+            "update": update_facts(url) if config.get("update") else None,
             "loops": loops,
             "chosen": {name: chosen_epoch(rows, by_loss and name == "teacher") for name, rows in loops.items()},
             "finished": max(each["finished"] for each in manifests),
@@ -75,9 +78,9 @@ def _experts(url: str) -> dict[str, Any]:
 
 
 def _verified(url: str, stage: str, name: str) -> Any:
-    """A JSON file that a stage wrote, compared with its checksum; None where the stage's folder is not kept."""
+    """A JSON file that a stage wrote, compared with its checksum; None where it wrote none, or its folder is gone."""
     done = next(run_.manifest(each, url) for each in STAGES if each.name == stage)
-    if done is None:
+    if done is None or name not in done["files"]:
         return None
     storage.verify(url, {name: done["files"][name]})
     return storage.read_json(storage.join(url, name))
@@ -89,6 +92,8 @@ def _planned(tree: dict[str, Any], url: str) -> tuple[dict[str, float] | None, s
         config = Config.model_validate(tree)
     except ValueError:
         return None, "not predicted: the configuration is another version's"
+    if config.update is not None:
+        return None, "not predicted: the run goes on from another"
     try:
         facts = source_facts(config.source, config.seed)
     except (InputError, OSError, ImportError) as error:

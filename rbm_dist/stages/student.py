@@ -37,7 +37,7 @@ def train_students(
     """Train the students one after the other; those that a cut-off run finished are kept.
 
     start: a folder of such students, which are trained further for `update.epochs`, on the nodes of the array LEARN,
-    with a lower rate. One that is then worse on validation than before stays as it was.
+    with a lower rate. One that is then worse on validation than before stays as it was; all are served as they were.
 
     `track_test` adds each epoch's accuracy on the reported nodes to the metrics; nothing is chosen by it. `token`: of
     the run's owner. Raises `Left` when the driver ordered the group to leave.
@@ -52,7 +52,7 @@ def train_students(
     for kind in settings.models:
         student_url = f"{url}/{kind}"
         if not storage.exists(f"{student_url}/model.json"):
-            before = None if start is None else _trained(f"{start}/{kind}", kind)
+            before, was_merged = (None, False) if start is None else _trained(f"{start}/{kind}", kind)
             training = StudentTraining(
                 mesh, reporter, config, store, student_url, kind, make_memory, track_test, token, before
             )
@@ -62,9 +62,12 @@ def train_students(
                 best = empty_student(**facts)
                 for each, student in zip(found, best.members if isinstance(best, Ensemble) else [best], strict=True):
                     each.load_best(student)
-                if before is not None and _val_accuracy(before, store) > _val_accuracy(best, store):
-                    best = before
-                merged = _experts_are_one(best, store, settings.merge_tolerance)
+                if before is None:
+                    merged = _experts_are_one(best, store, settings.merge_tolerance)
+                else:  # whoever serves it need not learn of another form
+                    merged = was_merged
+                    if _val_accuracy(before, store) > _val_accuracy(best, store):
+                        best = before
                 (save_merged if merged else save_student)(student_url, best, facts)
         mesh.barrier()
 
@@ -93,6 +96,6 @@ def _val_accuracy(student: Student, store: GraphStore) -> float:
     return student_accuracy(student, store, (VAL,))["val"] or 0.0
 
 
-def _trained(url: str, kind: str) -> Student:
-    """A student of a run before, with all its experts."""
-    return load_mixture(url)[0] if kind == "rbm" else load_student(url)
+def _trained(url: str, kind: str) -> tuple[Student, bool]:
+    """A student of a run before, with all its experts, and whether an MLP is served in its place."""
+    return load_mixture(url) if kind == "rbm" else (load_student(url), False)

@@ -159,17 +159,16 @@ def link(source: str, url: str) -> None:
     """
     fs, path = filesystem(source)
     to_fs, to_path = filesystem(url)
-    try:
-        if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem):
-            _hard_link(path, to_path)
-        elif type(fs) is type(to_fs) and not is_local(source):
-            with explained(url):
-                fs.cp_file(path, to_path)  # in a bucket it is there at once and whole
-        else:
-            with fs.open(path, "rb") as stream:
-                _write_all(stream, url)
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such file") from None
+    if not fs.exists(path):
+        raise InputError(f"{source}: no such file")
+    if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem):
+        _hard_link(path, to_path)
+    elif type(fs) is type(to_fs) and not is_local(source):
+        with explained(url):
+            fs.cp_file(path, to_path)  # in a bucket it is there at once and whole
+    else:
+        with fs.open(path, "rb") as stream:
+            _write_all(stream, url)
 
 
 def _hard_link(path: str, to: str) -> None:
@@ -177,8 +176,6 @@ def _hard_link(path: str, to: str) -> None:
     os.makedirs(os.path.dirname(to), exist_ok=True)
     try:
         os.link(path, temporary)
-    except FileNotFoundError:
-        raise
     except OSError:  # another disk, or one without links
         copy_in(path, to)
         return

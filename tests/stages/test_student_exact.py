@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from rbm_dist.config.run import Config
+from rbm_dist.config.update import UpdateConfig
+from rbm_dist.graph.reach import LEARN
 from rbm_dist.moe.sparse_rows import Rows
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.stages.student import train_students
@@ -65,7 +67,11 @@ def train(rank: int, expert_parallel: int, graph: str, url: str, student: dict[s
     torch.set_default_dtype(torch.float64)
     mesh = Mesh.init(expert_parallel, torch.device("cpu"), HOSTS[rank])
     recorder = Recorder()
-    train_students(mesh, recorder, config(url, **student), f"{graph}/graph", url)
+    settings = config(url, **student)
+    train_students(mesh, recorder, settings, f"{graph}/graph", url)
+    if "dropout" in student:  # then further, as when the graph has changed
+        settings = settings.model_copy(update={"update": UpdateConfig(run=url, add_edges="edges.parquet", epochs=2)})
+        train_students(mesh, recorder, settings, f"{graph}/graph", f"{url}/further", start=url)
     return recorder.rows
 
 
@@ -99,7 +105,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
 def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[Any]]]:
     """The folder of a graph and of what one process makes of it; the curves of that."""
     folder = str(tmp_path_factory.mktemp("exact"))
-    small_store(folder)
+    store = small_store(folder)
+    learn = [store.gather("orig_id", store.ids(part)) % 2 == 0 for part in range(store.num_parts)]
+    store.publish(LEARN, [store.write_part(LEARN, part, rows.dtype, (), [rows]) for part, rows in enumerate(learn)])
     references = run_ranks(train_each, 1, 1, folder, f"{folder}/1x1", STUDENTS)[0]
     for name, reference in references.items():
         losses = [row[2]["loss"] for row in reference if row[2]]

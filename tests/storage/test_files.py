@@ -170,6 +170,25 @@ def test_a_full_quota_is_a_full_disk(tmp_path: Path) -> None:
         raise InterruptedError(errno.EINTR, "something else")
 
 
+def test_a_link_is_the_same_file_and_outlives_it(url: str) -> None:
+    storage.write_json(storage.join(url, "old", "a.json"), [1])
+    storage.link(storage.join(url, "old", "a.json"), storage.join(url, "new", "deep", "b.json"))
+    storage.link(storage.join(url, "old", "a.json"), storage.join(url, "new", "deep", "b.json"))  # again
+    storage.write_json(storage.join(url, "old", "a.json"), [2])  # another file of that name
+    storage.remove(storage.join(url, "old"))
+    assert storage.read_json(storage.join(url, "new", "deep", "b.json")) == [1]
+    assert storage.listdir(storage.join(url, "new", "deep")) == ["b.json"]
+    with pytest.raises(InputError, match="no such file"):
+        storage.link(storage.join(url, "old", "a.json"), storage.join(url, "c.json"))
+
+
+def test_a_link_to_another_disk_is_a_copy(small_disk: Path, tmp_path: Path) -> None:
+    storage.write_json(f"{tmp_path}/a.json", [1])
+    storage.link(f"{tmp_path}/a.json", f"{small_disk}/a.json")
+    assert storage.read_json(f"{small_disk}/a.json") == [1]
+    assert [path.name for path in small_disk.iterdir()] == ["a.json"]
+
+
 def test_json_round_trips(url: str) -> None:
     value = {"b": [1, 2.5, None], "a": {"ü": "x"}}
     info = storage.write_json(f"{url}/a.json", value)
