@@ -23,7 +23,7 @@ from tests.graph.test_shuffle import with_rows
 from tests.small_graph import small_graph, with_sparse_features, write_graph
 
 
-def write_version(url: Path, store: GraphStore, changes: Changes) -> GraphStore:
+def write_version(url: Path | str, store: GraphStore, changes: Changes) -> GraphStore:
     """All of the new version, in this process; changes as they are kept on disk."""
     changes = Changes.open(f"{url}/changes", changes.write(f"{url}/changes"))
     index = storage.read_json(f"{store.url}/graph.json")
@@ -142,6 +142,19 @@ def test_files_that_do_not_change_are_the_old_ones(tmp_path: Path) -> None:
     assert every - same == {"part-00001/indptr.npy", "part-00001/indices.npy"}
     assert sorted(path.name for path in (Path(new.url) / "part-00003").iterdir()) == sorted(
         path.name for path in (Path(old.url) / "part-00000").iterdir()
+    )
+
+
+def test_versions_on_object_storage_are_whole_without_the_one_before(s3_url: str) -> None:
+    old = write_graph(f"{s3_url}/old", small_graph(), np.sort(np.arange(240) % 3).astype(np.int32))
+    before = edges_of(old)
+    changes = changes_of(old, 2, {(5, 240), (240, 5)}, set(), [7])
+    write_version(f"{s3_url}/new", old, changes)
+    storage.remove(f"{s3_url}/old")
+    new = GraphStore.open(f"{s3_url}/new/graph", verify=True)
+    assert edges_of(new) == before | {(5, 240), (240, 5)}
+    np.testing.assert_array_equal(
+        new.gather("feat", np.array([7, 240, 241])), np.concatenate([changes.changed_feat, changes.new_feat])
     )
 
 
