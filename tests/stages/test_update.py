@@ -293,5 +293,5 @@ def test_what_cannot_be_is_refused(finished_run: Path, tables: Path, tmp_path: P
         updated(str(finished_run), f"{tmp_path}/out", change, ["student.lr=1"])
     assert updated(str(finished_run), f"{tmp_path}/out", change, ["cluster.cache_mb=7"]).cluster.cache_mb == 7
     done = rbm_dist("update", str(finished_run), "--out", str(tmp_path / "out"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "nothing has changed" in done.stderr
