@@ -41,6 +41,18 @@ class PartitionConfig(Section):
         return self
 
 
+class SmoothConfig(Section):
+    """Smoothing of soft labels over edges, before students learn from them."""
+
+    method: Literal["none", "appnp", "correct_and_smooth"] = Field(
+        "none",
+        description="appnp: with those of the neighbours; correct_and_smooth: also with what the teacher gets wrong on "
+        "training nodes, and their labels; needs a graph whose neighbours mostly agree ([teachers.md](teachers.md))",
+    )
+    steps: Positive = Field(10, description="passes over all edges; correct_and_smooth makes as many before")
+    damping: Fraction = Field(0.5, description="what a step keeps of the neighbours; 0: correct alone")
+
+
 class SoftLabelsConfig(Section):
     inference: Literal["sampled", "exact"] = Field(
         "sampled", description="sampled: mini-batches of sampled neighbours; exact: layer by layer, all neighbours"
@@ -61,6 +73,7 @@ class SoftLabelsConfig(Section):
         description="keep the states after each of the teacher's layers, so that `rbm-dist update` need not compute "
         "them anew; of exact inference",
     )
+    smooth: SmoothConfig = SmoothConfig()
 
 
 class EncodingsConfig(Section):
@@ -323,6 +336,17 @@ class Config(Section):
             raise ValueError("student.objective: krd needs soft_labels.entropy_change: true")
         if self.soft_labels.entropy_change and self.soft_labels.store == "top_m":
             raise ValueError("soft_labels.entropy_change: needs soft_labels.store: float32 or float16, not top_m")
+        if self.soft_labels.smooth.method != "none":
+            if self.soft_labels.entropy_change:
+                raise ValueError(
+                    "soft_labels.smooth: soft_labels.entropy_change (student.objective: krd) is that of the teacher's "
+                    "own soft labels; set soft_labels.smooth.method: none, or do without entropy_change"
+                )
+            if self.teacher.external is not None and self.teacher.external.missing == "labels":
+                raise ValueError(
+                    "soft_labels.smooth: needs a prediction for every node; set soft_labels.smooth.method: none, or "
+                    "teacher.external.missing: refuse"
+                )
         if self.student.similarity > 0 and not self.soft_labels.hidden:
             raise ValueError("student.similarity: needs soft_labels.hidden: true")
         if self.soft_labels.hidden and len(self.teacher.fanout) < 2:

@@ -43,6 +43,7 @@ class Step:
     needs: tuple[str, ...]  # arrays of other steps that it reads
     make: Callable[[GraphStore], Callable[[int], Iterable[np.ndarray]]]
     together: bool = False  # whether all parts are made by one worker
+    dtype: str = "float32"
 
 
 def arrays(config: EncodingsConfig) -> list[str]:
@@ -53,12 +54,18 @@ def arrays(config: EncodingsConfig) -> list[str]:
 def encode(
     store: GraphStore, config: EncodingsConfig, seed: int, run_step: Callable[[Step], list[storage.FileInfo]]
 ) -> None:
-    """Add the configured arrays to the store. `run_step` fills one step's array in all parts, see `fill`.
+    """Add the configured arrays to the store. `run_step` fills one step's array in all parts, see `fill`."""
+    make_arrays(store, _steps(config, seed, store.num_classes), arrays(config), run_step)
+
+
+def make_arrays(
+    store: GraphStore, steps: list[Step], wanted: list[str], run_step: Callable[[Step], list[storage.FileInfo]]
+) -> None:
+    """Take those of some steps, in their order, that the wanted arrays need.
 
     What a run that was cut off had finished is kept; arrays that no further step reads are removed.
     """
-    steps = _steps(config, seed, store.num_classes)
-    needed, todo = set(arrays(config)), []
+    needed, todo = set(wanted), []
     for step in reversed(steps):
         if step.name in needed and not storage.exists(_index(store, step.name)):
             todo.append(step)
@@ -68,9 +75,8 @@ def encode(
         store.publish(step.name, run_step(step))
         for name in set(step.needs).difference(*(later.needs for later in todo)):
             store.remove(name)
-    for step in steps:
-        if step.name not in (POS, PROP):
-            store.remove(step.name)
+    for name in {step.name for step in steps}.difference(wanted):
+        store.remove(name)
 
 
 def encode_in_process(store: GraphStore, config: EncodingsConfig, seed: int) -> None:
@@ -86,7 +92,7 @@ def fill(step: Step, store: GraphStore, parts: Iterable[int]) -> list[storage.Fi
         if storage.exists(url):
             files.append(storage.file_info(url))
         else:
-            files.append(store.write_part(step.name, part, np.dtype(np.float32), (step.width,), rows(part)))
+            files.append(store.write_part(step.name, part, np.dtype(step.dtype), (step.width,), rows(part)))
     return files
 
 

@@ -22,12 +22,35 @@ def mean_of_neighbours(store: GraphStore, name: str, ids: np.ndarray, observed_o
     Zeros for a node without in-neighbours. observed_only: in-neighbours of the split UNSEEN do not count.
     """
     mean_nD = np.empty((len(ids), store.width((name,))), np.float32)
+    for at, indptr, indices, rows in _by_part(store, ids):
+        mean_nD[at] = mean_of_sources(store, name, indptr, indices, rows, observed_only)
+    return mean_nD
+
+
+def in_degree(store: GraphStore, ids: np.ndarray, observed_only: bool = False) -> np.ndarray:
+    """The number of in-neighbours, `[n]` int64. observed_only: those of the split UNSEEN do not count."""
+    count_n = np.zeros(len(ids), np.int64)
+    for at, indptr, indices, rows in _by_part(store, ids):
+        if not observed_only:
+            count_n[at] = indptr[rows + 1] - indptr[rows]
+            continue
+        for nodes, sources, ends in _edge_slices(indptr, indices, rows, _rows_at_a_time(1)):
+            count_n[at[nodes]] += np.diff(_observed(store, sources, ends)[1])
+    return count_n
+
+
+def _by_part(store: GraphStore, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each part that owns some of the nodes: their positions in `ids`, its CSC, and their rows there."""
     owner = store.owner(ids)
     for part in np.unique(owner):
         at = np.flatnonzero(owner == part)
-        indptr, indices = store.array("indptr", part), store.array("indices", part)
-        mean_nD[at] = mean_of_sources(store, name, indptr, indices, ids[at] - store.offsets[part], observed_only)
-    return mean_nD
+        yield at, store.array("indptr", part), store.array("indices", part), ids[at] - store.offsets[part]
+
+
+def _observed(store: GraphStore, sources: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the edges of `_edge_slices` those whose sources are not of the split UNSEEN."""
+    seen = store.gather("split", sources) != UNSEEN
+    return sources[seen], np.concatenate([[0], np.cumsum(seen)])[ends]
 
 
 def mean_of_sources(
@@ -38,8 +61,7 @@ def mean_of_sources(
     sum_nD, count_n = np.zeros((len(rows), width), np.float32), np.zeros(len(rows), np.float32)
     for nodes, sources, ends in _edge_slices(indptr, indices, rows, _rows_at_a_time(width)):
         if observed_only:
-            seen = store.gather("split", sources) != UNSEEN
-            sources, ends = sources[seen], np.concatenate([[0], np.cumsum(seen)])[ends]
+            sources, ends = _observed(store, sources, ends)
         distinct, position = np.unique(sources, return_inverse=True)
         _add_rows(ends, position, store.gather(name, distinct), sum_nD[nodes])
         count_n[nodes] += np.diff(ends)

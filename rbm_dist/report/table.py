@@ -116,13 +116,20 @@ def _soft_labels(results: dict[str, Any]) -> list[str]:
     if found["disagreement"] is not None:
         line += f"; of {percent(found['disagreement'])} of nodes another class than of their neighbours' mean"
     lines = [line]
+    before, after = found.get("unsmoothed_val"), results["teacher"]["val"]
+    if before is not None:
+        lines.append(f"smoothed over edges (soft_labels.smooth): {percent(before)} right on validation before")
+        if after < before:
+            lines.append(
+                "Smoothing made the soft labels worse: lower soft_labels.smooth.damping, or set its method to none."
+            )
     if found["calibration_error"] > _UNCALIBRATED:
         key = "student.temperature" if results.get("teacher_model") == "external" else "teacher.calibrate: true"
         lines.append(f"The teacher is not as right as it is sure: students take over its mistakes; try {key}.")
     if (found["disagreement"] or 0.0) > _AT_ODDS:
         lines.append(
-            "Neighbours mostly disagree with a node: what smooths over edges (encodings.label_propagation, "
-            "student.krd.neighbours: all) will hurt."
+            "Neighbours mostly disagree with a node: what smooths over edges (soft_labels.smooth, "
+            "encodings.label_propagation, student.krd.neighbours: all) will hurt."
         )
     return lines
 

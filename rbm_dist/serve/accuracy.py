@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rbm_dist.graph.splits import SPLIT_NAMES, TEST, UNSEEN, VAL
-from rbm_dist.graph.store import GraphStore
+from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.models.student import Student
 from rbm_dist.moe.sparse_rows import to_rows
 from rbm_dist.serve.frozen import freeze
@@ -66,6 +66,16 @@ def student_classes(student: Student, store: GraphStore, device: torch.device = 
     def classes(ids: np.ndarray) -> np.ndarray:
         logits_nC, _ = on_device(to_rows(store.inputs(ids, student.inputs), device, torch.float32))
         return logits_nC.argmax(1).cpu().numpy()
+
+    return classes
+
+
+def teacher_classes(store: GraphStore, name: str = SOFT) -> Classes:
+    """What the soft labels say, or another array of distributions; -1 where they say nothing."""
+
+    def classes(ids: np.ndarray) -> np.ndarray:
+        soft_nC = store.gather(name, ids)
+        return np.where(soft_nC.max(1) > 0, soft_nC.argmax(1), -1)
 
     return classes
 

@@ -19,6 +19,7 @@ from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.sampler import Sampler
 from rbm_dist.graph.sampler_backends import make_sampler
 from rbm_dist.graph.shards import part_name
+from rbm_dist.graph.smooth import smooths
 from rbm_dist.graph.splits import TEST
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.gnn import Gnn
@@ -30,13 +31,14 @@ from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts, run_tasks
 from rbm_dist.serve import soft_label_figures
-from rbm_dist.serve.accuracy import EVALUATED, Classes, Hits, hits, student_classes
+from rbm_dist.serve.accuracy import EVALUATED, Classes, Hits, hits, student_classes, teacher_classes
 from rbm_dist.serve.artifact import load_mixture, load_student, load_weights
 from rbm_dist.serve.frozen import freeze
 from rbm_dist.serve.kernels import softmax
 from rbm_dist.serve.specialisation import expert_rows, summary, variants
 from rbm_dist.stages.baselines import FeatureRegression, majority_class
 from rbm_dist.stages.run import Files, Run
+from rbm_dist.stages.smooth import FIGURES
 from rbm_dist.train.sampled_rows import sample_logits
 
 WORK = "work"
@@ -120,7 +122,7 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         "baselines": {name: found[name].accuracy() for name in ("majority", "regression")},
         "teacher": found["teacher"].accuracy(),
         "teacher_model": _teacher_model(config),
-        "soft_labels": soft_label_figures.figures(part["soft"] for part in counts),
+        "soft_labels": soft_label_figures.figures(part["soft"] for part in counts) | _unsmoothed(config, url),
         "students": {kind: found[kind].accuracy() for kind in students},
     }
     if "rbm" in students:
@@ -134,6 +136,13 @@ def figures_of(config: Config, url: str, counts: list[Counts]) -> dict[str, Any]
         figures["latency_us"]["teacher"] = _latency(_teacher_call(config, store, url), store.size, distinct=True)
     figures["latency_us"] |= {kind: _latency(_student_call(each, store), store.size) for kind, each in students.items()}
     return figures
+
+
+def _unsmoothed(config: Config, url: str) -> dict[str, float]:
+    """`unsmoothed_val`, the teacher's accuracy on validation before smoothing; nothing where there is none."""
+    if not smooths(config.soft_labels):
+        return {}
+    return {"unsmoothed_val": storage.read_json(storage.join(url, "soft_labels", FIGURES))["val"]}
 
 
 def _teacher_model(config: Config) -> str:
@@ -163,16 +172,6 @@ def _classes(names: list[str] | None, models: Mapping[str, Hits]) -> list[dict[s
         }
         for cls, nodes in enumerate(nodes_SC[splits.index(TEST)].tolist())
     ]
-
-
-def teacher_classes(store: GraphStore) -> Classes:
-    """What the soft labels say; -1 where they say nothing."""
-
-    def classes(ids: np.ndarray) -> np.ndarray:
-        soft_nC = store.gather("soft", ids)
-        return np.where(soft_nC.max(1) > 0, soft_nC.argmax(1), -1)
-
-    return classes
 
 
 def baseline_classes(store: GraphStore, baselines: Baselines) -> dict[str, Classes]:

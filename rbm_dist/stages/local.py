@@ -26,11 +26,10 @@ from rbm_dist.models.student import Student
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.report.metrics import Row
 from rbm_dist.runtime.mailbox import Reporter
-from rbm_dist.serve.accuracy import hits, student_accuracy
+from rbm_dist.serve.accuracy import hits, student_accuracy, teacher_classes
 from rbm_dist.serve.artifact import load_mixture, load_student
 from rbm_dist.serve.specialisation import mixture_figures
 from rbm_dist.stages import partition, source
-from rbm_dist.stages.evaluate import teacher_classes
 from rbm_dist.stages.external_teacher import look_at_external
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import MakeWorker, write_soft_labels
@@ -42,7 +41,7 @@ _IN_PROCESS = ClusterConfig(
     train_workers=1, inference_workers=1, memory_store="in_process", checkpoint_every=10**9, checkpoint_minutes=None
 )
 _COUNTED_ROWS = 64
-_PREPARED = {"source", "graph", "teacher", "teacher.json"}
+_PREPARED = {"source", "graph", "teacher", "soft_labels", "teacher.json"}
 
 
 class MetricsRecorder(Reporter):

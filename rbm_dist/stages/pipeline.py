@@ -53,7 +53,10 @@ STAGES = [
         "teacher", "teacher", ("teacher",), run_teacher, reset_feature_hops,
         makes=r"model\.safetensors|external\.json|checkpoints|ray_train",
     ),
-    Stage("soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels),
+    Stage(
+        "soft_labels", "soft_labels", ("soft_labels",), soft_labels.run_soft_labels, soft_labels.reset_soft_labels,
+        makes=r"unsmoothed\.json",
+    ),
     Stage("encodings", "encodings", ("encodings",), encodings_.run_encodings, encodings_.reset_encodings),
     # With `encodings`: a run without that stage would otherwise not notice that they are wanted now.
     Stage(

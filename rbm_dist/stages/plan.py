@@ -15,6 +15,7 @@ from rbm_dist.config.run import Config
 from rbm_dist.cpus import usable_cpus
 from rbm_dist.graph.encodings import arrays
 from rbm_dist.graph.partition import available_memory, most_memory_needed
+from rbm_dist.graph.smooth import smooths
 from rbm_dist.sources.edges import MERGED_EDGES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_cost, plan_memory
@@ -181,7 +182,10 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
         stages.append(stage("teacher", [served(teacher)]))
     actors, hot = min(cluster.inference_workers, parts), 0 if config.soft_labels.inference == "exact" else hot
     actor = workers("inference actor", actors, memory.inference_actor(config, facts) + hot)
-    stages.append(stage("soft_labels", [served(actor)]))
+    steps = [served(actor)]
+    if smooths(config.soft_labels):
+        steps.append(served(tasks("smoothing task", parts, memory.smoothing_task(config, facts))))
+    stages.append(stage("soft_labels", steps))
     if arrays(config.encodings):
         stages.append(stage("encodings", [served(tasks("encoding task", parts, memory.encoding_task(config, facts)))]))
     student = workers("student worker", cluster.most_workers, memory.student_worker(config, facts))

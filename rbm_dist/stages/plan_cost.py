@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from rbm_dist.config.run import Config
+from rbm_dist.graph.smooth import smooths
 from rbm_dist.graph.soft_rows import layout
 from rbm_dist.serve.specialisation import LOADED_NODES
 from rbm_dist.sources.facts import SourceFacts
@@ -92,9 +93,18 @@ class Costs:
         return model + 4 * model * checkpoints, model + 4 * model * self._kept(checkpoints), self._graph(4), sent
 
     def soft_labels(self) -> tuple[float, ...]:
+        written, kept, mapped, sent = self._taught()
+        if not smooths(self.config.soft_labels):
+            return written, kept, mapped, sent
+        # What the teacher says, the start of smoothing and its last two arrays, of which `soft` is the very last.
+        array, steps = 4.0 * self.facts.num_nodes * self.facts.num_classes, self.config.soft_labels.smooth.steps
+        alive = array * min(steps + 1, 4) - min(array, self.facts.num_nodes * self._soft_row()) * (steps > 2)
+        return written + alive, kept, max(mapped, self._graph(0) + alive), sent + self._between_hosts(self._smoothed())
+
+    def _taught(self) -> tuple[float, ...]:
+        """What asking the teacher takes."""
         facts, settings, config = self.facts, self.config.soft_labels, self.config
-        dtype, width = layout(settings.store, settings.top_m, facts.num_classes)
-        row = dtype.itemsize * width + 4 * (settings.entropy_change + settings.hidden * config.teacher.hidden)
+        row = self._soft_row() + 4 * (settings.entropy_change + settings.hidden * config.teacher.hidden)
         kept = written = facts.num_nodes * row
         if config.teacher.external is not None:
             return written, kept, kept + self._predictions(), 0
@@ -107,6 +117,12 @@ class Costs:
             kept = written if settings.keep_layers else kept
         rows, edges = self._inferred()
         return written, kept, self._graph(4), self._rows_sent(rows, edges)
+
+    def _soft_row(self) -> int:
+        """Bytes of a node's soft labels as they are stored."""
+        settings = self.config.soft_labels
+        dtype, width = layout(settings.store, settings.top_m, self.facts.num_classes)
+        return dtype.itemsize * width
 
     def _hops(self) -> float:
         """Bytes of features over hops, there until soft labels are."""
@@ -163,7 +179,17 @@ class Costs:
         spent = _BACKWARD * self._edges_s(edges) + _SAMPLE_S * samples
         return spent / self._workers(self.config.cluster.most_workers)
 
+    def _smoothed(self) -> float:
+        """Bytes that are gathered to smooth soft labels."""
+        settings = self.config.soft_labels.smooth
+        passes = {"none": 0, "appnp": 1, "correct_and_smooth": 2}[settings.method] * settings.steps
+        return 4.0 * self.facts.num_edges * self.facts.num_classes * passes
+
     def _soft_labels_s(self) -> float:
+        smoothed = self._smoothed() / _PROPAGATED_BYTES / self._at_once(self.config.partition.num_parts)
+        return self._taught_s() + smoothed
+
+    def _taught_s(self) -> float:
         if self.config.teacher.external is not None:
             return self._predictions() / _PROPAGATED_BYTES
         if self.config.teacher.model == "sign":
@@ -186,8 +212,11 @@ class Costs:
             width = 4 * facts.num_nodes * facts.num_classes
             kept += width
             written += width * (settings.folds * (settings.iterations + 1) + 2)
-        sent = (1 - 1 / self.hosts) * CUT_SHARE[self.config.partition.method] * self._gathered()
-        return written, kept, self._graph(0) + written, sent
+        return written, kept, self._graph(0) + written, self._between_hosts(self._gathered())
+
+    def _between_hosts(self, gathered: float) -> float:
+        """Of rows that are gathered along all edges, the bytes that another host has."""
+        return (1 - 1 / self.hosts) * CUT_SHARE[self.config.partition.method] * gathered
 
     def _gathered(self) -> float:
         settings, facts = self.config.encodings, self.facts

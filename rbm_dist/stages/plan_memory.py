@@ -240,6 +240,12 @@ def encoding_task(config: Config, facts: SourceFacts) -> float:
     return max(needs)
 
 
+def smoothing_task(config: Config, facts: SourceFacts) -> float:
+    """`smooth`: gathered rows, their means, the rows that they are mixed with and those as they are stored."""
+    per_part = facts.num_nodes / config.partition.num_parts
+    return 4 * min(PROPAGATED_BYTES, 4 * facts.num_classes * per_part)
+
+
 # --------------------------------------------------------------------------------------------- student, evaluate
 def layer_widths(config: Config, facts: SourceFacts, kind: str) -> list[tuple[int, int]]:
     """Inputs and outputs of a student's layers."""

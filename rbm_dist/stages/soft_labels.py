@@ -26,6 +26,8 @@ from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
 from rbm_dist.graph.reach import LEARN, TOUCHED
 from rbm_dist.graph.shards import part_name
+from rbm_dist.graph.smooth import ARRAYS as SMOOTHING
+from rbm_dist.graph.smooth import UNSMOOTHED, smooths
 from rbm_dist.graph.soft_rows import encode, layout
 from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.graph.version import link, replaced
@@ -39,15 +41,17 @@ from rbm_dist.runtime.mailbox import Reporter
 from rbm_dist.runtime.shard_servers import ShardServers, open_graph, shard_servers
 from rbm_dist.runtime.tasks import run_on_parts
 from rbm_dist.serve.artifact import load_weights
+from rbm_dist.stages.encodings import over_tasks
 from rbm_dist.stages.external_teacher import open_external
 from rbm_dist.stages.feature_hops import add_feature_hops
 from rbm_dist.stages.run import Files, Run
+from rbm_dist.stages.smooth import FIGURES, RunStep, smooth_soft_labels
 from rbm_dist.train.external_teacher import TAUGHT, leaves_out
 from rbm_dist.train.hop_rows import hop_states, read_hops
 from rbm_dist.train.sampled_rows import SampledRows, add_noise, keep_hot, read_sample, states
 
 HIDDEN, ENTROPY_CHANGE, NOISY_SOFT = "hidden", "entropy_change", "noisy_soft"
-ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|{TOUCHED}|{LEARN}|h\d+|noisy\d+"
+ARRAYS = rf"{SOFT}|{TAUGHT}|{HIDDEN}|{ENTROPY_CHANGE}|{NOISY_SOFT}|{TOUCHED}|{LEARN}|h\d+|noisy\d+|{SMOOTHING}"
 """A regular expression of the names of all arrays that the stage makes, on the way too."""
 _ROWS, _BYTES = 16_384, 1 << 25  # nodes that are read at a time where each is one row, and bytes of these, at most
 GATHERED_EDGES = 1 << 18  # in-edges whose sources' rows are gathered at a time
@@ -58,8 +62,8 @@ def rows_at_a_time(width: int) -> int:
     return max(1, min(_ROWS, _BYTES // (4 * width)))
 
 
-MakeWorker = Callable[[], Callable[[int], storage.FileInfo]]
-OverParts = Callable[[Run, MakeWorker, list[int]], list[storage.FileInfo]]
+MakeWorker = Callable[[], Callable[[int], Any]]
+OverParts = Callable[[Run, MakeWorker, list[int]], list[Any]]
 """Calls a worker on each of some parts; results in their order."""
 
 
@@ -76,13 +80,16 @@ def run_soft_labels(run: Run, before: Before | None = None) -> Files:
     if reads_hops(run.config):  # another start may have removed them
         add_feature_hops(run, "soft_labels")
     with shard_servers(run.config.cluster, run.graph_url) as servers:
-        return write_soft_labels(run, _by_actors, servers, before)
+        num_parts = GraphStore.open(run.graph_url).num_parts
+        over = functools.partial(over_tasks, run, "soft_labels", num_parts, servers)
+        return write_soft_labels(run, _by_actors, servers, over, before)
 
 
 def write_soft_labels(
-    run: Run, over_parts: OverParts, servers: ShardServers | None = None, before: Before | None = None
+    run: Run, over_parts: OverParts, servers: ShardServers | None = None, run_step: RunStep | None = None,
+    before: Before | None = None,
 ) -> Files:  # fmt: skip
-    """The stage's work, wherever `over_parts` carries it out."""
+    """The stage's work, wherever `over_parts` carries it out, and `run_step` the steps of smoothing (default: here)."""
     settings, layers = run.config.soft_labels, len(run.config.teacher.fanout)
     store = GraphStore.open(run.graph_url)
     external, hops = run.config.teacher.external, reads_hops(run.config)
@@ -90,6 +97,7 @@ def write_soft_labels(
     wanted += [TAUGHT] * leaves_out(external)
     teacher = run.config.teacher
     widest, joined = max(store.num_features, teacher.hidden), (teacher.hops + 1) * store.num_features
+    said = UNSMOOTHED if smooths(settings) else SOFT  # what the teacher says
     clean, noisy = layer_names(run.config)
     passing = [*clean, *noisy, NOISY_SOFT]
     if settings.keep_layers:
@@ -113,15 +121,15 @@ def write_soft_labels(
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
         exact = settings.inference == "exact"
         if external is not None:
-            fill(SOFT, _external, rows_at_a_time(store.num_classes))
+            fill(said, _external, rows_at_a_time(store.num_classes))
             if leaves_out(external):
                 fill(TAUGHT, _taught, _ROWS)
         elif hops:
-            fill(SOFT, functools.partial(_of_hops, state=0), rows_at_a_time(joined))
+            fill(said, functools.partial(_of_hops, state=0), rows_at_a_time(joined))
         elif exact:
-            layer_by_layer(clean, SOFT, noise=False)
+            layer_by_layer(clean, said, noise=False)
         else:
-            fill(SOFT, _sampled)
+            fill(said, _sampled)
         if settings.hidden and hops:
             fill(HIDDEN, functools.partial(_of_hops, state=1), rows_at_a_time(joined))
         elif settings.hidden:
@@ -130,12 +138,19 @@ def write_soft_labels(
             if exact:
                 layer_by_layer(noisy, NOISY_SOFT, noise=True)
             fill(ENTROPY_CHANGE, functools.partial(_entropy_change, noisy=NOISY_SOFT if exact else None))
+        if smooths(settings):
+            smooth_soft_labels(run, over_parts, run_step, servers)
     for name in set(passing).difference(wanted):
         store.remove(name)
     if hops:
         store.remove_matching(HOPS)
+    if smooths(settings):
+        store.remove_matching(SMOOTHING)
     indexes = [storage.read_json(run.path("graph", f"{name}.json")) for name in wanted]
-    return {f"graph/{name}": info for index in indexes for name, info in index["files"].items()}
+    files = {f"graph/{name}": info for index in indexes for name, info in index["files"].items()}
+    if smooths(settings):
+        files[f"soft_labels/{FIGURES}"] = storage.file_info(run.path("soft_labels", FIGURES))
+    return files
 
 
 def layer_names(config: Config) -> tuple[list[str], list[str]]:
@@ -223,7 +238,8 @@ def _make_worker(
             steps = [[ids[start : start + batch]] for start in range(0, len(ids), batch)]
             keep_hot(store, config, steps, config.soft_labels.fanout or config.teacher.fanout)
         dtype, width = layout(settings.store, settings.top_m, store.num_classes)
-        shapes = {SOFT: (width,), NOISY_SOFT: (store.num_classes,), ENTROPY_CHANGE: (), TAUGHT: ()}
+        classes = (store.num_classes,)
+        shapes = {SOFT: (width,), UNSMOOTHED: classes, NOISY_SOFT: classes, ENTROPY_CHANGE: (), TAUGHT: ()}
         dtype, shape = dtype if name == SOFT else np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,))
         ids, old = store.ids(part), np.empty((0, *shape), dtype)
         if before is not None:

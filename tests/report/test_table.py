@@ -105,6 +105,16 @@ def test_a_run_without_baselines_is_shown_as_it_is() -> None:
     assert any(line.startswith("│ teacher") for line in shown)
 
 
+@pytest.mark.parametrize(("before", "worse"), [(0.79, False), (0.83, True)])
+def test_what_smoothing_did_is_told_and_warned_about(before: float, worse: bool) -> None:
+    soft = {"confidence": 0.7, "calibration_error": 0.05, "disagreement": None, "unsmoothed_val": before}
+    shown = " ".join("\n".join(lines(RESULTS | {"soft_labels": soft})).split())
+    assert f"smoothed over edges (soft_labels.smooth): {100 * before:.1f} % right on validation before" in shown
+    assert ("Smoothing made the soft labels worse: lower soft_labels.smooth.damping" in shown) == worse
+    plain = {name: figure for name, figure in soft.items() if name != "unsmoothed_val"}
+    assert "mooth" not in "\n".join(lines(RESULTS | {"soft_labels": plain}))
+
+
 def by_class(*shares: float | None, names: list[str] | None = None) -> dict[str, Any]:
     """The figures of classes on which the RbM has these accuracies; None: no test nodes."""
     classes = [

@@ -21,6 +21,7 @@ SHORT = [
     "cluster.checkpoint_every=1", "cluster.expert_parallel=2", f"cluster.silence_timeout_s={patient(300)}",
     "source.unseen_share=0.1",
     "encodings.positional=fastrp", "encodings.label_propagation=true", "student.inputs=[feat, pos, prop]",
+    "soft_labels.smooth.method=correct_and_smooth", "soft_labels.smooth.steps=3",
     "student.routing=layers", "student.top_k=3", "student.merge_tolerance=null",
 ]  # fmt: skip
 

@@ -17,10 +17,9 @@ from rbm_dist.graph.splits import TEST, TRAIN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.runtime.memory_store import make_memory_store
-from rbm_dist.serve.accuracy import hits, student_accuracy
+from rbm_dist.serve.accuracy import hits, student_accuracy, teacher_classes
 from rbm_dist.serve.artifact import load_student
 from rbm_dist.stages.dry_run import dry_run
-from rbm_dist.stages.evaluate import teacher_classes
 from rbm_dist.stages.external_teacher import look_at_external
 from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.pipeline import run_stages

@@ -41,6 +41,7 @@ def test_results(finished_run: Path) -> None:
     assert results["teacher_model"] == "sage"
     soft = results["soft_labels"]
     assert 0.3 < soft["confidence"] <= 1
+    assert 0.3 < soft["unsmoothed_val"] < results["teacher"]["val"], "neighbours mostly are of one digit"
     assert abs(soft["confidence"] - results["teacher"]["val"]) <= soft["calibration_error"] + 1e-9
     assert 0 < soft["disagreement"] < 0.5, "images beside each other mostly are of one digit"
     classes = results["classes"]
