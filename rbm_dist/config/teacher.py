@@ -46,9 +46,11 @@ class ExternalTeacherConfig(Section):
 
 MEAN = "sage"
 """The convolution that averages in-neighbours, which the store does in exact inference."""
+GCN = "gcn"
+"""The convolution that knows the in-degrees of all nodes it reads."""
 TEACHERS = {"external": "external", "sign": "SIGN"}
 """Teachers that have no convolutions, and what people call them."""
-CONVS = {MEAN: "GraphSAGE", "sage_max": "GraphSAGE, max", "gat": "GAT", "gatv2": "GATv2"}
+CONVS = {MEAN: "GraphSAGE", "sage_max": "GraphSAGE, max", GCN: "GCN", "gat": "GAT", "gatv2": "GATv2"}
 """Convolutions by name, and what people call them."""
 
 
@@ -73,8 +75,8 @@ class TeacherConfig(TrainingConfig):
     hops: Positive = Field(3, description="of sign")
     conv: str = Field(
         MEAN,
-        description="sage | sage_max | gat | gatv2, or module:Class of any layer that is made and called as PyG's are: "
-        "Class(inputs, outputs, **arguments)((x_sources, x_destinations), edge_index)",
+        description="sage | sage_max | gcn | gat | gatv2, or module:Class of any layer that is made and called as "
+        "PyG's are: Class(inputs, outputs, **arguments)((x_sources, x_destinations), edge_index)",
     )
     heads: Positive = Field(4, description="of gat and gatv2; divides hidden")
     arguments: Arguments = Field(Arguments(), description="further ones of module:Class, by name")

@@ -22,7 +22,8 @@ def mean_of_neighbours(store: GraphStore, name: str, ids: np.ndarray, observed_o
     Zeros for a node without in-neighbours. observed_only: in-neighbours of the split UNSEEN do not count.
     """
     mean_nD = np.empty((len(ids), store.width((name,))), np.float32)
-    for at, indptr, indices, rows in _by_part(store, ids):
+    for part, at, rows in _by_part(store, ids):
+        indptr, indices = store.array("indptr", part), store.array("indices", part)
         mean_nD[at] = mean_of_sources(store, name, indptr, indices, rows, observed_only)
     return mean_nD
 
@@ -30,21 +31,22 @@ def mean_of_neighbours(store: GraphStore, name: str, ids: np.ndarray, observed_o
 def in_degree(store: GraphStore, ids: np.ndarray, observed_only: bool = False) -> np.ndarray:
     """The number of in-neighbours, `[n]` int64. observed_only: those of the split UNSEEN do not count."""
     count_n = np.zeros(len(ids), np.int64)
-    for at, indptr, indices, rows in _by_part(store, ids):
+    for part, at, rows in _by_part(store, ids):
+        indptr = store.array("indptr", part)
         if not observed_only:
             count_n[at] = indptr[rows + 1] - indptr[rows]
             continue
-        for nodes, sources, ends in _edge_slices(indptr, indices, rows, _rows_at_a_time(1)):
+        for nodes, sources, ends in _edge_slices(indptr, store.array("indices", part), rows, _rows_at_a_time(1)):
             count_n[at[nodes]] += np.diff(_observed(store, sources, ends)[1])
     return count_n
 
 
-def _by_part(store: GraphStore, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each part that owns some of the nodes: their positions in `ids`, its CSC, and their rows there."""
+def _by_part(store: GraphStore, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The parts that own some of the nodes, with the positions of these in `ids`, and their rows in the part."""
     owner = store.owner(ids)
-    for part in np.unique(owner):
+    for part in np.unique(owner).tolist():
         at = np.flatnonzero(owner == part)
-        yield at, store.array("indptr", part), store.array("indices", part), ids[at] - store.offsets[part]
+        yield part, at, ids[at] - store.offsets[part]
 
 
 def _observed(store: GraphStore, sources: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rbm_dist.config.teacher import MEAN
+from rbm_dist.config.teacher import GCN, MEAN
 from rbm_dist.errors import InputError
 from rbm_dist.models.norm import make_norm
 from rbm_dist.moe.keyed_dropout import keyed_dropout
@@ -27,6 +27,7 @@ class Neighbourhood:
     edge_2m: Tensor  # int64, rows (source, destination), positions in `node_n`
     nodes_per_hop: list[int]
     edges_per_hop: list[int]
+    degree_n: Tensor | None = None  # float32, in-neighbours of each node in the whole graph; for the convolution `GCN`
 
 
 class Gnn(nn.Module):
@@ -48,7 +49,7 @@ class Gnn(nn.Module):
         self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(last))
         inner = widths[:last] if residual else []
         self.residuals = nn.ModuleList(nn.Identity() if d == o else nn.Linear(d, o, bias=False) for d, o in inner)
-        self.dropout, self._averages = dropout, conv == MEAN
+        self.dropout, self._averages, self.reads_degrees = dropout, conv == MEAN, conv == GCN
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))  # of the logits; set by calibration
 
@@ -72,16 +73,25 @@ class Gnn(nn.Module):
             num_dst, num_edges = sum(neighbourhood.nodes_per_hop[:hops]), sum(neighbourhood.edges_per_hop[:hops])
             layer_keys = None if keys is None else derive_keys(keys[: len(x)], layer)
             hidden = x
-            x = self.layer(layer, x, num_dst, neighbourhood.edge_2m[:, :num_edges], layer_keys)
+            edge_2m, degree_n = neighbourhood.edge_2m[:, :num_edges], neighbourhood.degree_n
+            x = self.layer(layer, x, num_dst, edge_2m, degree_n, layer_keys)
         assert isinstance(x, Tensor)
         return x, hidden[: neighbourhood.nodes_per_hop[0]]
 
-    def layer(self, layer: int, x_sD: Rows, num_dst: int, edge_2m: Tensor, key_s: Tensor | None = None) -> Tensor:
-        """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them."""
+    def layer(
+        self, layer: int, x_sD: Rows, num_dst: int, edge_2m: Tensor, degree_s: Tensor | None = None,
+        key_s: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them.
+
+        degree_s: in-neighbours of the sources, at least; see `Neighbourhood`.
+        """
         if layer > 0:
             x_sD = keyed_dropout(x_sD, key_s, self.dropout)
         if self._averages:
             out_nO = _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m)
+        elif degree_s is not None:
+            out_nO = _gcn_conv(self.convs[layer], x_sD, num_dst, edge_2m, degree_s[: len(x_sD)])
         else:
             x_sD = dense(x_sD)
             out_nO = self.convs[layer]((x_sD, x_sD[:num_dst]), edge_2m)
@@ -113,6 +123,19 @@ def _sage_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor) -> Tensor:
     return mean_nO + conv.lin_l.bias + matmul(x_sD[:num_dst], conv.lin_r.weight.T.contiguous())
 
 
+def _gcn_conv(conv: Any, x_sD: Rows, num_dst: int, edge_2m: Tensor, degree_s: Tensor) -> Tensor:
+    """`W · (Σ_j x_j / √(d̃_i d̃_j) + x_i / d̃_i) + b`, d̃ = 1 + in-degree in the whole graph (Kipf & Welling, 2017).
+
+    The sum is in-degree times the mean over the sampled sources: what a sample gives is right on average.
+    """
+    root_s1 = (1 + degree_s).rsqrt()[:, None]
+    scaled_sO = root_s1 * matmul(x_sD, conv.lin.weight.T.contiguous())
+    sum_nO = scaled_sO.new_zeros(num_dst, scaled_sO.shape[1]).index_add(0, edge_2m[1], scaled_sO[edge_2m[0]])
+    drawn_n = torch.bincount(edge_2m[1], minlength=num_dst).clamp(min=1)
+    stands_for_n1 = (degree_s[:num_dst] / drawn_n)[:, None]
+    return root_s1[:num_dst] * (stands_for_n1 * sum_nO + scaled_sO[:num_dst]) + conv.bias
+
+
 def make_conv(name: str, inputs: int, outputs: int, last: bool, arguments: Mapping[str, Any]) -> nn.Module:
     """A layer that is called as PyG's are on bipartite graphs: `conv((x_sources, x_destinations), edge_index)`.
 
@@ -120,10 +143,12 @@ def make_conv(name: str, inputs: int, outputs: int, last: bool, arguments: Mappi
     joined, those of the last layer averaged. Raises `InputError` for a class that is not there or is another thing.
     """
     # Imported here: it takes seconds, and only who builds a teacher needs it.
-    from torch_geometric.nn import GATConv, GATv2Conv, SAGEConv
+    from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, SAGEConv
 
     if name in ("sage", "sage_max"):
         return SAGEConv(inputs, outputs, aggr="max" if name == "sage_max" else "mean")
+    if name == GCN:
+        return GCNConv(inputs, outputs)
     if name in ("gat", "gatv2"):
         heads = arguments["heads"]
         kind = GATConv if name == "gat" else GATv2Conv

@@ -9,7 +9,7 @@ import math
 
 from rbm_dist.config.run import Config
 from rbm_dist.config.source import OgbConfig, SyntheticConfig, TablesConfig
-from rbm_dist.config.teacher import MEAN
+from rbm_dist.config.teacher import GCN, MEAN
 from rbm_dist.graph import partition
 from rbm_dist.graph.propagate import _BYTES as PROPAGATED_BYTES
 from rbm_dist.graph.shuffle import _CHUNK_EDGES as CHUNK_EDGES
@@ -199,6 +199,8 @@ def _messages(config: Config, facts: SourceFacts) -> tuple[int, bool]:
     hidden = config.teacher.hidden
     if config.teacher.conv == MEAN:
         return min(facts.num_features, hidden), facts.num_features > hidden
+    if config.teacher.conv == GCN:
+        return hidden, True
     return hidden + 4 * config.teacher.heads, True  # attention: scores, their softmax, and gradients
 
 
@@ -323,7 +325,7 @@ def teacher_parameters(config: Config, facts: SourceFacts) -> int:
     if config.teacher.model == "sign":
         branches = (config.teacher.hops + 1) * config.teacher.hidden
         return branches * (facts.num_features + 1 + config.teacher.hidden) + config.teacher.hidden * facts.num_classes
-    maps = 1 if config.teacher.conv == "gat" else 2  # of sources and destinations
+    maps = 1 if config.teacher.conv in ("gat", GCN) else 2  # of sources and destinations
     return sum((maps + config.teacher.residual) * d * o + 3 * o for d, o in itertools.pairwise(widths))
 
 

@@ -19,7 +19,7 @@ import torch
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
-from rbm_dist.config.teacher import MEAN
+from rbm_dist.config.teacher import GCN, MEAN
 from rbm_dist.graph.feature_hops import ARRAYS as HOPS
 from rbm_dist.graph.feature_hops import reads_hops
 from rbm_dist.graph.loader import Prefetch
@@ -294,7 +294,8 @@ def _read_sampled(
     config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, number: int = 0
 ) -> SampledRows:  # fmt: skip
     fanout = config.soft_labels.fanout or config.teacher.fanout
-    return read_sample(store, ids, fanout, key(config.seed, Word.SOFT_LABELS, *[number] * (number > 0)), device)
+    sample_key = key(config.seed, Word.SOFT_LABELS, *[number] * (number > 0))
+    return read_sample(store, ids, fanout, sample_key, device, degrees=config.teacher.conv == GCN)
 
 
 def _entropy_change(
@@ -340,13 +341,15 @@ def _exact_gathered(
     config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, layer: int, before: str, noise: bool
 ) -> Compute:
     """A layer of all in-neighbours' rows, each for itself."""
-    sampled = read_sample(store, ids, (-1,), key(0), device, (before,))
+    sampled = read_sample(store, ids, (-1,), key(0), device, (before,), config.teacher.conv == GCN)
 
     def compute(model: Gnn) -> torch.Tensor:
         rows_nD, neighbourhood = sampled.to(device)
         if noise:
             rows_nD = add_noise(rows_nD, sampled.neighbourhood.node_n.numpy(), key(config.seed, Word.SOFT_LABEL_NOISE))
-        return _states_or_soft(model, layer, model.layer(layer, rows_nD, len(ids), neighbourhood.edge_2m))
+        return _states_or_soft(
+            model, layer, model.layer(layer, rows_nD, len(ids), neighbourhood.edge_2m, neighbourhood.degree_n)
+        )
 
     return compute
 

@@ -11,6 +11,7 @@ import torch
 
 from rbm_dist.config.run import Config
 from rbm_dist.graph.presampling import fill_hot
+from rbm_dist.graph.propagate import in_degree
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.gnn import Gnn, Neighbourhood
 from rbm_dist.moe.sparse_rows import Rows, dense, to_rows
@@ -43,7 +44,8 @@ class SampledRows:
         rows_nD, node_n, edge_2m = (
             each.to(device, non_blocking=True) for each in (dense(self.rows_nD), near.node_n, near.edge_2m)
         )
-        return rows_nD, Neighbourhood(node_n, edge_2m, near.nodes_per_hop, near.edges_per_hop)
+        degree_n = None if near.degree_n is None else near.degree_n.to(device, non_blocking=True)
+        return rows_nD, Neighbourhood(node_n, edge_2m, near.nodes_per_hop, near.edges_per_hop, degree_n)
 
 
 def read_sample(
@@ -53,8 +55,12 @@ def read_sample(
     sample_key: int,
     device: torch.device,
     inputs: tuple[str, ...] = ("feat",),
+    degrees: bool = False,
 ) -> SampledRows:
-    """Sample, and gather the nodes' `inputs`, for a model on `device`, on which nothing is done yet."""
+    """Sample, and gather the nodes' `inputs`, for a model on `device`, on which nothing is done yet.
+
+    degrees: whether the model is told the nodes' in-degrees in the whole graph.
+    """
     sample = store.sample(seeds, fanout, sample_key)
     rows = store.inputs(sample.nodes, inputs)
     gpu = device.type == "cuda"
@@ -62,9 +68,10 @@ def read_sample(
         rows = rows.toarray()
     rows_nD = to_rows(rows, torch.device("cpu"), torch.float32)
     node_n, edge_2m = torch.from_numpy(sample.nodes), torch.from_numpy(np.stack([sample.src, sample.dst]))
+    degree_n = torch.from_numpy(in_degree(store, sample.nodes).astype(np.float32)) if degrees else None
     if gpu:  # from pinned memory it is copied while the GPU computes
         rows_nD, node_n, edge_2m = (each.pin_memory() for each in (dense(rows_nD), node_n, edge_2m))
-    neighbourhood = Neighbourhood(node_n, edge_2m, sample.nodes_per_hop, sample.edges_per_hop)
+    neighbourhood = Neighbourhood(node_n, edge_2m, sample.nodes_per_hop, sample.edges_per_hop, degree_n)
     return SampledRows(rows_nD, neighbourhood, sample_key, *(store.hot.take_counts() if store.hot else (0, 0)))
 
 
@@ -86,7 +93,8 @@ def sample_logits(
 ) -> torch.Tensor:
     """Logits of some nodes from their sampled neighbourhood, `[len(seeds), classes]`; nothing is done ahead."""
     device = next(model.parameters()).device
-    return states(model, read_sample(store, seeds, fanout, sample_key, device), training)[0]
+    sampled = read_sample(store, seeds, fanout, sample_key, device, degrees=model.reads_degrees)
+    return states(model, sampled, training)[0]
 
 
 def add_noise(feat_nF: Rows, nodes: np.ndarray, noise_key: int) -> torch.Tensor:

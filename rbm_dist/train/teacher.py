@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from rbm_dist.config.run import Config
+from rbm_dist.config.teacher import GCN
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
@@ -158,7 +159,8 @@ class _TeacherTask:
         if settings.model == "sign":
             sampled = read_hops(self._store, seeds, settings.hops, draw, self._mesh.device)
         else:
-            sampled = read_sample(self._store, seeds, settings.fanout, draw, self._mesh.device)
+            degrees = settings.conv == GCN
+            sampled = read_sample(self._store, seeds, settings.fanout, draw, self._mesh.device, degrees=degrees)
         return sampled, torch.from_numpy(self._store.gather("label", seeds))
 
     def _val_ahead(self) -> Prefetch[Labelled]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rbm_dist.graph import propagate
 from rbm_dist.graph.csc import Csc
-from rbm_dist.graph.propagate import batches, mean_of_neighbours
+from rbm_dist.graph.propagate import batches, in_degree, mean_of_neighbours
 from rbm_dist.graph.splits import TEST, TRAIN, UNSEEN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.sources.source import SourceGraph
@@ -50,10 +50,12 @@ def test_against_brute_force(graph: Graph, data: st.DataObject, rows: int) -> No
             means = mean_of_neighbours(store, "x", ids, observed_only)
             assert means.dtype == np.float32
             assert means.shape == (len(ids), WIDTH)
-            for mean, node in zip(means, store.gather("orig_id", ids), strict=True):
+            degrees = in_degree(store, ids, observed_only)
+            for mean, degree, node in zip(means, degrees, store.gather("orig_id", ids), strict=True):
                 counted = [src for src in graph.in_neighbours(node) if not observed_only or split[src] != UNSEEN]
                 expected = x_ND[counted].mean(0) if counted else np.zeros(WIDTH)
                 np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
+                assert degree == len(counted)
 
 
 def test_a_hub_is_summed_in_bounded_slices(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Every convolution a teacher may have: sampled with all neighbours, and exactly, it is PyG's on the whole graph."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
+from rbm_dist.graph.csc import Csc
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.gnn import Gnn
 from rbm_dist.models.teacher import build_teacher
@@ -25,6 +27,8 @@ CONVS: dict[str, dict[str, Any]] = {
     "sage": {"conv": "sage"},
     "sage, residual": {"conv": "sage", "residual": True},
     "sage, max": {"conv": "sage_max", "norm": "layer"},
+    "gcn": {"conv": "gcn"},
+    "gcn, residual": {"conv": "gcn", "residual": True, "norm": "layer"},
     "gat": {"conv": "gat", "heads": 2},
     "gatv2, residual": {"conv": "gatv2", "heads": 4, "residual": True},
     "PyG's own": {"conv": "torch_geometric.nn:TransformerConv", "arguments": {"heads": 2, "concat": False}},
@@ -78,10 +82,26 @@ def on_the_whole_graph(model: Gnn, graph: SourceGraph) -> np.ndarray:
     return x.softmax(1).numpy()
 
 
-@pytest.mark.parametrize("features", ["dense", "sparse"])
+def directed(graph: SourceGraph) -> SourceGraph:
+    """The graph without some of its edges in one direction; a node has none that lead to it."""
+    csc = graph.csc
+    dst = np.repeat(np.arange(csc.num_nodes), np.diff(csc.indptr))
+    kept = (np.random.default_rng(6).random(csc.num_edges) < 0.6) & (dst != 11)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst[kept], minlength=csc.num_nodes))])
+    return replace(graph, csc=Csc(indptr, csc.indices[kept]))
+
+
+GRAPHS = {
+    "dense": small_graph(),
+    "sparse": with_sparse_features(small_graph()),
+    "directed": directed(small_graph()),
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
 @pytest.mark.parametrize("name", CONVS)
-def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, features: str) -> None:
-    graph = small_graph() if features == "dense" else with_sparse_features(small_graph())
+def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, kind: str) -> None:
+    graph = GRAPHS[kind]
     part_N = np.random.default_rng(2).integers(0, 3, 240).astype(np.int32)
     for inference in ("exact", "sampled"):
         url = tmp_path / inference
@@ -101,7 +121,7 @@ def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, features: str)
         ids = np.arange(240)
         found, place = written.gather("soft", ids), written.gather("orig_id", ids)
         np.testing.assert_allclose(found, expected[place], rtol=1e-4, atol=1e-5, err_msg=inference)
-    assert expected.std() > 0.02, "it says something"
+    assert expected.std() > 0.01, "it says something"
 
 
 def test_seeds_decide_the_weights(tmp_path: Path) -> None:
@@ -131,7 +151,10 @@ def test_what_is_no_convolution_is_refused(tmp_path: Path, settings: dict[str, A
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conv": "gcn"}, "teacher.conv: 'gcn' is none of sage, sage_max, gat, gatv2, nor of the form module:Class"),
+        (
+            {"conv": "gin"},
+            "teacher.conv: 'gin' is none of sage, sage_max, gcn, gat, gatv2, nor of the form module:Class",
+        ),
         ({"conv": "gat", "heads": 3}, "teacher.heads: 3 does not divide teacher.hidden: 8"),
         ({"conv": "gat", "arguments": {"heads": 2}}, "teacher.arguments: are for a module:Class"),
     ],

@@ -73,3 +73,20 @@ def test_layer_by_layer(graph: tuple[NumbaSampler, torch.Tensor, sp.csr_array], 
     with torch.no_grad():
         out = model.layer(0, feat[hood.node_n], len(seeds), hood.edge_2m)
     np.testing.assert_allclose(out, dense_layer(model, 0, feat.numpy(), mean, norm)[seeds], rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_a_gcn_are_right_on_average() -> None:
+    csc, feat = small_graph().csc, torch.from_numpy(next(small_graph().feat_chunks()))
+    model = seeded(0, lambda: Gnn(12, 16, 5, num_layers=1, dropout=0, conv="gcn")).eval()
+    sampler = NumbaSampler({0: csc}, np.array([0, csc.num_nodes]))
+    degree, seeds, found = torch.from_numpy(np.diff(csc.indptr)).float(), np.arange(40), []
+    dst = np.repeat(np.arange(csc.num_nodes), np.diff(csc.indptr))
+    with torch.no_grad():
+        whole = model.convs[0](feat, torch.from_numpy(np.stack([csc.indices, dst])).long())[seeds]
+        for key in range(400):
+            sample = sampler.sample(seeds, (3,), key)
+            edges = torch.from_numpy(np.stack([sample.src, sample.dst]))
+            found.append(model.layer(0, feat[sample.nodes], len(seeds), edges, degree[sample.nodes]))
+    error = (torch.stack(found) - whole).numpy()
+    assert np.abs(error.mean(0)).max() < 5 * error.std(0).max() / 400**0.5
+    assert error.std(0).mean() > 0.05
