@@ -81,6 +81,11 @@ class TeacherConfig(TrainingConfig):
     heads: Positive = Field(4, description="of gat and gatv2; divides hidden")
     arguments: Arguments = Field(Arguments(), description="further ones of module:Class, by name")
     residual: bool = Field(False, description="inner layers add their input, mapped where widths differ")
+    jumping_knowledge: Literal["none", "max", "cat"] = Field(
+        "none",
+        description="max, cat: classes are told from the states after all layers, their largest or side by side, by a "
+        "linear map (Xu et al., 2018); none: by the last layer",
+    )
     hidden: Positive = 128
     sampler: Literal["numba", "pyg_lib", "torch_sparse"] = Field(
         "numba", description="the sampling kernel of all stages"

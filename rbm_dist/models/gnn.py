@@ -33,21 +33,24 @@ class Neighbourhood:
 class Gnn(nn.Module):
     """A convolution per hop; norm, ReLU and dropout between layers.
 
-    With `residual`, inner layers add their input, mapped where widths differ. See `make_conv` for `conv`.
+    With `residual`, inner layers add their input, mapped where widths differ. See `make_conv` for `conv`. With
+    `jumping`, max or cat, all layers are inner ones, and the head tells classes from all their states.
     """
 
     def __init__(
         self, num_features: int, hidden: int, num_classes: int, num_layers: int, dropout: float, norm: str = "none",
-        conv: str = MEAN, arguments: Mapping[str, Any] | None = None, residual: bool = False,
+        conv: str = MEAN, arguments: Mapping[str, Any] | None = None, residual: bool = False, jumping: str = "none",
     ):  # fmt: skip
         super().__init__()
-        widths = list(pairwise([num_features, *[hidden] * (num_layers - 1), num_classes]))
-        last = num_layers - 1
+        self.num_inner = num_layers - (jumping == "none")  # layers that are followed by norm and ReLU
+        widths = list(pairwise([num_features, *[hidden] * self.num_inner, num_classes]))[:num_layers]
         self.convs = nn.ModuleList(
-            make_conv(conv, d, o, at == last, arguments or {}) for at, (d, o) in enumerate(widths)
+            make_conv(conv, d, o, at == self.num_inner, arguments or {}) for at, (d, o) in enumerate(widths)
         )
-        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(last))
-        inner = widths[:last] if residual else []
+        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(self.num_inner))
+        self._jumping, joined = jumping, hidden * (num_layers if jumping == "cat" else 1)
+        self.head = None if jumping == "none" else nn.Linear(joined, num_classes)
+        inner = widths[: self.num_inner] if residual else []
         self.residuals = nn.ModuleList(nn.Identity() if d == o else nn.Linear(d, o, bias=False) for d, o in inner)
         self.dropout, self._averages, self.reads_degrees = dropout, conv == MEAN, conv == GCN
         self.temperature: Tensor
@@ -64,9 +67,10 @@ class Gnn(nn.Module):
     def forward_hidden(
         self, feat_nF: Rows, neighbourhood: Neighbourhood, key: int | None = None
     ) -> tuple[Tensor, Rows]:
-        """As `forward`, and the seeds' states before the last layer `[seeds, H]`."""
+        """As `forward`, and the seeds' last hidden states `[seeds, H]`."""
         x: Rows = feat_nF
         hidden: Rows = feat_nF
+        seeds, states_nH = neighbourhood.nodes_per_hop[0], []
         keys = None if key is None else derive_keys(key, neighbourhood.node_n)
         for layer in range(self.num_layers):
             hops = self.num_layers - layer
@@ -75,8 +79,20 @@ class Gnn(nn.Module):
             hidden = x
             edge_2m, degree_n = neighbourhood.edge_2m[:, :num_edges], neighbourhood.degree_n
             x = self.layer(layer, x, num_dst, edge_2m, degree_n, layer_keys)
+            if self.head is not None:
+                states_nH.append(x[:seeds].clone())  # a view would keep the states of all nodes
+        if self.head is not None:
+            head_keys = None if keys is None else derive_keys(keys[:seeds], self.num_layers)
+            return self.jumped(states_nH, head_keys), states_nH[-1]
         assert isinstance(x, Tensor)
-        return x, hidden[: neighbourhood.nodes_per_hop[0]]
+        return x, hidden[:seeds]
+
+    def jumped(self, states_nH: list[Tensor], key_n: Tensor | None = None) -> Tensor:
+        """Logits `[n, classes]` of nodes whose states after each layer are known, with jumping knowledge."""
+        joined = torch.cat(states_nH, 1) if self._jumping == "cat" else torch.stack(states_nH).amax(0)
+        assert self.head is not None
+        logits_nC: Tensor = self.head(keyed_dropout(joined, key_n, self.dropout))
+        return logits_nC / self.temperature
 
     def layer(
         self, layer: int, x_sD: Rows, num_dst: int, edge_2m: Tensor, degree_s: Tensor | None = None,
@@ -103,7 +119,7 @@ class Gnn(nn.Module):
         return self._after(layer, conv.lin_l(mean_nD) + conv.lin_r(x_nD), x_nD)
 
     def _after(self, layer: int, out_nO: Tensor, x_nD: Rows) -> Tensor:
-        if layer == self.num_layers - 1:
+        if layer == self.num_inner:
             return out_nO / self.temperature
         if self.residuals:
             mapped = self.residuals[layer]

@@ -16,6 +16,13 @@ def build_teacher(config: Config, num_features: int, num_classes: int) -> Teache
     return seeded(
         config.seed,
         lambda: Gnn(
-            *sizes, len(teacher.fanout), teacher.dropout, teacher.norm, teacher.conv, arguments, teacher.residual
+            *sizes,
+            len(teacher.fanout),
+            teacher.dropout,
+            teacher.norm,
+            teacher.conv,
+            arguments,
+            teacher.residual,
+            teacher.jumping_knowledge,
         ),
     )

@@ -111,7 +111,8 @@ class Costs:
         if config.teacher.model == "sign":
             return written + self._hops(), kept, self._hops(), 0
         if settings.inference == "exact":  # the layers between, once more with noise
-            layers = (len(config.teacher.fanout) - 1) * config.teacher.hidden
+            inner = len(config.teacher.fanout) - (config.teacher.jumping_knowledge == "none")
+            layers = inner * config.teacher.hidden
             noisy = settings.entropy_change * (layers + facts.num_classes)
             written += 4 * facts.num_nodes * (layers + noisy)
             kept = written if settings.keep_layers else kept

@@ -321,12 +321,14 @@ def routed_widths(config: Config, facts: SourceFacts) -> list[int]:
 def teacher_parameters(config: Config, facts: SourceFacts) -> int:
     """Numbers in the teacher."""
     hidden = config.teacher.hidden
-    widths = [facts.num_features, *[hidden] * (len(config.teacher.fanout) - 1), facts.num_classes]
+    layers, jumping = len(config.teacher.fanout), config.teacher.jumping_knowledge
+    widths = [facts.num_features, *[hidden] * (layers - 1), facts.num_classes if jumping == "none" else hidden]
     if config.teacher.model == "sign":
         branches = (config.teacher.hops + 1) * config.teacher.hidden
         return branches * (facts.num_features + 1 + config.teacher.hidden) + config.teacher.hidden * facts.num_classes
     maps = 1 if config.teacher.conv in ("gat", GCN) else 2  # of sources and destinations
-    return sum((maps + config.teacher.residual) * d * o + 3 * o for d, o in itertools.pairwise(widths))
+    head = {"none": 0, "max": 1, "cat": layers}[jumping] * hidden * facts.num_classes
+    return head + sum((maps + config.teacher.residual) * d * o + 3 * o for d, o in itertools.pairwise(widths))
 
 
 def student_parameters(config: Config, facts: SourceFacts, kind: str) -> int:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,7 @@ def write_soft_labels(
     teacher = run.config.teacher
     widest, joined = max(store.num_features, teacher.hidden), (teacher.hops + 1) * store.num_features
     said = UNSMOOTHED if smooths(settings) else SOFT  # what the teacher says
+    jumps = teacher.jumping_knowledge != "none"
     clean, noisy = layer_names(run.config)
     passing = [*clean, *noisy, NOISY_SOFT]
     if settings.keep_layers:
@@ -110,13 +112,15 @@ def write_soft_labels(
         _fill(run, store, name, read, batch, edges, over_parts, servers, since)
 
     def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
-        for layer, (under, name) in enumerate(zip(["feat", *hidden], [*hidden, last], strict=True)):
+        for layer, (under, name) in enumerate(pairwise(["feat", *hidden, *[last] * (not jumps)])):
             if run.config.teacher.conv != MEAN or (layer == 0 and (noise or store.sparse_features)):
                 gathered = functools.partial(_exact_gathered, layer=layer, before=under, noise=noise and layer == 0)
                 fill(name, gathered, edges=GATHERED_EDGES, layer=layer + 1)
             else:
                 averaged = functools.partial(_exact_layer, layer=layer, before=under)
                 fill(name, averaged, rows_at_a_time(widest), layer=layer + 1)
+        if jumps:
+            fill(last, functools.partial(_jumped, names=hidden), rows_at_a_time(layers * teacher.hidden))
 
     if not all(storage.exists(run.path("graph", f"{name}.json")) for name in wanted):
         exact = settings.inference == "exact"
@@ -154,9 +158,10 @@ def write_soft_labels(
 
 
 def layer_names(config: Config) -> tuple[list[str], list[str]]:
-    """The states after each of the teacher's layers but the last, as exact inference names them; of noisy features."""
+    """The states between the teacher's layers, as exact inference names them; the same of noisy features."""
     exact = config.soft_labels.inference == "exact" and config.teacher.is_gnn
-    layers = range(1, len(config.teacher.fanout)) if exact else ()
+    jumps = config.teacher.jumping_knowledge != "none"
+    layers = range(1, len(config.teacher.fanout) + jumps) if exact else ()
     return [f"h{layer}" for layer in layers], [f"noisy{layer}" for layer in layers]
 
 
@@ -355,7 +360,15 @@ def _exact_gathered(
 
 
 def _states_or_soft(model: Gnn, layer: int, out_nO: torch.Tensor) -> torch.Tensor:
-    return out_nO.softmax(1) if layer == model.num_layers - 1 else out_nO
+    return out_nO.softmax(1) if layer == model.num_inner else out_nO
+
+
+def _jumped(
+    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, names: list[str]
+) -> Compute:  # fmt: skip
+    """The class distributions of a teacher with jumping knowledge, from the states after all layers."""
+    states = [torch.from_numpy(store.gather(name, ids)) for name in names]
+    return lambda model: model.jumped([each.to(device) for each in states]).softmax(1)
 
 
 def _external(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device) -> Compute:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn import JumpingKnowledge
 
 from rbm_dist.config.run import Config
 from rbm_dist.errors import InputError
@@ -31,6 +32,9 @@ CONVS: dict[str, dict[str, Any]] = {
     "gcn, residual": {"conv": "gcn", "residual": True, "norm": "layer"},
     "gat": {"conv": "gat", "heads": 2},
     "gatv2, residual": {"conv": "gatv2", "heads": 4, "residual": True},
+    "sage, jumping": {"conv": "sage", "jumping_knowledge": "max"},
+    "gcn, jumping": {"conv": "gcn", "jumping_knowledge": "cat", "residual": True, "norm": "layer"},
+    "gat, jumping": {"conv": "gat", "heads": 2, "jumping_knowledge": "cat"},
     "PyG's own": {"conv": "torch_geometric.nn:TransformerConv", "arguments": {"heads": 2, "concat": False}},
     "one's own": {"conv": f"{HERE}:Gated", "arguments": {"slope": 0.3}},
 }
@@ -64,22 +68,30 @@ class Shrinks(nn.Module):
 
 def config(url: Path, **teacher: Any) -> Config:
     settings = {"hidden": 8, "fanout": [-1, -1, -1], "dropout": 0.4} | teacher
-    return Config.model_validate({"run_dir": str(url), "teacher": settings, "soft_labels": {"batch_size": 50}})
+    return Config.model_validate(
+        {"run_dir": str(url), "teacher": settings, "soft_labels": {"batch_size": 50, "hidden": True}}
+    )
 
 
-def on_the_whole_graph(model: Gnn, graph: SourceGraph) -> np.ndarray:
-    """Class probabilities by PyG's layers, called as they are on a whole graph."""
+def on_the_whole_graph(model: Gnn, graph: SourceGraph, jumping: str) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities and last hidden states by PyG's layers, called as they are on a whole graph."""
     csc = graph.csc
     edge_2E = torch.from_numpy(np.stack([csc.indices, np.repeat(np.arange(csc.num_nodes), np.diff(csc.indptr))])).long()
     chunks = [x.toarray() if hasattr(x, "toarray") else x for x in graph.feat_chunks()]
     x = torch.from_numpy(np.concatenate(chunks))
+    states = []
     for layer, conv in enumerate(model.convs):
         out = conv(x, edge_2E)
-        if layer < len(model.convs) - 1:
+        if layer < len(model.convs) - 1 or jumping != "none":
             out = out + model.residuals[layer](x) if len(model.residuals) else out
             out = model.norms[layer](out).relu()
         x = out
-    return x.softmax(1).numpy()
+        states.append(x)
+    if jumping != "none":
+        assert model.head is not None
+        x = model.head(JumpingKnowledge(jumping)(states))
+        states.append(x)
+    return x.softmax(1).numpy(), states[-2].numpy()
 
 
 def directed(graph: SourceGraph) -> SourceGraph:
@@ -111,7 +123,7 @@ def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, kind: str) -> 
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.4)
-            expected = on_the_whole_graph(model, graph)
+            expected, hidden = on_the_whole_graph(model, graph, settings.teacher.jumping_knowledge)
         save_weights(f"{url}/teacher/model.safetensors", model)
         settings = settings.model_copy(
             update={"soft_labels": settings.soft_labels.model_copy(update={"inference": inference})}
@@ -121,6 +133,9 @@ def test_it_is_pygs_on_the_whole_graph(tmp_path: Path, name: str, kind: str) -> 
         ids = np.arange(240)
         found, place = written.gather("soft", ids), written.gather("orig_id", ids)
         np.testing.assert_allclose(found, expected[place], rtol=1e-4, atol=1e-5, err_msg=inference)
+        np.testing.assert_allclose(
+            written.gather("hidden", ids), hidden[place], rtol=1e-4, atol=1e-5, err_msg=inference
+        )
     assert expected.std() > 0.01, "it says something"
 
 
