@@ -100,13 +100,14 @@ class Gnn(nn.Module):
     ) -> Tensor:  # fmt: skip
         """One layer alone: from the states of s source nodes to the new states of the first `num_dst` of them.
 
-        degree_s: in-neighbours of the sources, at least; see `Neighbourhood`.
+        degree_s: in-degrees of the sources, of more nodes if need be; see `Neighbourhood`.
         """
         if layer > 0:
             x_sD = keyed_dropout(x_sD, key_s, self.dropout)
         if self._averages:
             out_nO = _sage_conv(self.convs[layer], x_sD, num_dst, edge_2m)
-        elif degree_s is not None:
+        elif self.reads_degrees:
+            assert degree_s is not None
             out_nO = _gcn_conv(self.convs[layer], x_sD, num_dst, edge_2m, degree_s[: len(x_sD)])
         else:
             x_sD = dense(x_sD)

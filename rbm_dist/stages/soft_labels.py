@@ -363,9 +363,7 @@ def _states_or_soft(model: Gnn, layer: int, out_nO: torch.Tensor) -> torch.Tenso
     return out_nO.softmax(1) if layer == model.num_inner else out_nO
 
 
-def _jumped(
-    config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, names: list[str]
-) -> Compute:  # fmt: skip
+def _jumped(config: Config, store: GraphStore, ids: np.ndarray, device: torch.device, names: list[str]) -> Compute:
     """The class distributions of a teacher with jumping knowledge, from the states after all layers."""
     states = [torch.from_numpy(store.gather(name, ids)) for name in names]
     return lambda model: model.jumped([each.to(device) for each in states]).softmax(1)
