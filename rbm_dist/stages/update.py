@@ -15,10 +15,12 @@ import numpy as np
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
+from rbm_dist.config.teacher import GCN
 from rbm_dist.config.update import UpdateConfig
 from rbm_dist.graph import reach, version
 from rbm_dist.graph.changes import ARRAYS, Changes
 from rbm_dist.graph.reach import LEARN, TOUCHED, UNTOUCHED
+from rbm_dist.graph.smooth import smooths
 from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.graph.version import NewPart
 from rbm_dist.randomness.bits import generator
@@ -46,7 +48,10 @@ def update_stages(stages: list[Stage]) -> list[Stage]:
     made = [replace(stage, work=work.get(stage.name, stage.work)) for stage in stages]
     source, partition = made[:2]
     made[0] = replace(source, sections=(*source.sections, "update"), makes=_MAKES, reader=partition)
-    return [replace(stage, makes=re.escape(LABELS)) if stage.name == "soft_labels" else stage for stage in made]
+    return [
+        replace(stage, makes=f"{stage.makes}|{re.escape(LABELS)}") if stage.name == "soft_labels" else stage
+        for stage in made
+    ]
 
 
 def run_changes(run: Run, over: Over | None = None) -> Files:
@@ -122,7 +127,7 @@ def _soft_labels(run: Run) -> Files:
 def usable_before(run: Run) -> Before | None:
     """Where the rows that cannot differ are; None if all have to be computed."""
     config, url = run.config, _graph_before(run.config).url
-    if not config.teacher.is_gnn:
+    if not config.teacher.is_gnn or smooths(config.soft_labels):
         return None
     kept = kept_layers(config) if config.soft_labels.inference == "exact" else []
     return Before(url) if all(storage.exists(storage.join(url, f"{name}.json")) for name in kept) else None
@@ -136,6 +141,8 @@ def write_touched(run: Run) -> Files:
         first_new = storage.read_json(run.path("source", FACTS))["nodes_before"]
         rows = np.concatenate([changes.changed_c, np.arange(first_new, store.num_nodes)])
         destinations = np.unique(np.concatenate([changes.added_m2[:, 0], changes.dropped_m2[:, 0]]))
+        if run.config.teacher.conv == GCN:  # who weighs what a neighbour says by that neighbour's degree
+            rows = np.union1d(rows, destinations)
         _publish(store, TOUCHED, reach.reach(store, rows, destinations, _hops(run.config)))
     return _files(run, TOUCHED)
 
@@ -168,7 +175,8 @@ def write_learn(run: Run, kept: bool) -> Files:
         reached += np.bincount(touched[touched != UNTOUCHED], minlength=len(reached))
         ids = store.ids(part)
         learn_N[ids[touched == 0]] = True
-        ids = ids[(touched != UNTOUCHED) & (ids < before.num_nodes)]
+        may_differ = (touched != UNTOUCHED) | (not kept)
+        ids = ids[may_differ & (ids < before.num_nodes)]
         compared += len(ids)
         for start in range(0, len(ids), _COMPARED):
             some = ids[start : start + _COMPARED]
