@@ -301,8 +301,6 @@ class Config(Section):
             for name in ("entropy_change", "hidden"):
                 if getattr(self.soft_labels, name):
                     raise ValueError(f"soft_labels.{name}: needs a teacher that is trained here, not teacher.external")
-            if self.teacher.calibrate:
-                raise ValueError("teacher.calibrate: needs a teacher that is trained here, not teacher.external")
         if self.teacher.model == "sign" and self.soft_labels.entropy_change:
             raise ValueError("soft_labels.entropy_change: needs teacher.model: gnn, whose features can be made noisy")
         fanout = self.soft_labels.fanout

@@ -13,10 +13,14 @@ class ExternalTeacherConfig(Section):
 
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="files of predictions, [rows, classes] each: .npy, .npz, .pt, .parquet, plain numbers; "
-        "the probabilities of several are averaged",
+        description="files of predictions, [rows, classes] each: .npy, .npz, .pt, .parquet, plain numbers",
     )
     kind: Literal["logits", "probabilities", "log_probabilities"] = Field(description="what the numbers are")
+    combine: Literal["mean", "best"] = Field(
+        "mean",
+        description="what several files say of a node; mean: of their probabilities; best: what the surest of them "
+        "says, after each was calibrated on validation labels",
+    )
     rows: Literal["nodes", "splits", "ids"] = Field(
         "nodes",
         description="whose the rows are; nodes: of the caller's nodes in their order; splits: of the training, then "
@@ -34,6 +38,8 @@ class ExternalTeacherConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.combine == "best" and len(self.paths) == 1:
+            raise ValueError("teacher.external.combine: best is of several teacher.external.paths; remove it")
         parquet = all(path.endswith((".parquet", ".pq")) for path in self.paths)
         if self.ids is not None and self.rows != "ids":
             raise ValueError(f"teacher.external.ids: means nothing with rows: {self.rows}; set rows: ids")
@@ -65,7 +71,8 @@ class TeacherConfig(TrainingConfig):
     """A GNN, one layer per entry of `fanout`; or `external`."""
 
     external: ExternalTeacherConfig | None = Field(
-        None, description="predictions of a model elsewhere; nothing is trained, and all other keys mean nothing"
+        None,
+        description="predictions of a model elsewhere; nothing is trained, and other keys but calibrate mean nothing",
     )
     model: Literal["gnn", "sign"] = Field(
         "gnn",
@@ -99,7 +106,7 @@ class TeacherConfig(TrainingConfig):
     batch_size: Positive = Field(512, description="training nodes per optimiser step, over all workers")
     select: Literal["loss", "accuracy"] = Field("loss", description="what the kept epoch is best at, on validation")
     patience: Positive | None = Field(None, description="stop after so many epochs without a better one")
-    calibrate: bool = Field(False, description="scale the logits by the temperature that fits validation best")
+    calibrate: bool = Field(False, description="divide the logits by the temperature that fits validation best")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -26,6 +26,9 @@ _WHY = (
     "its training may be too short (teacher.epochs, teacher.lr), or edges mostly join nodes of different classes, "
     "which a GNN averages away: then the baseline is the better choice."
 )
+_NOT_AS_RIGHT = (
+    "The teacher is not as right as it is sure: students take over its mistakes; try teacher.calibrate: true."
+)
 
 _EXPERTS = 16  # whose shares are shown
 _UNCALIBRATED, _AT_ODDS = 0.1, 0.5  # calibration error and disagreement of soft labels that are warned about
@@ -124,8 +127,7 @@ def _soft_labels(results: dict[str, Any]) -> list[str]:
                 "Smoothing made the soft labels worse: lower soft_labels.smooth.damping, or set its method to none."
             )
     if found["calibration_error"] > _UNCALIBRATED:
-        key = "student.temperature" if results.get("teacher_model") == "external" else "teacher.calibrate: true"
-        lines.append(f"The teacher is not as right as it is sure: students take over its mistakes; try {key}.")
+        lines.append(_NOT_AS_RIGHT)
     if (found["disagreement"] or 0.0) > _AT_ODDS:
         lines.append(
             "Neighbours mostly disagree with a node: what smooths over edges (soft_labels.smooth, "

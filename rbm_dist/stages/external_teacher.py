@@ -21,7 +21,10 @@ def look_at_external(config: Config, graph_url: str, url: str) -> storage.FileIn
     """Check the predictions of a teacher from elsewhere; writes what they are below `url`. Raises `InputError`."""
     settings = config.teacher.external
     assert settings is not None
-    found = ExternalTeacher(settings, GraphStore.open(graph_url)).check()
+    teacher = ExternalTeacher(settings, GraphStore.open(graph_url))
+    found = teacher.check()
+    if config.teacher.calibrate or settings.combine == "best":
+        found["temperature"] = teacher.fit_temperatures()
     return storage.write_json(f"{url}/{EXTERNAL}", found | {"files": _stamps(settings)})
 
 
@@ -29,14 +32,14 @@ def open_external(config: Config, store: GraphStore, url: str) -> ExternalTeache
     """The teacher from elsewhere that was looked at. Raises `InputError` if a file was changed since."""
     settings = config.teacher.external
     assert settings is not None
-    then, now = storage.read_json(f"{url}/{EXTERNAL}")["files"], _stamps(settings)
-    changed = [after[0] for before, after in zip(then, now, strict=True) if list(before) != list(after)]
+    found, now = storage.read_json(f"{url}/{EXTERNAL}"), _stamps(settings)
+    changed = [after[0] for before, after in zip(found["files"], now, strict=True) if list(before) != list(after)]
     if changed:
         raise InputError(
             f"{changed[0]}: was changed after the stage teacher looked at it; delete {url} to have it looked at again, "
             "or set another run_dir"
         )
-    return ExternalTeacher(settings, store)
+    return ExternalTeacher(settings, store, found.get("temperature"))
 
 
 def _stamps(settings: ExternalTeacherConfig) -> list[tuple[str, int, str]]:

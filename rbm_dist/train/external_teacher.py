@@ -1,24 +1,25 @@
 """A teacher from elsewhere: its predictions, found for the nodes of a graph that is cut and renumbered, and checked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from rbm_dist.config.teacher import ExternalTeacherConfig
 from rbm_dist.errors import InputError
+from rbm_dist.graph.propagate import batches
 from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.splits import NO_SPLIT, TEST, TRAIN, UNSEEN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.sources import node_ids
 from rbm_dist.sources.teacher_rows import read_ids, read_rows
+from rbm_dist.train.temperature import best_temperature
 
 TAUGHT = "taught"
 """The array that says who is taught, where some nodes may not be: 1 or 0, `[N]` float32."""
 _KEY = "teacher.external"
-_AT_A_TIME = 1 << 16  # nodes
 _SUM = 0.01  # by which the probabilities of a row may miss one: of float16, and of many classes
 _AGREEMENT = 0.1  # Cohen's kappa with the labels, below which rows are taken to be in another order
 
@@ -29,10 +30,15 @@ def leaves_out(settings: ExternalTeacherConfig | None) -> bool:
 
 
 class ExternalTeacher:
-    """The predictions of some files for the nodes of a graph. Raises `InputError` for what does not fit it."""
+    """The predictions of some files for the nodes of a graph. Raises `InputError` for what does not fit it.
 
-    def __init__(self, settings: ExternalTeacherConfig, store: GraphStore):
-        self._settings, self._store = settings, store
+    temperatures: of each file's logits, as `fit_temperatures` gives them; None: predictions are taken as they are.
+    """
+
+    def __init__(
+        self, settings: ExternalTeacherConfig, store: GraphStore, temperatures: Sequence[float] | None = None
+    ):  # fmt: skip
+        self._settings, self._store, self._temperatures = settings, store, temperatures
         read = [read_rows(path, settings, store.num_classes) for path in settings.paths]
         self._files = list(zip(settings.paths, [rows for rows, _ in read], strict=True))
         shared = read_ids(settings.ids) if settings.ids is not None else None
@@ -56,18 +62,26 @@ class ExternalTeacher:
         return has_row
 
     def probabilities(self, ids: np.ndarray) -> np.ndarray:
-        """What the files that have a node say on average, or a training node's label; zeros for who is not taught.
+        """What the files that have a node say together, or a training node's label; zeros for who is not taught.
 
-        `[n, C]` float32. Raises `InputError` for numbers that are none, or not what `kind` says.
+        `[n, C]` float32: the mean, or of the file that is surest of the node's class, the first of equals. Raises
+        `InputError` for numbers that are none, or not what `kind` says.
         """
         total_nC, count_n = np.zeros((len(ids), self._store.num_classes)), np.zeros(len(ids), np.int64)
-        for file, (path, rows) in enumerate(self._files):
+        for file in range(len(self._files)):
             row_n = self._rows(file, ids)
             at = np.flatnonzero(row_n >= 0)
             order = np.argsort(row_n[at])  # in the order of the file, which may be mapped from a disk
             at = at[order]
-            total_nC[at] += self._as_probabilities(path, row_n[at], np.asarray(rows[row_n[at]], np.float64))
-            count_n[at] += 1
+            found_nC = self._read(file, row_n[at])
+            if self._temperatures is not None:
+                found_nC = softmax(self._log(file, found_nC) / self._temperatures[file], axis=1)
+            if self._settings.combine == "best":
+                surer = found_nC.max(axis=1) > total_nC[at].max(axis=1)
+                total_nC[at[surer]], count_n[at] = found_nC[surer], 1
+            else:
+                total_nC[at] += found_nC
+                count_n[at] += 1
         without = np.flatnonzero(count_n == 0)
         if len(without):
             train = without[self._store.gather("split", ids[without]) == TRAIN]
@@ -88,11 +102,10 @@ class ExternalTeacher:
             if first_without is None and not has_row.all():
                 first_without = ids[np.argmin(has_row)]
             labelled = ids[np.isin(store.gather("split", ids), (TRAIN, VAL))]
-            for file, (path, rows) in enumerate(self._files):
+            for file in range(len(self._files)):
                 row_n = self._rows(file, labelled)
                 label, row_n = store.gather("label", labelled[row_n >= 0]), row_n[row_n >= 0]
-                found = self._as_probabilities(path, row_n, np.asarray(rows[row_n], np.float64)).argmax(1)
-                np.add.at(confusion_FCC[file], (label, found), 1)
+                np.add.at(confusion_FCC[file], (label, self._read(file, row_n).argmax(1)), 1)
         if covered < store.num_nodes and self._settings.missing == "refuse":
             raise InputError(
                 f"{self._settings.paths[0]}: {store.num_nodes - covered:,} of {store.num_nodes:,} nodes have no row, "
@@ -103,6 +116,43 @@ class ExternalTeacher:
         for (path, _), confusion_CC in zip(self._files, confusion_FCC, strict=True):
             accuracies.append(_accuracy(path, confusion_CC))
         return {"nodes": store.num_nodes, "with_rows": covered, "accuracy": accuracies}
+
+    def fit_temperatures(self) -> list[float]:
+        """Of each file what its logits are divided by, so that validation labels are likeliest.
+
+        In passes over the validation nodes. Raises `InputError` for a file that has none of them.
+        """
+        store = self._store
+        val = np.concatenate([ids[store.gather("split", ids) == VAL] for ids in _batches(store)])
+        return [self._fit_temperature(file, val) for file in range(len(self._files))]
+
+    def _fit_temperature(self, file: int, val: np.ndarray) -> float:
+        row_n = np.concatenate([self._rows(file, ids) for ids in batches(val, _floats(self._store))] or [val])
+        if not (row_n >= 0).any():
+            raise InputError(
+                f"{self._files[file][0]}: no validation node has a row, so that nothing says how sure it may be "
+                f"({_KEY}.combine: best, teacher.calibrate)"
+            )
+        order = np.argsort(row_n)[(row_n < 0).sum() :]  # as it is read
+
+        def loss(temperature: float) -> float:
+            total = 0.0
+            for at in batches(order, _floats(self._store)):
+                log_nC = log_softmax(self._log(file, self._read(file, row_n[at])) / temperature, axis=1)
+                total -= np.take_along_axis(log_nC, self._store.gather("label", val[at])[:, None], axis=1).sum()
+            return total / len(order)
+
+        return best_temperature(loss)
+
+    def _log(self, file: int, probability_nC: np.ndarray) -> np.ndarray:
+        """Logarithms; of a zero that of the smallest number which the file could have had in its place."""
+        dtype = self._files[file][1].dtype if self._settings.kind == "probabilities" else np.float64
+        return np.log(np.maximum(probability_nC, float(np.finfo(dtype).smallest_subnormal)))
+
+    def _read(self, file: int, row_n: np.ndarray) -> np.ndarray:
+        """The probabilities in some rows of a file, `[n, C]` float64."""
+        path, rows = self._files[file]
+        return self._as_probabilities(path, row_n, np.asarray(rows[row_n], np.float64))
 
     def _has_row(self, ids: np.ndarray) -> np.ndarray:
         """Which nodes are in any file, bool `[n]`."""
@@ -180,8 +230,13 @@ def _accuracy(path: str, confusion_CC: np.ndarray) -> float:
 
 
 def _batches(store: GraphStore) -> Iterator[np.ndarray]:
-    for start in range(0, store.num_nodes, _AT_A_TIME):
-        yield np.arange(start, min(start + _AT_A_TIME, store.num_nodes))
+    """All nodes, some at a time."""
+    return (ids for part in range(store.num_parts) for ids in batches(store.ids(part), _floats(store)))
+
+
+def _floats(store: GraphStore) -> int:
+    """Numbers of a row, which is computed in float64, in float32s."""
+    return 2 * store.num_classes
 
 
 def _range_of_ids(store: GraphStore) -> tuple[int, int]:

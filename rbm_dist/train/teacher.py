@@ -1,7 +1,6 @@
 """The teacher's training: mini-batches, sampled or of rows over hops, data parallel, chosen by validation."""
 
 import itertools
-import math
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from rbm_dist.config.run import Config
@@ -29,10 +27,10 @@ from rbm_dist.train.hop_rows import HopRows, hop_states, read_hops
 from rbm_dist.train.loop import Evaluation, Listener, Step, train
 from rbm_dist.train.part_batches import PartBatches
 from rbm_dist.train.sampled_rows import SampledRows, keep_hot, read_sample, states
+from rbm_dist.train.temperature import best_temperature
 
 _PENALTY = 0.3  # of the summed loss: times half the weights' square
 _COUNTS = ("edges", "asked", "hits")  # of what is read; the latter two as in `SampledRows`
-_LOG_TEMPERATURES = (math.log(0.05), math.log(20))
 Labelled = tuple[SampledRows | HopRows, Tensor]
 """Some seeds and their labels `[seeds]`."""
 
@@ -134,18 +132,16 @@ class _TeacherTask:
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Set the temperature of the logits that minimises the validation loss (Guo et al., 2017)."""
+        """Set the temperature of the logits that minimises the validation loss."""
         self._model.eval()
         with self._val_ahead() as batches:
             pairs = [(logits_of(self._model, sampled), label.to(self._mesh.device)) for sampled, label in batches]
 
-        def loss(log_temperature: float) -> float:
-            temperature = math.exp(log_temperature)
+        def loss(temperature: float) -> float:
             here = sum(F.cross_entropy(logits / temperature, label, reduction="sum").item() for logits, label in pairs)
             return sum_figures([here], self._mesh)[0]  # equal on all ranks, which therefore search alike
 
-        best = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x
-        self._model.temperature.fill_(math.exp(best))
+        self._model.temperature.fill_(best_temperature(loss))
 
     def _ahead(self, what: str, steps: list[list[np.ndarray]], draws: Iterable[int]) -> Prefetch[Labelled]:
         """The batches of every step's shares that have any seeds, drawn with the step's key."""

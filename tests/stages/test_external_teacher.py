@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.special import softmax
 
 from rbm_dist import storage
 from rbm_dist.config.load import load
@@ -65,6 +66,25 @@ def test_a_student_learns_from_it(tmp_path: Path) -> None:
     assert accuracy["test"] > 0.6, "of five classes"
 
 
+@pytest.mark.parametrize("settings", [["calibrate"], ["best"]])
+def test_temperatures_are_noted_and_used(tmp_path: Path, settings: list[str]) -> None:
+    given = {"paths": [str(tmp_path / "all.npy")]}
+    if settings == ["best"]:
+        given = {"paths": [*given["paths"], str(tmp_path / "softer.npy")], "combine": "best"}
+    config, store = prepared(tmp_path, **given)
+    np.save(tmp_path / "softer.npy", np.load(tmp_path / "all.npy") / 2)
+    if settings == ["calibrate"]:
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"calibrate": True})})
+    softened(config)
+    temperature = storage.read_json(f"{tmp_path}/teacher/external.json")["temperature"]
+    orig = store.gather("orig_id", np.arange(NODES))
+    expected = softmax(np.load(tmp_path / "all.npy")[orig] / temperature[0], axis=1)
+    np.testing.assert_allclose(store.gather("soft", np.arange(NODES)), expected, rtol=1e-3, atol=1e-6)
+    assert abs(temperature[0] - 1) > 0.05
+    if settings == ["best"]:  # two that say the same, once calibrated
+        assert temperature[1] == pytest.approx(temperature[0] / 2, rel=1e-3)
+
+
 def test_who_is_not_taught_is_left_out(tmp_path: Path) -> None:
     some = {"paths": [str(tmp_path / "some.npy")], "rows": "ids", "ids": str(tmp_path / "ids.npy")}
     config, store = prepared(tmp_path, **some, missing="labels")
@@ -104,7 +124,7 @@ def test_a_file_that_changes_in_between_is_refused(tmp_path: Path) -> None:
     [
         ("soft_labels.hidden=true", "soft_labels.hidden: needs a teacher that is trained here, not teacher.external"),
         ("soft_labels.entropy_change=true", "soft_labels.entropy_change: needs a teacher that is trained here"),
-        ("teacher.calibrate=true", "teacher.calibrate: needs a teacher that is trained here"),
+        ("teacher.external.combine=best", "combine: best is of several teacher.external.paths"),
         ("teacher.external.ids=ids.npy", "teacher.external.ids: means nothing with rows: nodes; set rows: ids"),
         ("teacher.external.rows=ids", "teacher.external.rows: ids needs teacher.external.ids, or Parquet files"),
         ("teacher.external.kind=classes", "teacher.external.kind: Input should be 'logits'"),

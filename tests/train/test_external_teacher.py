@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.special import log_softmax, softmax
 
 from rbm_dist.config.teacher import ExternalTeacherConfig
 from rbm_dist.errors import InputError
@@ -164,6 +165,90 @@ def test_of_several_those_count_that_have_the_node(store: GraphStore, tmp_path: 
     expected[80:160] = (rows[80:160] + softer[80:160]) / 2
     ids, place = everyone(store)
     np.testing.assert_allclose(found.probabilities(ids), expected[place], atol=1e-6)
+
+
+def best_of_many(log_NC: np.ndarray) -> float:
+    """The temperature of the least loss on validation, of a fine grid; of predictions in the caller's order."""
+    graph = small_graph()
+    val = np.flatnonzero(graph.split == VAL)
+    grid = np.geomspace(0.05, 20, 3001)
+    losses = [-log_softmax(log_NC[val] / t, axis=1)[np.arange(len(val)), graph.label[val]].mean() for t in grid]
+    return float(grid[np.argmin(losses)])
+
+
+def calibrated(store: GraphStore, *paths: Path, **settings: Any) -> tuple[list[float], ExternalTeacher]:
+    config = ExternalTeacherConfig.model_validate({"paths": [str(path) for path in paths], "kind": "logits"} | settings)
+    temperatures = ExternalTeacher(config, store).fit_temperatures()
+    return temperatures, ExternalTeacher(config, store, temperatures)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities", "log_probabilities"])
+@pytest.mark.parametrize("sureness", [0.3, 1, 4])
+def test_the_temperature_fits_validation_best_and_undoes_what_scales_logits(
+    store: GraphStore, tmp_path: Path, kind: str, sureness: float
+) -> None:
+    given = log_softmax(sureness * np.log(predictions()), axis=1)
+    np.save(tmp_path / "rows.npy", {"logits": given - 3, "probabilities": np.exp(given)}.get(kind, given))
+    (temperature,), found = calibrated(store, tmp_path / "rows.npy", kind=kind)
+    expected = best_of_many(np.log(predictions()))
+    assert temperature == pytest.approx(sureness * expected, rel=5e-3)
+    assert abs(temperature - 1) > 0.05, "there was something to calibrate"
+    ids, place = everyone(store)
+    likely = softmax(np.log(predictions()) / expected, axis=1)[place]
+    np.testing.assert_allclose(found.probabilities(ids), likely, atol=5e-3)
+
+
+def test_a_teacher_that_float16_made_certain_becomes_as_sure_as_it_is_right(store: GraphStore, tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.eye(CLASSES)[predictions().argmax(1)].astype(np.float16))
+    _, found = calibrated(store, tmp_path / "rows.npy", kind="probabilities")
+    val = np.flatnonzero(store.gather("split", np.arange(NODES)) == VAL)
+    soft = found.probabilities(val)
+    right = (soft.argmax(1) == store.gather("label", val)).mean()
+    assert 0.5 < right < 0.95
+    np.testing.assert_allclose(soft.max(1), right, atol=5e-3)
+
+
+def test_the_best_is_the_surest_after_calibration(store: GraphStore, tmp_path: Path) -> None:
+    """The louder of two teachers is right less often."""
+    rng, label = np.random.default_rng(3), small_graph().label
+    quiet = 0.5 * (np.log(predictions()) + np.eye(CLASSES)[label])
+    loud = 6 * (rng.normal(size=(NODES, CLASSES)) + 0.8 * np.eye(CLASSES)[label])
+    given, paths = {"quiet": quiet, "loud": loud}, [tmp_path / "quiet.npy", tmp_path / "loud.npy"]
+    for name, rows in given.items():
+        np.save(tmp_path / f"{name}.npy", rows)
+    temperatures, found = calibrated(store, *paths, combine="best")
+    assert temperatures[0] < 1 < temperatures[1]
+    soft_2NC = np.stack([softmax(rows / best_of_many(rows), axis=1) for rows in given.values()])
+    surest = soft_2NC.max(2).argmax(0)
+    as_given = np.stack([softmax(rows, axis=1) for rows in given.values()]).max(2).argmax(0)
+    assert 0.2 < (surest != as_given).mean() < 0.95
+    expected = soft_2NC[surest, np.arange(NODES)]
+    ids, place = everyone(store)
+    clear = np.abs(np.diff(soft_2NC.max(2), axis=0)[0])[place] > 0.01  # the grid is not exact
+    np.testing.assert_allclose(found.probabilities(ids)[clear], expected[place][clear], atol=5e-3)
+    assert clear.mean() > 0.9
+
+
+def test_the_best_is_of_the_files_that_have_the_node(store: GraphStore, tmp_path: Path) -> None:
+    rows, shares = predictions(), {"a": np.arange(0, 160), "b": np.arange(80, 240)}
+    for name, nodes in shares.items():
+        pq.write_table(pa.table({"id": nodes, "soft": rows[nodes].tolist()}), tmp_path / f"{name}.parquet")
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    settings = {"paths": [str(path) for path in files], "kind": "probabilities", "rows": "ids", "combine": "best"}
+    found = ExternalTeacher(ExternalTeacherConfig.model_validate(settings), store, [1.0, 2.0])
+    ids, place = everyone(store)
+    softer = np.sqrt(rows) / np.sqrt(rows).sum(1, keepdims=True)
+    expected = np.where(np.arange(NODES)[:, None] < 160, rows, softer)
+    np.testing.assert_allclose(found.probabilities(ids), expected[place], atol=1e-6)
+
+
+def test_without_validation_nodes_nothing_is_calibrated(store: GraphStore, tmp_path: Path) -> None:
+    train = np.flatnonzero(small_graph().split == TRAIN)
+    np.save(tmp_path / "rows.npy", predictions()[train])
+    np.save(tmp_path / "ids.npy", train)
+    found = teacher(store, tmp_path / "rows.npy", rows="ids", ids=str(tmp_path / "ids.npy"), missing="labels")
+    with pytest.raises(InputError, match=r"rows.npy: no validation node has a row, .*teacher.calibrate\)$"):
+        found.fit_temperatures()
 
 
 def nan_in(row: int) -> np.ndarray:
