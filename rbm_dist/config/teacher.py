@@ -108,6 +108,11 @@ class TeacherConfig(TrainingConfig):
     patience: Positive | None = Field(None, description="stop after so many epochs without a better one")
     calibrate: bool = Field(False, description="divide the logits by the temperature that fits validation best")
 
+    @property
+    def fits_temperatures(self) -> bool:
+        """Whether predictions from elsewhere are calibrated: also where they compete in confidence."""
+        return self.external is not None and (self.calibrate or self.external.combine == "best")
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.conv not in CONVS and not all(self.conv.partition(":")):

@@ -113,21 +113,28 @@ def _chosen(url: str, names: list[str], name: str | None) -> str:
 
 
 def _parquet(url: str, id_column: str | None) -> tuple[np.ndarray, pa.Array | None]:
-    fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as file:
-        table = pq.read_table(file)
-    ids = None
-    if id_column is not None:
-        if id_column not in table.column_names:
-            raise InputError(
-                f"{url}: no column '{id_column}' of ids ({_KEY}.id_column); found {', '.join(table.column_names[:10])}"
-            )
-        ids = table.column(id_column).combine_chunks()
-        table = table.drop_columns([id_column])
-    columns = [column.combine_chunks() for column in table.columns]
-    if any(column.null_count for column in columns):
-        raise InputError(f"{url}: some predictions are missing")
-    if len(columns) == 1 and table_files.is_list(columns[0].type):
-        values = columns[0].flatten()
-        return values.to_numpy(zero_copy_only=False).reshape(len(table), -1), ids
-    return np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1), ids
+    """One column after the other: a reader of them all would hold several times what they are."""
+    with pq.ParquetFile(_local(url)) as file:
+        schema, ids = file.schema_arrow, None
+        names = [name for name in schema.names if name != id_column]
+        if id_column is not None:
+            if id_column not in schema.names:
+                raise InputError(
+                    f"{url}: no column '{id_column}' of ids ({_KEY}.id_column); found {', '.join(schema.names[:10])}"
+                )
+            ids = _column(file, id_column)
+        if len(names) == 1 and table_files.is_list(schema.field(names[0]).type):
+            values = _column(file, names[0]).flatten()
+            return values.to_numpy(zero_copy_only=False).reshape(file.metadata.num_rows, -1), ids
+        dtype = np.result_type(*(schema.field(name).type.to_pandas_dtype() for name in names))
+        rows = np.empty((file.metadata.num_rows, len(names)), dtype)
+        for number, name in enumerate(names):
+            column = _column(file, name)
+            if column.null_count:
+                raise InputError(f"{url}: some predictions are missing")
+            rows[:, number] = column.to_numpy(zero_copy_only=False)
+        return rows, ids
+
+
+def _column(file: pq.ParquetFile, name: str) -> pa.Array:
+    return file.read(columns=[name]).column(0).combine_chunks()

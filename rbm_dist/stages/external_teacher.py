@@ -23,7 +23,7 @@ def look_at_external(config: Config, graph_url: str, url: str) -> storage.FileIn
     assert settings is not None
     teacher = ExternalTeacher(settings, GraphStore.open(graph_url))
     found = teacher.check()
-    if config.teacher.calibrate or settings.combine == "best":
+    if config.teacher.fits_temperatures:
         found["temperature"] = teacher.fit_temperatures()
     return storage.write_json(f"{url}/{EXTERNAL}", found | {"files": _stamps(settings)})
 

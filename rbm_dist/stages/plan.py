@@ -176,10 +176,12 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
     stages.append(stage("partition", steps))
     hot = 0 if local else memory.hot_rows(config, facts)
     if config.teacher.external is not None:
-        stages.append(stage("teacher", [tasks("look at predictions", 1, memory.external_rows(config, facts))]))
+        stages.append(stage("teacher", [tasks("look at predictions", 1, memory.external_look(config, facts))]))
     else:
-        teacher = workers("teacher worker", cluster.most_workers, memory.teacher_worker(config, facts) + hot)
-        stages.append(stage("teacher", [served(teacher)]))
+        steps = [workers("teacher worker", cluster.most_workers, memory.teacher_worker(config, facts) + hot)]
+        if config.teacher.model == "sign":
+            steps.insert(0, tasks("hop task", parts, memory.hop_task(config, facts)))
+        stages.append(stage("teacher", list(map(served, steps))))
     actors, hot = min(cluster.inference_workers, parts), 0 if config.soft_labels.inference == "exact" else hot
     actor = workers("inference actor", actors, memory.inference_actor(config, facts) + hot)
     steps = [served(actor)]

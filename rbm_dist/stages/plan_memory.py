@@ -138,11 +138,10 @@ def teacher_worker(config: Config, facts: SourceFacts) -> float:
     teacher = config.teacher
     if teacher.model == "sign":
         rows = min(teacher.batch_size, max(facts.num_train, facts.num_val))
-        return hop_rows(config, facts, rows / config.cluster.most_workers)
+        return hop_rows(config, facts, rows / config.cluster.most_workers, states=4)
     seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
     nodes, edges, inner = sampled(facts, seeds, teacher.fanout)
-    narrow, mapped = _messages(config, facts)
-    messages = 4 * narrow * (edges + mapped * nodes) * (1 + mapped)  # with gradients, if they are of mapped inputs
+    messages = _messages(config, facts, nodes, edges, inner, training=True)
     states = 4 * inner * (facts.num_features + (4 + 2 * (teacher.norm != "none")) * teacher.hidden)
     ids = 8 * 2 * (facts.num_train + facts.num_val) / config.cluster.most_workers
     model = 4 * copies_of_parameters(average=False) * teacher_parameters(config, facts)
@@ -162,13 +161,13 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
         return external_rows(config, facts)
     if config.teacher.model == "sign":
         rows = rows_at_a_time((config.teacher.hops + 1) * facts.num_features)
-        return hop_rows(config, facts, min(rows, facts.num_nodes / config.partition.num_parts))
+        return hop_rows(config, facts, min(rows, facts.num_nodes / config.partition.num_parts), states=2)
     settings, fanout = config.soft_labels, config.soft_labels.fanout
     part = math.ceil(facts.num_nodes / config.partition.num_parts)
     seeds = min(settings.batch_size, part)
     if settings.inference == "exact":
-        averaged = _averaged(config, facts, part)
-        if config.teacher.conv == MEAN and facts.nonzeros is None and not settings.entropy_change:
+        averaged = _averaged(config, facts, part) if config.teacher.conv == MEAN else 0
+        if averaged and facts.nonzeros is None and not settings.entropy_change:
             return averaged
         # A layer is gathered.
         seeds = min(seeds, max(1, math.floor(GATHERED_EDGES * facts.num_nodes / facts.num_edges)))
@@ -194,38 +193,61 @@ def _averaged(config: Config, facts: SourceFacts, part: int) -> float:
     return _ALIVE * 2 * 4 * rows * width + states + edges * (4 * width + 40)  # rows of distinct sources, sorted ids
 
 
-def _messages(config: Config, facts: SourceFacts) -> tuple[int, bool]:
-    """Numbers of a message of the first layer, and whether inputs are mapped before they are sent."""
-    hidden = config.teacher.hidden
-    if config.teacher.conv == MEAN:
-        return min(facts.num_features, hidden), facts.num_features > hidden
-    if config.teacher.conv == GCN:
-        return hidden, True
-    return hidden + 4 * config.teacher.heads, True  # attention: scores, their softmax, and gradients
+def _messages(
+    config: Config, facts: SourceFacts, nodes: float, edges: float, inner: float, training: bool
+) -> float:  # fmt: skip
+    """What the first layer holds of a sample's edges and nodes."""
+    teacher = config.teacher
+    if teacher.conv in (MEAN, "sage_max", GCN):
+        mapped = teacher.conv == GCN or (teacher.conv == MEAN and facts.num_features > teacher.hidden)
+        narrow = teacher.hidden if mapped else facts.num_features
+        return 4 * narrow * (edges + mapped * nodes) * (1 + mapped * training)  # gradients, if of mapped inputs
+    # Attention, also of each node to itself: mapped inputs; over an edge as they are and weighed; six of scores.
+    sent = (4 if teacher.conv == "gatv2" else 2) * teacher.hidden + 6 * teacher.heads  # its scores are of both ends
+    return 4 * (sent * (edges + inner) * (1 + training) + teacher.hidden * nodes * (1 + 3 * training))
 
 
-def hop_rows(config: Config, facts: SourceFacts, rows: float) -> float:
-    """`HopRows` of some batches, one of them with what the network makes of it."""
+def hop_task(config: Config, facts: SourceFacts) -> float:
+    """`feature_hops._mean`: a batch of means, the one before, their sums, and rows gathered or sums divided."""
+    return 4 * min(PROPAGATED_BYTES, 4 * facts.num_features * facts.num_nodes / config.partition.num_parts)
+
+
+def hop_rows(config: Config, facts: SourceFacts, rows: float, states: int) -> float:
+    """`HopRows` of some batches, one of them with so many copies of what the network makes of it."""
     hops, hidden = config.teacher.hops + 1, config.teacher.hidden
     model = 4 * copies_of_parameters(average=False) * teacher_parameters(config, facts)
-    return 4 * rows * (_ALIVE * hops * facts.num_features + 4 * hops * hidden + 4 * hidden) + model
+    return 4 * rows * (_ALIVE * hops * facts.num_features + states * (hops + 1) * hidden) + model
+
+
+def external_look(config: Config, facts: SourceFacts) -> float:
+    """`ExternalTeacher.check`: of labelled nodes a file's rows and their softmax; `fit_temperatures`: as asking it."""
+    row, per_part = 8 * facts.num_classes, facts.num_nodes / config.partition.num_parts
+    labelled = (facts.num_train + facts.num_val) / facts.num_nodes
+    held = 3.5 * labelled * min(PROPAGATED_BYTES, row * per_part)
+    if config.teacher.fits_temperatures:
+        held = max(held, 5 * min(PROPAGATED_BYTES, row * facts.num_val)) + 24 * facts.num_val
+    return held + _predictions(config, facts)
 
 
 def external_rows(config: Config, facts: SourceFacts) -> float:
-    """`ExternalTeacher`: batches in float64, files that cannot be mapped, and where rows are of those not in order."""
+    """`ExternalTeacher.probabilities`: what was combined so far, a file's rows, three of their softmax."""
+    rows = min(rows_at_a_time(facts.num_classes), facts.num_nodes / config.partition.num_parts)
+    return 5 * 8 * facts.num_classes * rows + _predictions(config, facts)
+
+
+def _predictions(config: Config, facts: SourceFacts) -> float:
+    """`ExternalTeacher`: files that cannot be mapped, if of float32, and where rows are of those not in order."""
     external = config.teacher.external
     assert external is not None
-    row = 8 * facts.num_classes
     whole = sum(not path.endswith((".npy", ".pt", ".pth")) and external.dtype is None for path in external.paths)
     order = {"nodes": 0, "splits": 8 + 9 + 16, "ids": 8 + 12 + 38}[external.rows]  # kept, and while it is made
-    return 4 * row * rows_at_a_time(facts.num_classes) + facts.num_nodes * (whole * row + order)
+    return facts.num_nodes * (whole * 4 * facts.num_classes + order)
 
 
 def _inferred(config: Config, facts: SourceFacts, nodes: float, edges: float, inner: float) -> float:
     """What the teacher makes of a sample: the messages of a layer and the states."""
     hidden = config.teacher.hidden
-    narrow, mapped = _messages(config, facts)
-    messages = 4 * narrow * (edges + mapped * nodes)
+    messages = _messages(config, facts, nodes, edges, inner, training=False)
     return messages + 4 * inner * (facts.num_features + (2 + (config.teacher.norm != "none")) * hidden)
 
 

@@ -75,7 +75,7 @@ class ExternalTeacher:
             at = at[order]
             found_nC = self._read(file, row_n[at])
             if self._temperatures is not None:
-                found_nC = softmax(self._log(file, found_nC) / self._temperatures[file], axis=1)
+                found_nC = softmax(self._logits(file, found_nC, self._temperatures[file]), axis=1)
             if self._settings.combine == "best":
                 surer = found_nC.max(axis=1) > total_nC[at].max(axis=1)
                 total_nC[at[surer]], count_n[at] = found_nC[surer], 1
@@ -138,16 +138,19 @@ class ExternalTeacher:
         def loss(temperature: float) -> float:
             total = 0.0
             for at in batches(order, _floats(self._store)):
-                log_nC = log_softmax(self._log(file, self._read(file, row_n[at])) / temperature, axis=1)
+                log_nC = log_softmax(self._logits(file, self._read(file, row_n[at]), temperature), axis=1)
                 total -= np.take_along_axis(log_nC, self._store.gather("label", val[at])[:, None], axis=1).sum()
             return total / len(order)
 
         return best_temperature(loss)
 
-    def _log(self, file: int, probability_nC: np.ndarray) -> np.ndarray:
-        """Logarithms; of a zero that of the smallest number which the file could have had in its place."""
+    def _logits(self, file: int, probability_nC: np.ndarray, temperature: float) -> np.ndarray:
+        """In place: their logarithms by the temperature, of a zero as of the least number that the file could have."""
         dtype = self._files[file][1].dtype if self._settings.kind == "probabilities" else np.float64
-        return np.log(np.maximum(probability_nC, float(np.finfo(dtype).smallest_subnormal)))
+        np.maximum(probability_nC, float(np.finfo(dtype).smallest_subnormal), out=probability_nC)
+        np.log(probability_nC, out=probability_nC)
+        probability_nC /= temperature
+        return probability_nC
 
     def _read(self, file: int, row_n: np.ndarray) -> np.ndarray:
         """The probabilities in some rows of a file, `[n, C]` float64."""

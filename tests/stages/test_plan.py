@@ -37,6 +37,14 @@ def test_encodings_are_planned_where_they_are_configured() -> None:
     assert stage.written == 5 * stage.kept  # the projection, two hops, their sum, and with unseen nodes
 
 
+def test_sign_averages_features_before_it_trains() -> None:
+    stage = next(stage for stage in planned(SMALL, teacher={"model": "sign"}).stages if stage.name == "teacher")
+    hops, training = ({process.kind: process for process in step} for step in stage.steps)
+    assert hops["hop task"].count == 4
+    assert hops["hop task"].held == 4 * 250 * 16 * 4, "four copies of a part's features"
+    assert "teacher worker" in training
+
+
 def test_a_partitioner_that_does_not_fit_is_named_with_what_would() -> None:
     (problem,) = planned(PAPERS, memory=24).problems
     assert problem.startswith("partition: needs ")

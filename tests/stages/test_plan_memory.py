@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rbm_dist import storage
 from rbm_dist.config.run import Config
+from rbm_dist.graph.feature_hops import add_hops
 from rbm_dist.graph.partition import memory_needed
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.teacher import build_teacher
@@ -19,6 +22,7 @@ from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.serve.artifact import empty_student, save_student, save_weights
 from rbm_dist.sources.facts import source_facts
 from rbm_dist.stages import evaluate, plan_memory
+from rbm_dist.stages.external_teacher import look_at_external
 from rbm_dist.stages.local import MetricsRecorder, over_parts_here
 from rbm_dist.stages.partition import write_graph
 from rbm_dist.stages.plan_cost import Costs
@@ -30,7 +34,7 @@ from rbm_dist.stages.teacher import train_teacher
 from tests.stages.held import held
 
 SHARE, NOISE = 0.25, 30e6  # of what is measured; what the allocator keeps or finds at hand
-TINY = {"num_nodes": 4000, "degree": 8, "num_communities": 47}
+TINY = {"num_nodes": 4000, "degree": 8, "num_communities": 47, "num_classes": 47}
 
 
 def configured(url: Path, source: dict[str, Any], **sections: dict[str, Any]) -> Config:
@@ -162,12 +166,24 @@ def test_source_and_partition(source: dict[str, Any], tmp_path: Path, tiny: Path
         assert on_disk <= kept <= 1.1 * on_disk, folder
 
 
-@pytest.mark.parametrize("batch_size", [2048, 4096])  # of 6,000 nodes: others are ahead, as is counted
-def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, batch_size: int) -> None:
+def other(conv: str) -> Any:
+    return pytest.param({"batch_size": 2048, "conv": conv}, marks=pytest.mark.slow, id=conv)
+
+
+@pytest.mark.parametrize(
+    "settings",  # batches of 6,000 nodes: others are ahead, as is counted
+    [
+        {"batch_size": 2048},
+        {"batch_size": 4096},
+        pytest.param({"batch_size": 2048, "conv": "gat"}, id="gat"),
+        *map(other, ("gatv2", "sage_max")),
+    ],
+)
+def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[str, Any]) -> None:
     source, url = wide
-    warm = configured(tiny / f"teacher-{batch_size}", source | TINY, teacher={"epochs": 1})
+    warm = configured(tiny / "-".join(map(str, settings.values())), source | TINY, teacher=settings | {"epochs": 1})
     make_graph(warm)
-    config = configured(Path(url), source, teacher={"epochs": 1, "batch_size": batch_size})
+    config = configured(Path(url), source, teacher=settings | {"epochs": 1})
     storage.remove(f"{url}/teacher")
     _, measured = held([(teach, (warm,))], [(teach, (config,))])
     check("teacher", plan_memory.teacher_worker(config, source_facts(config.source, 0)), measured)
@@ -175,18 +191,99 @@ def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, batch_size: int) 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"batch_size": 2048}, {"batch_size": 1024, "fanout": [15, 20]}, {"batch_size": 512, "inference": "exact"}],
+    [
+        {"batch_size": 2048},
+        {"batch_size": 1024, "fanout": [15, 20]},
+        {"batch_size": 512, "inference": "exact"},
+        pytest.param({"batch_size": 8192, "inference": "exact", "conv": "gat"}, id="gat, exact"),
+        *map(other, ("gat", "gatv2", "sage_max")),
+    ],
 )
 def test_soft_labels(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[str, Any]) -> None:
     source, url = wide
-    warm = configured(tiny / f"soft-{settings['batch_size']}", source | TINY)
-    config = configured(Path(url), source, soft_labels=settings)
+    conv = settings.get("conv", "sage")
+    settings = {name: value for name, value in settings.items() if name != "conv"}
+    warm = configured(tiny / f"soft-{conv}-{settings['batch_size']}", source | TINY, teacher={"conv": conv})
+    config = configured(Path(url), source, soft_labels=settings, teacher={"conv": conv})
     make_graph(warm)
     for each in (warm, config):
         untrained(each)
         reset_soft_labels(each.run_dir)
     _, measured = held([(infer, (warm,))], [(infer, (config,))])
     check("soft labels", plan_memory.inference_actor(config, source_facts(config.source, 0)), measured)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """A graph for teachers that read rows: few edges, many labels, in one part."""
+    source = {
+        "num_nodes": 80_000, "degree": 4, "num_communities": 250, "num_classes": 250, "num_features": 256,
+        "train_share": 0.8, "val_share": 0.1, "test_share": 0.1,
+    }  # fmt: skip
+    url = tmp_path_factory.mktemp("labelled")
+    make_graph(configured(url, source, partition={"num_parts": 1}))
+    return source, str(url)
+
+
+def test_sign(labelled: tuple[dict[str, Any], str], tiny: Path) -> None:
+    source, url = labelled
+    sections = {"partition": {"num_parts": 1}, "teacher": {"model": "sign", "epochs": 1, "batch_size": 4096}}
+    warm = configured(tiny / "sign", source | TINY, **sections)
+    make_graph(warm)
+    config, measured = configured(Path(url), source, **sections), {}
+    facts = source_facts(config.source, 0)
+    for what, function in (("hops", average), ("teacher", teach), ("soft labels", infer)):
+        _, measured[what] = held([(function, (warm,))], [(function, (config,))])
+    check("feature hops", plan_memory.hop_task(config, facts), measured["hops"])
+    check("teacher", plan_memory.teacher_worker(config, facts), measured["teacher"])
+    check("soft labels", plan_memory.inference_actor(config, facts), measured["soft labels"])
+
+
+def average(config: Config) -> None:
+    add_hops(GraphStore.open(f"{config.run_dir}/graph"), config.teacher.hops)
+
+
+@pytest.mark.parametrize("rows", ["nodes", "ids"])
+def test_external_teacher(labelled: tuple[dict[str, Any], str], tiny: Path, rows: str) -> None:
+    source, url = labelled
+    name = "rows.parquet" if rows == "ids" else "rows.npy"
+
+    def of(folder: Path, given: dict[str, Any]) -> Config:
+        external = {"paths": [f"{folder}/{name}"], "kind": "logits", "rows": rows}
+        teacher = {"external": external, "calibrate": True}
+        return configured(folder, given, partition={"num_parts": 1}, teacher=teacher)
+
+    warm, config = of(tiny / f"external-{rows}", source | TINY), of(Path(url), source)
+    make_graph(warm)
+    for each in (warm, config):
+        reset_soft_labels(each.run_dir)
+        save_predictions(each)
+    facts = source_facts(config.source, 0)
+    for what, function, estimate in (
+        ("look at predictions", look, plan_memory.external_look),
+        ("soft labels", infer, plan_memory.inference_actor),
+    ):
+        _, measured = held([(function, (warm,))], [(function, (config,))])
+        check(what, estimate(config, facts), measured)
+
+
+def save_predictions(config: Config) -> None:
+    """What the labels say, with noise."""
+    external, store = config.teacher.external, GraphStore.open(f"{config.run_dir}/graph")
+    assert external is not None
+    orig, label, split = (store.array(name, 0) for name in ("orig_id", "label", "split"))
+    order = np.argsort(orig) if external.rows == "nodes" else np.lexsort((orig, split))
+    rows = np.random.default_rng(0).random((store.num_nodes, store.num_classes), np.float32)
+    rows[np.arange(len(order)), label[order]] += 1
+    if external.rows == "ids":
+        table = pa.table({"id": orig[order]} | {f"{c}": rows[:, c] for c in range(rows.shape[1])})
+        pq.write_table(table, external.paths[0])
+    else:
+        np.save(external.paths[0], rows)
+
+
+def look(config: Config) -> None:
+    look_at_external(config, f"{config.run_dir}/graph", f"{config.run_dir}/teacher")
 
 
 @pytest.mark.slow
