@@ -1,7 +1,8 @@
 """Files of predictions that a model elsewhere made: whatever their format, an array `[rows, classes]` and maybe ids."""
 
-from pathlib import Path, PurePosixPath
-from typing import Any
+import os
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -67,34 +68,33 @@ def _check_shape(url: str, rows: np.ndarray, num_classes: int) -> None:
         raise InputError(f"{url}: {rows.shape[1]} columns; the graph has {num_classes} classes")
 
 
-def _local(url: str) -> Path:
-    """A file that this process can map; a remote one is fetched into the cache."""
-    if storage.is_local(url):
-        return Path(storage.absolute(url))
-    with storage.fetched(url) as file:
-        return Path(file.name)
+def _opened(url: str) -> BinaryIO:
+    """A file of this host's; a remote one is fetched into the cache, and safe there as long as it is open or mapped."""
+    return open(storage.absolute(url), "rb") if storage.is_local(url) else storage.fetched(url)
 
 
 def _raw(url: str, dtype: str, num_classes: int) -> np.ndarray:
-    path = _local(url)
-    row, size = num_classes * np.dtype(dtype).itemsize, path.stat().st_size
-    if not size or size % row:
-        raise InputError(
-            f"{url}: {size:,} bytes are no whole number of rows of {num_classes} {dtype} ({row:,} bytes each) "
-            f"({_KEY}.dtype)"
-        )
-    return np.memmap(path, dtype, "r", shape=(size // row, num_classes))
+    with _opened(url) as file:
+        row, size = num_classes * np.dtype(dtype).itemsize, os.fstat(file.fileno()).st_size
+        if not size or size % row:
+            raise InputError(
+                f"{url}: {size:,} bytes are no whole number of rows of {num_classes} {dtype} ({row:,} bytes each) "
+                f"({_KEY}.dtype)"
+            )
+        return np.memmap(file, dtype, "r", shape=(size // row, num_classes))
 
 
 def _npz(url: str, name: str | None) -> np.ndarray:
-    with np.load(_local(url), allow_pickle=False) as archive:
+    with _opened(url) as file, np.load(file, allow_pickle=False) as archive:
         return archive[_chosen(url, archive.files, name)]
 
 
 def _torch(url: str, name: str | None) -> np.ndarray:
     import torch
 
-    found: Any = torch.load(_local(url), map_location="cpu", weights_only=True, mmap=True)
+    with _opened(url) as file:  # of which torch maps what has a path
+        path = f"/dev/fd/{file.fileno()}"
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(found, dict):
         tensors = [str(key) for key, value in found.items() if isinstance(value, torch.Tensor)]
         found = found[_chosen(url, tensors, name)]
@@ -114,7 +114,7 @@ def _chosen(url: str, names: list[str], name: str | None) -> str:
 
 def _parquet(url: str, id_column: str | None) -> tuple[np.ndarray, pa.Array | None]:
     """One column after the other: a reader of them all would hold several times what they are."""
-    with pq.ParquetFile(_local(url)) as file:
+    with _opened(url) as opened, pq.ParquetFile(opened) as file:
         schema, ids = file.schema_arrow, None
         names = [name for name in schema.names if name != id_column]
         if id_column is not None:

@@ -117,6 +117,7 @@ def _fetch(url: str, path: Path, size: int, info: FileInfo | None) -> BinaryIO |
             os.utime(file.fileno(), ns=(time.time_ns(), _WHOLE))
             os.rename(part, path)
             _share(file, path.parent)
+            file.seek(0)
             done = True
     except OSError as error:
         raise disk_full(error, str(part)) or error from None

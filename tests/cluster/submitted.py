@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load, load_file
 from threadpoolctl import threadpool_limits
 
 from rbm_dist.config.load import load as load_config
+from rbm_dist.graph.store import GraphStore
 from rbm_dist.stages import local
 from tests.cluster.bed import Bed
 from tests.cluster.hosts import ROOT
@@ -142,10 +144,22 @@ class Undisturbed:
 
     def assert_same_weights(self, submitted: Submitted) -> None:
         """After some tens of epochs: rounding grows, and in hundreds becomes a share of the weights."""
-        # A row of the student that is as near to two experts may go to the other one.
-        for name, folder, atol in (("teacher", "prepared/teacher", 1e-4), ("student/rbm", "student/rbm", 5e-3)):
-            expected = load_file(self._folder / folder / "model.safetensors")
-            for key, tensor in submitted.weights(name).items():
-                torch.testing.assert_close(
-                    tensor, expected[key], rtol=1e-3, atol=atol, msg=lambda text, at=f"{name}: {key}": f"{at}: {text}"
-                )
+        self._assert_close(submitted, "teacher", "prepared/teacher", 1e-4)
+        self.assert_same_student(submitted)
+
+    def assert_same_student(self, submitted: Submitted) -> None:
+        # A row that is as near to two experts may go to the other one.
+        self._assert_close(submitted, "student/rbm", "student/rbm", 5e-3)
+
+    def _assert_close(self, submitted: Submitted, name: str, folder: str, atol: float) -> None:
+        expected = load_file(self._folder / folder / "model.safetensors")
+        for key, tensor in submitted.weights(name).items():
+            torch.testing.assert_close(
+                tensor, expected[key], rtol=1e-3, atol=atol, msg=lambda text, at=f"{name}: {key}": f"{at}: {text}"
+            )
+
+    def soft_labels(self) -> np.ndarray:
+        """The teacher's probabilities `[N, C]`, in the order of the images."""
+        store = GraphStore.open(str(self._folder / "prepared" / "graph"))
+        ids = np.arange(store.num_nodes)
+        return store.gather("soft", ids)[np.argsort(store.gather("orig_id", ids))]

@@ -1,7 +1,12 @@
-"""A run that is submitted to three hosts, one of which dies in the middle, ends as one in a single process."""
+"""A run that is submitted to three hosts, one of which dies in the middle, ends as one in a single process.
 
+So does one whose teacher is a file in the object storage.
+"""
+
+import io
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from tests.cluster.bed import Bed
@@ -24,3 +29,16 @@ def test_a_host_dies_in_training_and_the_result_is_the_same(
     undisturbed.assert_same(run)
     for process in ("ray::_ShardServer", WORKER):
         assert not bed.head.processes(process), "nothing is left at work"
+
+
+def test_predictions_in_object_storage_teach_as_the_teacher_that_made_them(
+    bed: Bed, submit: Callable[..., Submitted], undisturbed: Undisturbed
+) -> None:
+    file = io.BytesIO()
+    np.save(file, undisturbed.soft_labels())
+    bed.write("predictions.npy", file.getvalue())
+    run = submit("teacher.external={paths: [s3://bucket/predictions.npy], kind: probabilities}")
+    assert run.end() == 0, run.log
+    undisturbed.assert_same_accuracies(run)
+    undisturbed.assert_same_student(run)
+    assert not run.keys("teacher/checkpoints"), "nothing was trained"

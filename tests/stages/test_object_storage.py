@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from rbm_dist import storage
 from rbm_dist.config.load import load
+from rbm_dist.graph.store import GraphStore
 from rbm_dist.stages import local
 from tests.patience import patient
 from tests.small_graph import small_graph
@@ -51,6 +54,23 @@ def test_all_stages_in_this_process_give_what_they_give_on_a_local_disk(
     on_s3, here = found.values()
     assert on_s3 == here
     assert storage.listdir(f"{s3_url}/run/graph") == storage.listdir(f"{tmp_path}/run/graph")
+
+
+def test_predictions_of_every_kind_are_read_from_object_storage(config: str, s3_url: str, tmp_path: Path) -> None:
+    soft_4NC = np.random.default_rng(0).dirichlet(np.ones(3), (4, 600)).astype(np.float32) / 2
+    soft_4NC[:, np.arange(600), small_graph(600, num_classes=3).label] += 0.5
+    np.save(tmp_path / "soft.npy", soft_4NC[0])
+    np.savez(tmp_path / "soft.npz", soft_4NC[1])
+    torch.save(torch.from_numpy(soft_4NC[2]), tmp_path / "soft.pt")
+    pq.write_table(pa.table({f"class{c}": soft_4NC[3, :, c] for c in range(3)}), tmp_path / "soft.parquet")
+    paths = [f"{s3_url}/soft.{suffix}" for suffix in ("npy", "npz", "pt", "parquet")]
+    for path in paths:
+        storage.copy_in(tmp_path / Path(path).name, path)
+    settings = load(config, [f"teacher.external={{paths: [{', '.join(paths)}], kind: probabilities}}"])
+    local.prepare(settings, f"{s3_url}/run")
+    store = GraphStore.open(f"{s3_url}/run/graph")
+    found, orig = (store.gather(name, np.arange(600)) for name in ("soft", "orig_id"))
+    np.testing.assert_allclose(found, soft_4NC.mean(0)[orig], atol=1e-6)
 
 
 @pytest.mark.slow
