@@ -65,7 +65,9 @@ class SoftLabelsConfig(Section):
     )
     hidden: bool = Field(False, description="also store the teacher's last hidden states; for `student.similarity`")
     store: Literal["float32", "float16", "top_m"] = Field(
-        "float32", description="how probabilities are stored; top_m: those of the likeliest classes, in 4 bytes each"
+        "float32",
+        description="how probabilities are stored; top_m: those of the likeliest classes, in 4 bytes each; with either "
+        "of the latter hidden states and entropy changes are float16",
     )
     top_m: Positive = Field(8, description="classes that top_m keeps; the others share the rest evenly")
     keep_layers: bool = Field(

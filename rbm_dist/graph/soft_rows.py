@@ -1,7 +1,8 @@
 """Class distributions in fewer bytes: float16, or the likeliest classes alone. Readers get float32 back.
 
 Of the m likeliest a row has their probabilities, best first, as the bits of float16, and then their numbers, both in 16
-bits (`uint16 [n, 2 m]`); what is left of one is spread evenly over the other classes. A row of zeros stays one.
+bits (`uint16 [n, 2 m]`); what is left of one is spread evenly over the other classes. A row of zeros stays one. What
+else is known of the teacher, hidden states say, is float16 beside either.
 """
 
 import numpy as np
@@ -12,6 +13,17 @@ def layout(store: str, top_m: int, num_classes: int) -> tuple[np.dtype, int]:
     if store == "top_m":
         return np.dtype(np.uint16), 2 * min(top_m, num_classes)
     return np.dtype(store), num_classes
+
+
+def dtype_beside(store: str) -> np.dtype:
+    """Type of what else is stored of the teacher."""
+    return np.dtype(np.float32 if store == "float32" else np.float16)
+
+
+def encode_beside(rows: np.ndarray, store: str) -> np.ndarray:
+    """Such rows as they are stored; float16 ends at ±65,504, and what is beyond becomes that."""
+    most = np.finfo(np.float16).max
+    return rows if store == "float32" else rows.clip(-most, most).astype(np.float16)
 
 
 def encode(soft_nC: np.ndarray, store: str, top_m: int) -> np.ndarray:

@@ -172,7 +172,7 @@ class GraphStore:
     def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Rows of a named array for any nodes of any parts, `[len(ids), ...]`, as a copy in memory.
 
-        `feat` and `soft` are float32, however they are stored.
+        Real numbers are float32, however they are stored.
 
         Raises `ValueError` if an id is out of range.
         """
@@ -181,7 +181,9 @@ class GraphStore:
             return rows.toarray()
         if name == SOFT:
             return soft_rows.decode(rows, self.num_classes)
-        return decode(rows, self.feat_scale) if name == "feat" else rows
+        if name == "feat":
+            return decode(rows, self.feat_scale)
+        return rows.astype(np.float32) if rows.dtype == np.float16 else rows
 
     def stored_rows(self, name: str, ids: np.ndarray) -> StoredRows:
         """The rows that `gather` gives, as they are stored."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rbm_dist.config.run import Config
 from rbm_dist.graph.smooth import smooths
-from rbm_dist.graph.soft_rows import layout
+from rbm_dist.graph.soft_rows import dtype_beside, layout
 from rbm_dist.serve.specialisation import LOADED_NODES
 from rbm_dist.sources.facts import SourceFacts
 from rbm_dist.stages import plan_memory as memory
@@ -104,7 +104,8 @@ class Costs:
     def _taught(self) -> tuple[float, ...]:
         """What asking the teacher takes."""
         facts, settings, config = self.facts, self.config.soft_labels, self.config
-        row = self._soft_row() + 4 * (settings.entropy_change + settings.hidden * config.teacher.hidden)
+        beside = settings.entropy_change + settings.hidden * config.teacher.hidden
+        row = self._soft_row() + dtype_beside(settings.store).itemsize * beside
         kept = written = facts.num_nodes * row
         if config.teacher.external is not None:
             return written, kept, kept + self._predictions(), 0

@@ -29,7 +29,7 @@ from rbm_dist.graph.reach import LEARN, TOUCHED
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.smooth import ARRAYS as SMOOTHING
 from rbm_dist.graph.smooth import UNSMOOTHED, smooths
-from rbm_dist.graph.soft_rows import encode, layout
+from rbm_dist.graph.soft_rows import dtype_beside, encode, encode_beside, layout
 from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.graph.version import link, replaced
 from rbm_dist.models.gnn import Gnn
@@ -229,7 +229,9 @@ def _make_worker(
             for compute in batches:
                 with torch.no_grad():
                     rows = compute(model).cpu().numpy()
-                yield encode(rows, settings.store, settings.top_m) if name == SOFT else rows
+                if name == SOFT:
+                    rows = encode(rows, settings.store, settings.top_m)
+                yield encode_beside(rows, settings.store) if name in (HIDDEN, ENTROPY_CHANGE) else rows
                 reporter.add(f"soft labels: {name}", len(rows), store.num_nodes, "nodes")
 
     def fill(part: int) -> storage.FileInfo:
@@ -245,7 +247,8 @@ def _make_worker(
         dtype, width = layout(settings.store, settings.top_m, store.num_classes)
         classes = (store.num_classes,)
         shapes = {SOFT: (width,), UNSMOOTHED: classes, NOISY_SOFT: classes, ENTROPY_CHANGE: (), TAUGHT: ()}
-        dtype, shape = dtype if name == SOFT else np.dtype(np.float32), shapes.get(name, (config.teacher.hidden,))
+        dtypes = {SOFT: dtype} | dict.fromkeys((HIDDEN, ENTROPY_CHANGE), dtype_beside(settings.store))
+        dtype, shape = dtypes.get(name, np.dtype(np.float32)), shapes.get(name, (config.teacher.hidden,))
         ids, old = store.ids(part), np.empty((0, *shape), dtype)
         if before is not None:
             touched = store.array(TOUCHED, part)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbm_dist.graph.soft_rows import decode, encode, layout
+from rbm_dist.graph.soft_rows import decode, dtype_beside, encode, encode_beside, layout
 
 
 def drawn(rows: int, classes: int, seed: int, sharp: float) -> np.ndarray:
@@ -58,6 +58,16 @@ def test_float16_rounds(rows: int, classes: int, seed: int, sharp: float) -> Non
 def test_float32_is_as_it_was(rows: int, classes: int, seed: int, sharp: float) -> None:
     soft = drawn(rows, classes, seed, sharp)
     np.testing.assert_array_equal(decode(encode(soft, "float32", 8), classes), soft)
+
+
+@given(scale=st.floats(1e-3, 1e6), seed=st.integers(0, 9))
+def test_what_is_stored_beside_is_rounded_and_ends_where_float16_does(scale: float, seed: int) -> None:
+    rows = (scale * np.random.default_rng(seed).normal(size=(3, 5))).astype(np.float32)
+    assert encode_beside(rows, "float32") is rows
+    for store in ("float16", "top_m"):
+        found = encode_beside(rows, store)
+        assert found.dtype == dtype_beside(store) == np.float16
+        np.testing.assert_allclose(found.astype(float), rows.clip(-65504, 65504), rtol=2**-11, atol=2**-25)
 
 
 @pytest.mark.parametrize("store", ["float32", "float16", "top_m"])

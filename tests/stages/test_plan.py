@@ -171,7 +171,7 @@ def test_disk_is_what_a_small_run_takes(tmp_path: Path) -> None:
             },
             "partition": {"method": "streaming", "num_parts": 2, "passes": 0},
             "teacher": {"epochs": 1, "fanout": [3, 3]},
-            "soft_labels": {"hidden": True},
+            "soft_labels": {"hidden": True, "store": "float16"},
             "encodings": {"positional": "fastrp", "hops": 1, "label_propagation": True, "iterations": 1, "folds": 2},
             "student": {"models": ["rbm"], "epochs": 2, "pretrain_epochs": 1, "batch_size": 4000, "kmeans_rows": 500},
         }

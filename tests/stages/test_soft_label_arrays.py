@@ -205,14 +205,20 @@ def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("store", "size"), [("float16", 2 * 5), ("top_m", 4 * 3)])
 @pytest.mark.parametrize("inference", ["exact", "sampled"])
 def test_fewer_bytes_say_nearly_the_same(tmp_path: Path, inference: str, store: str, size: int) -> None:
-    settings = {"inference": inference, "entropy_change": False, "top_m": 3}
-    found = {}
+    settings = {"inference": inference, "entropy_change": store == "float16", "top_m": 3}
+    found, beside = {}, {}
     for each in ("float32", store):
         run, _ = prepare(tmp_path / each, GRAPHS["dense"], 3, 2, **settings, store=each)
         write_soft_labels(run, over_parts_here)
         graph = GraphStore.open(run.graph_url)
         assert graph.width(("soft",)) == 5
         found[each] = graph.gather("soft", np.arange(240))
+        names = NAMES[1:] if store == "float16" else ["hidden"]
+        beside[each] = [graph.gather(name, np.arange(240)) for name in names]
+    assert all(graph.array(name, 0).dtype == np.float16 for name in names)
+    for rounded, exact in zip(beside[store], beside["float32"], strict=True):
+        assert rounded.dtype == np.float32
+        np.testing.assert_allclose(rounded, exact, rtol=2**-11, atol=2e-3)
     stored = graph.array("soft", 0)
     assert stored.dtype.itemsize * stored.shape[1] == size
     np.testing.assert_array_equal(found[store], decode(encode(found["float32"], store, 3), 5))
