@@ -14,7 +14,7 @@ from benchmarks.report import Row, show
 
 NAMES = (
     "sampling", "experts", "kmeans", "parallel", "loading", "student_epoch", "partitioning", "tables", "shards",
-    "served_parts", "teacher", "update", "end_to_end", "predict", "serving", "http",
+    "served_parts", "teacher", "teacher_training", "update", "end_to_end", "predict", "serving", "http",
 )  # fmt: skip
 
 

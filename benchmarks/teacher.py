@@ -32,7 +32,8 @@ from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.source import below, over_here, stage_source
 from rbm_dist.train.sampled_rows import sample_logits
 
-_FEATURES, _HIDDEN, _CLASSES, _FANOUT = 100, 256, 47, (15, 10, 5)
+FANOUT = (15, 10, 5)
+_FEATURES, _HIDDEN, _CLASSES = 100, 256, 47
 
 
 def measure(quick: bool) -> list[Row]:
@@ -45,20 +46,20 @@ def measure(quick: bool) -> list[Row]:
         return None if quick else target
 
     with tempfile.TemporaryDirectory() as folder:
-        config = _graph(f"{folder}/large", *large)
-        _alone(_exact, config)  # compiles
-        exact_s, _, _ = _alone(_exact, config)
+        config = graph_of(f"{folder}/large", *large)
+        alone(_exact, config)  # compiles
+        exact_s, _, _ = alone(_exact, config)
         store = GraphStore.open(f"{config.run_dir}/graph")
-        sampled_s, _, _ = _alone(_sampled, config, 2_000 if quick else 20_000)
+        sampled_s, _, _ = alone(_sampled, config, 2_000 if quick else 20_000)
         name = f"{store.num_nodes:,} nodes, {store.num_edges:,} in-edges"
         rate = store.num_nodes / exact_s
-        rows.append(Row(f"{name}: exact vs sampled {[*_FANOUT]}", rate, "nodes per CPU s", sampled_s / exact_s, 5.0))
+        rows.append(Row(f"{name}: exact vs sampled {[*FANOUT]}", rate, "nodes per CPU s", sampled_s / exact_s, 5.0))
         # The rest are matrix products, and files.
         share = _floor(store) / exact_s
         rows.append(Row(f"{name}: exact, share of the floor", rate, "nodes per CPU s", share, full(1 / 3)))
-        config = _graph(f"{folder}/small", *small)
-        exact_s, exact_bytes, mine = _alone(_exact, config)
-        pyg_s, pyg_bytes, theirs = _alone(_pyg, config)
+        config = graph_of(f"{folder}/small", *small)
+        exact_s, exact_bytes, mine = alone(_exact, config)
+        pyg_s, pyg_bytes, theirs = alone(_pyg, config)
         store = GraphStore.open(f"{config.run_dir}/graph")
         name = f"{store.num_nodes:,} nodes, {store.num_edges:,} in-edges"
         rows += [
@@ -72,7 +73,7 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def _graph(url: str, num_nodes: int, degree: int) -> Config:
+def graph_of(url: str, num_nodes: int, degree: int) -> Config:
     """A graph in four parts, and a teacher that has learned nothing."""
     config = Config.model_validate(
         {
@@ -82,7 +83,7 @@ def _graph(url: str, num_nodes: int, degree: int) -> Config:
                 "num_features": _FEATURES,
             },
             "partition": {"method": "streaming", "num_parts": 4, "passes": 1},
-            "teacher": {"fanout": list(_FANOUT), "hidden": _HIDDEN},
+            "teacher": {"fanout": list(FANOUT), "hidden": _HIDDEN},
             "soft_labels": {"inference": "exact"},
         }
     )  # fmt: skip
@@ -101,19 +102,21 @@ def _exact(config: Config) -> np.ndarray:
     return store.gather("soft", np.arange(min(store.num_nodes, 10_000)))
 
 
+@torch.inference_mode()
 def _sampled(config: Config, count: int) -> float:
     """Seconds for all nodes, of some."""
     store = GraphStore.open(f"{config.run_dir}/graph")
     model = _teacher(config, store)
     ids = np.random.default_rng(0).choice(store.num_nodes, count, replace=False)
     batches = np.split(ids, range(1000, count, 1000))
-    sample_logits(model, store, batches[0], _FANOUT, 0, training=False)
+    sample_logits(model, store, batches[0], FANOUT, 0, training=False)
     start = time.process_time()
     for batch in batches:
-        sample_logits(model, store, batch, _FANOUT, 0, training=False)
+        sample_logits(model, store, batch, FANOUT, 0, training=False)
     return (time.process_time() - start) * store.num_nodes / count
 
 
+@torch.inference_mode()
 def _pyg(config: Config) -> np.ndarray:
     store = GraphStore.open(f"{config.run_dir}/graph")
     model = _teacher(config, store)
@@ -150,7 +153,7 @@ def _add(rows, indices, sum_D):  # type: ignore[no-untyped-def]
             sum_D[d] += rows[source, d]
 
 
-def _alone(work: Callable[..., Any], *arguments: Any) -> tuple[float, float, Any]:
+def alone(work: Callable[..., Any], *arguments: Any) -> tuple[float, float, Any]:
     """CPU seconds, peak bytes over those before, and what it gives, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -169,8 +172,7 @@ def _work(connection: Any, work: Callable[..., Any], arguments: tuple) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports, is forgotten
     before = _kilobytes("VmRSS")
     start = time.process_time()
-    with torch.inference_mode():
-        result = work(*arguments)
+    result = work(*arguments)
     spent = result if isinstance(result, float) else time.process_time() - start
     held = 1024.0 * (_kilobytes("VmHWM") - before)
     connection.send((spent, held, None if isinstance(result, float) else result))
