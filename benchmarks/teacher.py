@@ -73,14 +73,14 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def graph_of(url: str, num_nodes: int, degree: int) -> Config:
+def graph_of(url: str, num_nodes: int, degree: int, label_noise: float = 0) -> Config:
     """A graph in four parts, and a teacher that has learned nothing."""
     config = Config.model_validate(
         {
             "run_dir": url,
             "source": {
                 "kind": "synthetic", "num_nodes": num_nodes, "degree": degree, "num_communities": _CLASSES,
-                "num_features": _FEATURES,
+                "num_features": _FEATURES, "label_noise": label_noise,
             },
             "partition": {"method": "streaming", "num_parts": 4, "passes": 1},
             "teacher": {"fanout": list(FANOUT), "hidden": _HIDDEN},

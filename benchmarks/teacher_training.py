@@ -23,6 +23,7 @@ from rbm_dist.stages.local import MetricsRecorder
 from rbm_dist.stages.teacher import train_teacher
 
 _HOPS = len(FANOUT)
+_NOISE = 0.2  # of the labels: where all can be right, every epoch is better than the one before
 _SAGE = {"patience": 3, "epochs": 20}
 _SIGN = {"model": "sign", "hops": _HOPS, "patience": 10, "epochs": 200}
 
@@ -36,7 +37,7 @@ def measure(quick: bool) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         tiny = graph_of(f"{folder}/tiny", 4_000, 8)
-        half, config = graph_of(f"{folder}/half", nodes, degree // 2), graph_of(f"{folder}/whole", nodes, degree)
+        half, config = (graph_of(f"{folder}/{each}", nodes, each, _NOISE) for each in (degree // 2, degree))
         per_edge = [
             _average_s(each, tiny) / GraphStore.open(f"{each.run_dir}/graph").num_edges for each in (half, config)
         ]
