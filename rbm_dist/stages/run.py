@@ -11,6 +11,8 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 from rbm_dist import __version__, storage
@@ -54,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `sections` are the parts of the configuration that decide what it computes."""
+    """One stage. `sections` are the parts of the configuration that decide what it computes, or keys of one of them."""
 
     name: str
     folder: str
@@ -66,7 +68,7 @@ class Stage:
 
     def identity(self, config: Config) -> dict[str, Any]:
         tree = config.model_dump(mode="json")
-        return {"seed": tree["seed"]} | {section: tree[section] for section in self.sections}
+        return {"seed": tree["seed"]} | {part: reduce(getitem, part.split("."), tree) for part in self.sections}
 
 
 def started(stage: Stage, url: str) -> dict[str, Any] | None:

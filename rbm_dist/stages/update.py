@@ -30,6 +30,7 @@ from rbm_dist.serve.changed_tables import read_changes
 from rbm_dist.serve.from_run import read_run
 from rbm_dist.stages.inputs import note_input
 from rbm_dist.stages.run import Files, Run, Stage
+from rbm_dist.stages.smooth import FIGURES
 from rbm_dist.stages.soft_labels import Before, kept_layers, run_soft_labels
 from rbm_dist.stages.source import Over, below, over_tasks
 from rbm_dist.stages.student import run_student
@@ -43,15 +44,15 @@ _MAKES = rf"({ARRAYS})\.npy|{FACTS}|inputs\.json"
 
 def update_stages(stages: list[Stage]) -> list[Stage]:
     """The stages of a run, as they are for one that goes on from another."""
-    work = {"source": run_changes, "partition": run_version, "teacher": _teacher, "student": _student}
-    work["soft_labels"] = _soft_labels
-    made = [replace(stage, work=work.get(stage.name, stage.work)) for stage in stages]
-    source, partition = made[:2]
-    made[0] = replace(source, sections=(*source.sections, "update"), makes=_MAKES, reader=partition)
-    return [
-        replace(stage, makes=f"{stage.makes}|{re.escape(LABELS)}") if stage.name == "soft_labels" else stage
-        for stage in made
-    ]
+    read = [name for name in UpdateConfig.model_fields if name not in ("epochs", "anew_above")]
+    other: dict[str, dict[str, Any]] = {
+        "source": {"work": run_changes, "sections": ("source", *(f"update.{name}" for name in read)), "makes": _MAKES},
+        "partition": {"work": run_version},
+        "teacher": {"work": _teacher, "sections": ("teacher", "update.anew_above")},
+        "soft_labels": {"work": _soft_labels, "makes": "|".join(map(re.escape, (FIGURES, LABELS)))},
+        "student": {"work": _student, "sections": ("encodings", "student", "update.epochs")},
+    }
+    return [replace(stage, **other.get(stage.name, {})) for stage in stages]
 
 
 def run_changes(run: Run, over: Over | None = None) -> Files:

@@ -20,10 +20,18 @@ from rbm_dist.graph.reach import LEARN, TOUCHED
 from rbm_dist.graph.splits import UNSEEN
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.stages.local import MetricsRecorder, over_parts_here
+from rbm_dist.stages.pipeline import STAGES
 from rbm_dist.stages.run import Run
 from rbm_dist.stages.soft_labels import reset_soft_labels, write_soft_labels
 from rbm_dist.stages.source import over_here
-from rbm_dist.stages.update import run_changes, run_version, usable_before, write_learn, write_touched
+from rbm_dist.stages.update import (
+    run_changes,
+    run_version,
+    update_stages,
+    usable_before,
+    write_learn,
+    write_touched,
+)
 from tests.graph.test_version import changes_of, write_version
 from tests.stages.conftest import kill_once, rbm_dist
 from tests.stages.test_soft_label_arrays import GRAPHS, prepare
@@ -127,6 +135,22 @@ def test_students_learn_from_what_moved_and_as_many_others(tmp_path: Path) -> No
     assert facts["moved"] == moved.sum()
     assert facts["reached"] == [5, np.sum(found[TOUCHED] >= 0)]
     assert facts["other_class"] == np.sum(found["soft"][:240].argmax(1) != old.argmax(1))
+
+
+def test_what_decides_a_stage_of_an_update() -> None:
+    def config(**changes: Any) -> Config:
+        return Config(run_dir="runs/b", update=UpdateConfig(**{"run": "runs/a", "add_edges": "e.csv"} | changes))
+
+    def differing(**changes: Any) -> list[str]:
+        return [
+            stage.name
+            for stage in update_stages(STAGES)
+            if stage.identity(config()) != stage.identity(config(**changes))
+        ]
+
+    assert differing(epochs=9) == ["student"]
+    assert differing(anew_above=0.5) == ["teacher"]
+    assert differing(drop_edges="f.csv") == ["source"]
 
 
 @pytest.fixture(scope="module")
