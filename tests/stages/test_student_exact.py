@@ -63,13 +63,15 @@ def config(url: str, **student: Any) -> Config:
     )
 
 
-def train(rank: int, expert_parallel: int, graph: str, url: str, student: dict[str, Any]) -> list[Any]:
+def train(
+    rank: int, expert_parallel: int, graph: str, url: str, student: dict[str, Any], further: bool = False
+) -> list[Any]:  # fmt: skip
     torch.set_default_dtype(torch.float64)
     mesh = Mesh.init(expert_parallel, torch.device("cpu"), HOSTS[rank])
     recorder = Recorder()
     settings = config(url, **student)
     train_students(mesh, recorder, settings, f"{graph}/graph", url)
-    if "dropout" in student:  # then further, as when the graph has changed
+    if further:  # as when the graph has changed
         settings = settings.model_copy(update={"update": UpdateConfig(run=url, add_edges="edges.parquet", epochs=2)})
         train_students(mesh, recorder, settings, f"{graph}/graph", f"{url}/further", start=url)
     return recorder.rows
@@ -79,7 +81,10 @@ def train_each(
     rank: int, expert_parallel: int, graph: str, url: str, students: dict[str, dict[str, Any]]
 ) -> dict[str, list[Any]]:
     """One process group for many trainings: starting ranks is what takes time."""
-    return {name: train(rank, expert_parallel, graph, f"{url}/{name}", each) for name, each in students.items()}
+    return {
+        name: train(rank, expert_parallel, graph, f"{url}/{name}", each, further="dropout" in name or "moe" in name)
+        for name, each in students.items()
+    }
 
 
 def final_weights(url: str, kind: str = "rbm") -> dict[str, torch.Tensor]:
