@@ -63,10 +63,22 @@ class Changes:
 
 def edge_list(dst_M: np.ndarray, src_M: np.ndarray) -> np.ndarray:
     """Destinations and sources as `[m, 2]` int64, each edge once, ascending; self-loops left out."""
-    pairs = np.stack([dst_M, src_M], axis=1).astype(np.int64, copy=False)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    words = np.unique(pairs[:, 0] << 32 | pairs[:, 1])  # ids stay below 2^31
-    return np.stack([words >> 32, words & ((1 << 32) - 1)], axis=1)
+    pairs_M2 = np.stack([dst_M, src_M], axis=1).astype(np.int64, copy=False)
+    return _edges(np.unique(_words(pairs_M2[pairs_M2[:, 0] != pairs_M2[:, 1]])))
+
+
+def both_lists(one_m2: np.ndarray, other_m2: np.ndarray) -> np.ndarray:
+    """The edges that two such lists have in common."""
+    return _edges(np.intersect1d(_words(one_m2), _words(other_m2), assume_unique=True))
+
+
+def _words(edges_m2: np.ndarray) -> np.ndarray:
+    """Edges as numbers that are ordered as they are: ids stay below 2³¹."""
+    return edges_m2[:, 0] << 32 | edges_m2[:, 1]
+
+
+def _edges(word_m: np.ndarray) -> np.ndarray:
+    return np.stack([word_m >> 32, word_m & ((1 << 32) - 1)], axis=1)
 
 
 def in_range(edges_m2: np.ndarray, low: int, high: int) -> np.ndarray:

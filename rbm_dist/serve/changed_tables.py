@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from rbm_dist.config.source import SourceConfig, TablesConfig
 from rbm_dist.config.update import UpdateConfig
 from rbm_dist.errors import InputError
-from rbm_dist.graph.changes import Changes, edge_list, no_rows
+from rbm_dist.graph.changes import Changes, both_lists, edge_list, no_rows
 from rbm_dist.graph.shards import ORIG_NAME
 from rbm_dist.graph.splits import NO_SPLIT, UNSEEN
 from rbm_dist.graph.store import GraphStore, StoredRows
@@ -53,9 +53,9 @@ def read_changes(
     if update.drop_edges:
         gone, more = reader.edges(update.drop_edges, "--drop-edges", index, new.split)
         unknown += more
-    both = set(map(tuple, added.tolist())) & set(map(tuple, gone.tolist())) if len(gone) else set()
-    if both:
-        dst, src = (node_ids.shown(every[node], store.id_type) for node in min(both))
+    both = both_lists(added, gone)
+    if len(both):
+        dst, src = (node_ids.shown(every[node], store.id_type) for node in both[0])
         raise InputError(f"{update.drop_edges}: the edge from {src} to {dst} is also among --add-edges; decide for one")
     changed, feat = np.empty(0, np.int64), no_rows(store.num_features, store.sparse_features)
     if update.features:
@@ -207,7 +207,7 @@ class _Reader:
             if other:
                 raise InputError(f"{url}: column {label}: the graph has no class {other[0]!r}; it has {_some(names)}")
             return np.array([*(place.get(name, -1) for name in given), -1], np.int64)[label_n]
-        wrong = label_n >= self.store.num_classes
+        wrong = (label_n >= self.store.num_classes) | (label_n < -1)
         if classes.names or wrong.any():
             what = repr(classes.names[0]) if classes.names else str(label_n[int(wrong.argmax())])
             raise InputError(

@@ -323,6 +323,23 @@ def test_a_wrong_value_is_refused_by_its_key(path: Path, text: str, key: str, re
             "soft_labels: {inference: exact, fanout: [5, 5]}",
             "soft_labels.fanout: exact inference takes every neighbour",
         ),
+        (
+            "soft_labels: {keep_layers: true}",
+            "soft_labels.keep_layers: only exact inference of a GNN that is trained here goes layer by layer",
+        ),
+        (
+            "soft_labels: {keep_layers: true, inference: exact}\nteacher: {model: sign}",
+            "soft_labels.keep_layers: only exact inference of a GNN that is trained here goes layer by layer",
+        ),
+        ("update: {run: runs/a}", "update: nothing has changed; name add_nodes, add_edges, drop_edges or features"),
+        (
+            "update: {run: runs/a, add_edges: e.csv}\nencodings: {positional: deepwalk}",
+            "encodings.positional: deepwalk would place all nodes elsewhere",
+        ),
+        (
+            "update: {run: runs/a, add_edges: e.csv}\nteacher: {external: {paths: [a.npy], kind: logits}}",
+            "teacher.external: has nothing to say of an updated graph",
+        ),
         ("student: {inputs: [feat, pos, feat]}", "student.inputs: feat, pos, feat names an array twice"),
         ("student: {inputs: [feat, pos]}", "student.inputs: 'pos' needs encodings.positional"),
         ("student: {inputs: [prop]}", "student.inputs: 'prop' needs encodings.label_propagation"),

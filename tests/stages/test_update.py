@@ -281,6 +281,7 @@ def test_tables_become_a_new_version(finished_run: Path, tables: Path, tmp_path:
         ("add_nodes", {"id": [3]}, "row 0.*node id 3 is also that of a node of the graph"),
         ("add_nodes", {"id": [6000, 6000]}, "node id 6000 is also that of"),
         ("add_nodes", {"id": [6000], "label": [10]}, "the graph has no class 10; its classes are 0 to 9"),
+        ("add_nodes", {"id": [6000], "label": [-2]}, "the graph has no class -2"),
         ("add_nodes", {"id": [6000], "label": ["cat"]}, "the graph has no class 'cat'"),
         ("add_nodes", {"id": [6000], "split": ["test"]}, "is in a split but has no label"),
         ("features", {"id": [6000]}, "the graph has no node 6000"),
