@@ -303,8 +303,10 @@ class Config(Section):
             for name in ("entropy_change", "hidden"):
                 if getattr(self.soft_labels, name):
                     raise ValueError(f"soft_labels.{name}: needs a teacher that is trained here, not teacher.external")
-        if self.teacher.model == "sign" and self.soft_labels.entropy_change:
+        if self.teacher.reads_hops and self.soft_labels.entropy_change:
             raise ValueError("soft_labels.entropy_change: needs teacher.model: gnn, whose features can be made noisy")
+        if self.teacher.model == "sgc" and self.soft_labels.hidden:
+            raise ValueError("soft_labels.hidden: teacher.model: sgc is a linear map, and has no hidden states")
         fanout = self.soft_labels.fanout
         if fanout is not None and len(fanout) != len(self.teacher.fanout):
             raise ValueError(

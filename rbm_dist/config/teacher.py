@@ -54,7 +54,7 @@ MEAN = "sage"
 """The convolution that averages in-neighbours, which the store does in exact inference."""
 GCN = "gcn"
 """The convolution that knows the in-degrees of all nodes it reads."""
-TEACHERS = {"external": "external", "sign": "SIGN"}
+TEACHERS = {"external": "external", "sgc": "SGC", "sign": "SIGN", "sagn": "SAGN"}
 """Teachers that have no convolutions, and what people call them."""
 CONVS = {MEAN: "GraphSAGE", "sage_max": "GraphSAGE, max", GCN: "GCN", "gat": "GAT", "gatv2": "GATv2"}
 """Convolutions by name, and what people call them."""
@@ -74,12 +74,13 @@ class TeacherConfig(TrainingConfig):
         None,
         description="predictions of a model elsewhere; nothing is trained, and other keys but calibrate mean nothing",
     )
-    model: Literal["gnn", "sign"] = Field(
+    model: Literal["gnn", "sgc", "sign", "sagn"] = Field(
         "gnn",
-        description="gnn: layers over sampled neighbourhoods; sign: features averaged over 0, 1, … `hops` hops, once, "
-        "and a network on these rows, which samples nothing (Frasca et al., 2020)",
+        description="gnn: layers over sampled neighbourhoods; the others: features averaged over 0, 1, … `hops` hops, "
+        "once, and a network on these rows, which samples nothing; sgc: a linear map of the last (Wu et al., 2019); "
+        "sign: all side by side (Frasca et al., 2020); sagn: each node weighs them (Sun et al., 2021)",
     )
-    hops: Positive = Field(3, description="of sign")
+    hops: Positive = Field(3, description="of sgc, sign and sagn")
     conv: str = Field(
         MEAN,
         description="sage | sage_max | gcn | gat | gatv2, or module:Class of any layer that is made and called as "
@@ -122,6 +123,11 @@ class TeacherConfig(TrainingConfig):
         if self.conv in CONVS and self.arguments.model_dump():
             raise ValueError(f"teacher.arguments: are for a module:Class as teacher.conv, not for {self.conv}")
         return self
+
+    @property
+    def reads_hops(self) -> bool:
+        """Whether it is a network on features averaged over hops, if it is trained here."""
+        return self.model != "gnn"
 
     @property
     def is_gnn(self) -> bool:

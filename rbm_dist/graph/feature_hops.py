@@ -19,7 +19,7 @@ ARRAYS = r"hop\d+"
 
 def reads_hops(config: Config) -> bool:
     """Whether a run has a teacher that reads these arrays."""
-    return config.teacher.model == "sign" and config.teacher.external is None
+    return config.teacher.reads_hops and config.teacher.external is None
 
 
 def hop_names(hops: int) -> list[str]:

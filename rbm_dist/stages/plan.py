@@ -179,7 +179,7 @@ def plan_stages(config: Config, facts: SourceFacts, hosts: Hosts) -> list[StageP
         stages.append(stage("teacher", [tasks("look at predictions", 1, memory.external_look(config, facts))]))
     else:
         steps = [workers("teacher worker", cluster.most_workers, memory.teacher_worker(config, facts) + hot)]
-        if config.teacher.model == "sign":
+        if config.teacher.reads_hops:
             steps.insert(0, tasks("hop task", parts, memory.hop_task(config, facts)))
         stages.append(stage("teacher", list(map(served, steps))))
     actors, hot = min(cluster.inference_workers, parts), 0 if config.soft_labels.inference == "exact" else hot

@@ -85,7 +85,7 @@ class Costs:
             return 0, 0, self._predictions(), 0
         model = 4 * memory.teacher_parameters(self.config, self.facts)
         checkpoints = self._checkpoints(self.config.teacher.epochs)
-        if self.config.teacher.model == "sign":
+        if self.config.teacher.reads_hops:
             hops = self._hops() + model
             return hops + 4 * model * checkpoints, model + 4 * model * self._kept(checkpoints), self._graph(0) + hops, 0
         rows, edges, steps = self._teacher_samples()
@@ -109,7 +109,7 @@ class Costs:
         kept = written = facts.num_nodes * row
         if config.teacher.external is not None:
             return written, kept, kept + self._predictions(), 0
-        if config.teacher.model == "sign":
+        if config.teacher.reads_hops:
             return written + self._hops(), kept, self._hops(), 0
         if settings.inference == "exact":  # the layers between, once more with noise
             inner = len(config.teacher.fanout) - (config.teacher.jumping_knowledge == "none")
@@ -171,7 +171,7 @@ class Costs:
         config, facts = self.config, self.facts
         if config.teacher.external is not None:
             return self._predictions() / _PROPAGATED_BYTES
-        if config.teacher.model == "sign":
+        if config.teacher.reads_hops:
             gathered = 4.0 * config.teacher.hops * facts.num_edges * facts.num_features
             rows = config.teacher.epochs * (3 * facts.num_train + facts.num_val)
             products = 2 * rows * memory.teacher_parameters(config, facts)
@@ -194,7 +194,7 @@ class Costs:
     def _taught_s(self) -> float:
         if self.config.teacher.external is not None:
             return self._predictions() / _PROPAGATED_BYTES
-        if self.config.teacher.model == "sign":
+        if self.config.teacher.reads_hops:
             products = 2 * self.facts.num_nodes * memory.teacher_parameters(self.config, self.facts)
             return products / _FLOPS / self._workers(self.config.cluster.inference_workers)
         return self._edges_s(self._inferred()[1]) / self._workers(self.config.cluster.inference_workers)

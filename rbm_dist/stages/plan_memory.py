@@ -136,7 +136,7 @@ def seeds_of_sample(config: Config, count: int) -> int:
 def teacher_worker(config: Config, facts: SourceFacts) -> float:
     """`train_teacher`: positions of the sampler, training and validation nodes, batches ahead, and the messages."""
     teacher = config.teacher
-    if teacher.model == "sign":
+    if teacher.reads_hops:
         rows = min(teacher.batch_size, max(facts.num_train, facts.num_val))
         return hop_rows(config, facts, rows / config.cluster.most_workers, states=4)
     seeds = max(seeds_of_sample(config, count) for count in (facts.num_train, facts.num_val))
@@ -159,7 +159,7 @@ def inference_actor(config: Config, facts: SourceFacts) -> float:
     """`soft_labels._make_worker`: positions of the sampler, batches ahead, and the messages of a layer."""
     if config.teacher.external is not None:
         return external_rows(config, facts)
-    if config.teacher.model == "sign":
+    if config.teacher.reads_hops:
         rows = rows_at_a_time((config.teacher.hops + 1) * facts.num_features)
         return hop_rows(config, facts, min(rows, facts.num_nodes / config.partition.num_parts), states=2)
     settings, fanout = config.soft_labels, config.soft_labels.fanout
@@ -345,9 +345,12 @@ def teacher_parameters(config: Config, facts: SourceFacts) -> int:
     hidden = config.teacher.hidden
     layers, jumping = len(config.teacher.fanout), config.teacher.jumping_knowledge
     widths = [facts.num_features, *[hidden] * (layers - 1), facts.num_classes if jumping == "none" else hidden]
-    if config.teacher.model == "sign":
-        branches = (config.teacher.hops + 1) * config.teacher.hidden
-        return branches * (facts.num_features + 1 + config.teacher.hidden) + config.teacher.hidden * facts.num_classes
+    if config.teacher.model == "sgc":
+        return facts.num_features * facts.num_classes
+    if config.teacher.reads_hops:
+        hops, sagn = config.teacher.hops + 1, config.teacher.model == "sagn"
+        joined = hidden * hidden * (1 if sagn else hops) + sagn * hidden * facts.num_features
+        return hops * hidden * (facts.num_features + 1) + joined + hidden * facts.num_classes
     maps = 1 if config.teacher.conv in ("gat", GCN) else 2  # of sources and destinations
     head = {"none": 0, "max": 1, "cat": layers}[jumping] * hidden * facts.num_classes
     return head + sum((maps + config.teacher.residual) * d * o + 3 * o for d, o in itertools.pairwise(widths))

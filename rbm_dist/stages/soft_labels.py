@@ -33,7 +33,7 @@ from rbm_dist.graph.soft_rows import dtype_beside, encode, encode_beside, layout
 from rbm_dist.graph.store import SOFT, GraphStore
 from rbm_dist.graph.version import link, replaced
 from rbm_dist.models.gnn import Gnn
-from rbm_dist.models.sign import Sign
+from rbm_dist.models.hop_networks import HopNetwork
 from rbm_dist.models.teacher import build_teacher
 from rbm_dist.moe.sparse_rows import dense
 from rbm_dist.randomness.bits import generator, key
@@ -380,7 +380,7 @@ def _of_hops(config: Config, store: GraphStore, ids: np.ndarray, device: torch.d
     """The class distributions (state 0) or the hidden states (1) of a hop-precomputed teacher."""
     batch = read_hops(store, ids, config.teacher.hops, 0, device)
 
-    def compute(model: Sign) -> torch.Tensor:
+    def compute(model: HopNetwork) -> torch.Tensor:
         found = hop_states(model, batch)[state]
         return found if state else found.softmax(1)
 

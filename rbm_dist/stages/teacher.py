@@ -23,7 +23,7 @@ def run_teacher(run: Run) -> Files:
         arguments = (run.config, run.graph_url, run.path("teacher"))
         (info,) = run_tasks("teacher", look_at_external, [arguments], run.config.cluster)
         return {f"teacher/{EXTERNAL}": info}
-    if run.config.teacher.model == "sign":
+    if run.config.teacher.reads_hops:
         add_feature_hops(run, "teacher")
     train_on_graph(run, "teacher", train_teacher)
     return {"teacher/model.safetensors": storage.file_info(run.path("teacher", "model.safetensors"))}

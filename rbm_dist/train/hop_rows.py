@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rbm_dist.graph.feature_hops import hop_names
 from rbm_dist.graph.store import GraphStore
-from rbm_dist.models.sign import Sign
+from rbm_dist.models.hop_networks import HopNetwork
 from rbm_dist.randomness.rows import derive_keys
 
 
@@ -33,7 +33,7 @@ def read_hops(store: GraphStore, ids: np.ndarray, hops: int, key: int, device: t
     return HopRows(rows_nD, node_n, key)
 
 
-def hop_states(model: Sign, batch: HopRows, training: bool = False) -> tuple[Tensor, Tensor]:
+def hop_states(model: HopNetwork, batch: HopRows, training: bool = False) -> tuple[Tensor, Tensor]:
     """Logits `[n, classes]` and the states before the last layer `[n, H]`."""
     device = model.temperature.device
     key_n = derive_keys(batch.key, batch.node_n.to(device, non_blocking=True)) if training else None

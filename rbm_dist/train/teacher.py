@@ -16,7 +16,7 @@ from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.splits import TRAIN, VAL
 from rbm_dist.graph.store import GraphStore
 from rbm_dist.models.gnn import Gnn
-from rbm_dist.models.sign import Sign
+from rbm_dist.models.hop_networks import HopNetwork
 from rbm_dist.models.teacher import Teacher, build_teacher
 from rbm_dist.parallel.mesh import Mesh
 from rbm_dist.parallel.reduce import sum_figures
@@ -152,7 +152,7 @@ class _TeacherTask:
     def _read(self, seeds: np.ndarray, draw: int) -> Labelled:
         settings = self._config.teacher
         sampled: SampledRows | HopRows
-        if settings.model == "sign":
+        if settings.reads_hops:
             sampled = read_hops(self._store, seeds, settings.hops, draw, self._mesh.device)
         else:
             degrees = settings.conv == GCN
@@ -168,7 +168,7 @@ class _TeacherTask:
 def logits_of(model: Teacher, batch: SampledRows | HopRows, training: bool = False) -> Tensor:
     """Logits of a batch's nodes `[n, classes]`."""
     if isinstance(batch, HopRows):
-        assert isinstance(model, Sign)
+        assert isinstance(model, HopNetwork)
         return hop_states(model, batch, training)[0]
     assert isinstance(model, Gnn)
     return states(model, batch, training)[0]
