@@ -175,8 +175,7 @@ def other(conv: str) -> Any:
     [
         {"batch_size": 2048},
         {"batch_size": 4096},
-        pytest.param({"batch_size": 2048, "conv": "gat"}, id="gat"),
-        *map(other, ("gatv2", "sage_max")),
+        *map(other, ("gat", "gatv2", "sage_max")),
     ],
 )
 def test_teacher(wide: tuple[dict[str, Any], str], tiny: Path, settings: dict[str, Any]) -> None:
@@ -225,6 +224,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return source, str(url)
 
 
+@pytest.mark.slow
 def test_sign(labelled: tuple[dict[str, Any], str], tiny: Path) -> None:
     source, url = labelled
     sections = {"partition": {"num_parts": 1}, "teacher": {"model": "sign", "epochs": 1, "batch_size": 4096}}
@@ -243,6 +243,7 @@ def average(config: Config) -> None:
     add_hops(GraphStore.open(f"{config.run_dir}/graph"), config.teacher.hops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["nodes", "ids"])
 def test_external_teacher(labelled: tuple[dict[str, Any], str], tiny: Path, rows: str) -> None:
     source, url = labelled
