@@ -220,16 +220,16 @@ def _dense_feat(
 ) -> Iterator[np.ndarray]:
     """Features of a part as they are stored, in chunks: the old ones, some replaced, and the new ones."""
     scale, dtype = store.feat_scale, store.stored_feat_dtype
-    ids = changes.changed_c[changed] - low
-    for start in range(0, len(store.ids(part)) if part < store.num_parts else 0, _ROWS):
-        rows = np.array(store.array("feat", part)[start : start + _ROWS])
-        first, stop = np.searchsorted(ids, [start, start + len(rows)])
-        new = changes.changed_feat[changed][first:stop]
-        rows[ids[first:stop] - start] = encode(in_reach(new, dtype, scale), dtype, scale)
-        yield rows
-    for start in range(appended.start, appended.stop, _ROWS):
-        rows = changes.new_feat[start : min(start + _ROWS, appended.stop)]
-        yield encode(in_reach(rows, dtype, scale), dtype, scale)
+    old = store.array("feat", part) if part < store.num_parts else np.empty((0, store.num_features), dtype)
+    at_n = np.concatenate([changes.changed_c[changed] - low, len(old) + np.arange(appended.stop - appended.start)])
+
+    def rows() -> Iterator[np.ndarray]:
+        for feat, some in ((changes.changed_feat, changed), (changes.new_feat, appended)):
+            for start in range(some.start, some.stop, _ROWS):
+                read = feat[start : min(start + _ROWS, some.stop)]
+                yield encode(in_reach(read, dtype, scale), dtype, scale)
+
+    return replaced(old, at_n, rows(), len(old) + appended.stop - appended.start)
 
 
 def _sparse_feat(
