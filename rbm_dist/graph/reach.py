@@ -32,6 +32,17 @@ def reach(store: GraphStore, rows: np.ndarray, destinations: np.ndarray, hops: i
     return first_N
 
 
+def is_touched(store: GraphStore, part: int, layer: int) -> np.ndarray:
+    """Which nodes of a part have a state after some layer that may differ, by the array TOUCHED, `[n]` bool."""
+    first_n = store.array(TOUCHED, part)
+    return (first_n != UNTOUCHED) & (first_n <= layer)
+
+
+def touched_nodes(store: GraphStore, layer: int) -> int:
+    """How many nodes of all parts have such a state."""
+    return sum(int(is_touched(store, part, layer).sum()) for part in range(store.num_parts))
+
+
 @njit(cache=True, nogil=True)
 def _spread(indptr, indices, touched_N, hop, first_n):  # type: ignore[no-untyped-def]
     """Note the hop for nodes of which an in-neighbour is touched."""

@@ -25,7 +25,7 @@ from rbm_dist.graph.feature_hops import ARRAYS as HOPS
 from rbm_dist.graph.feature_hops import reads_hops
 from rbm_dist.graph.loader import Prefetch
 from rbm_dist.graph.propagate import mean_of_neighbours
-from rbm_dist.graph.reach import LEARN, TOUCHED
+from rbm_dist.graph.reach import LEARN, TOUCHED, is_touched, touched_nodes
 from rbm_dist.graph.shards import part_name
 from rbm_dist.graph.smooth import ARRAYS as SMOOTHING
 from rbm_dist.graph.smooth import UNSMOOTHED, smooths
@@ -74,6 +74,7 @@ class Before:
 
     graph_url: str
     layer: int = 0  # after which these rows are states
+    nodes: int = 0  # whose states then can differ
 
 
 def run_soft_labels(run: Run, before: Before | None = None) -> Files:
@@ -108,7 +109,7 @@ def write_soft_labels(
     def fill(
         name: str, read: Read, batch: int = settings.batch_size, edges: int | None = None, layer: int = layers
     ) -> None:  # fmt: skip
-        since = None if before is None else replace(before, layer=layer)
+        since = None if before is None else replace(before, layer=layer, nodes=touched_nodes(store, layer))
         _fill(run, store, name, read, batch, edges, over_parts, servers, since)
 
     def layer_by_layer(hidden: list[str], last: str, noise: bool) -> None:
@@ -232,7 +233,8 @@ def _make_worker(
                 if name == SOFT:
                     rows = encode(rows, settings.store, settings.top_m)
                 yield encode_beside(rows, settings.store) if name in (HIDDEN, ENTROPY_CHANGE) else rows
-                reporter.add(f"soft labels: {name}", len(rows), store.num_nodes, "nodes")
+                total = store.num_nodes if before is None else before.nodes
+                reporter.add(f"soft labels: {name}", len(rows), total, "nodes")
 
     def fill(part: int) -> storage.FileInfo:
         url = storage.join(graph_url, part_name(part), f"{name}.npy")
@@ -251,8 +253,7 @@ def _make_worker(
         dtype, shape = dtypes.get(name, np.dtype(np.float32)), shapes.get(name, (config.teacher.hidden,))
         ids, old = store.ids(part), np.empty((0, *shape), dtype)
         if before is not None:
-            touched = store.array(TOUCHED, part)
-            ids = ids[(touched >= 0) & (touched <= before.layer)]
+            ids = ids[is_touched(store, part, before.layer)]
             known = GraphStore.open(before.graph_url)
             if part < known.num_parts:
                 old = known.array(name, part)
